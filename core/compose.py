@@ -1,0 +1,74 @@
+"""From Hydra overrides to a model: `build(["attention=global", "unifier.num_basis=64"])`."""
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from core import registry
+from core.hooks import HOOK_POINTS, MODEL_HOOKS, Filler
+from core.anyup import AnyUp
+
+
+def compose(overrides: list[str] | None = None) -> DictConfig:
+    """The resolved configuration of a model and its training fillers.
+
+    Raises:
+        ValueError: an override names no known choice or key, or has the wrong type; the message lists what there is.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    registry.discover()
+    overrides = list(overrides or [])
+    try:
+        if GlobalHydra.instance().is_initialized():
+            return hydra_compose("anyup", overrides)
+        with initialize(version_base=None, config_path=None):
+            return hydra_compose("anyup", overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(f"{_first_line(error)}\nThere is:\n{available()}") from error
+
+
+def build(overrides: list[str] | None = None) -> AnyUp:
+    """Builds a model from Hydra overrides, as an experiment's command line would.
+
+    `build()` is the baseline; `build(["attention=global", "unifier.ordering=released", "seed=3"])` changes it.
+
+    Raises:
+        ValueError: as `compose`.
+    """
+    return from_config(compose(overrides))
+
+
+def from_config(config: DictConfig | dict[str, Any]) -> AnyUp:
+    """Builds the model of a configuration; keys that belong to experiments are left alone."""
+    values = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    fillers = {hook: _factory(hook, values[hook]) for hook in MODEL_HOOKS}
+    return AnyUp(**fillers, embed_dim=values["embed_dim"], seed=values["seed"], compile=values.get("compile", False))
+
+
+def build_filler(hook: str, config: DictConfig | dict[str, Any]) -> Filler:
+    """Builds a filler that takes no sizes from the core: an `objective` or a `learner`."""
+    values = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    return _factory(hook, values)()
+
+
+def available() -> str:
+    """All hook points with their choices and settings, one choice a line."""
+    lines = ["  embed_dim, seed, compile"]
+    for hook in HOOK_POINTS:
+        for name, cls in sorted(registry.choices(hook).items()):
+            settings = ", ".join(registry.signature_fields(cls))
+            lines.append(f"  {hook}={name}" + (f"  (settings: {settings})" if settings else ""))
+    return "\n".join(lines)
+
+
+def _factory(hook: str, values: dict[str, Any]):
+    return registry.factory(hook, values["name"], {key: value for key, value in values.items() if key != "name"})
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
