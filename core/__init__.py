@@ -1,0 +1,33 @@
+"""AnyUp with hook points. Start reading at `core/anyup.py`, and at `core/hooks.py` to add an idea."""
+
+from core import training  # noqa: F401  registers the baseline objective and learner
+from core.anyup import AnyUp
+from core.backbones import imagenet_normalize, load_backbone
+from core.checkpoint import CheckpointError, load, save, warm_start
+from core.compose import available, build, build_filler, compose, from_config
+from core.hooks import Attention, Batch, Decoder, Learner, Objective, Refiner, Temporal, Unifier
+from core.registry import register
+
+__all__ = [
+    "AnyUp",
+    "Attention",
+    "Batch",
+    "CheckpointError",
+    "Decoder",
+    "Learner",
+    "Objective",
+    "Refiner",
+    "Temporal",
+    "Unifier",
+    "available",
+    "build",
+    "build_filler",
+    "compose",
+    "from_config",
+    "imagenet_normalize",
+    "load",
+    "load_backbone",
+    "register",
+    "save",
+    "warm_start",
+]

@@ -5,8 +5,20 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from core import registry
-from core.hooks import HOOK_POINTS, MODEL_HOOKS, Filler
 from core.anyup import AnyUp
+from core.hooks import HOOK_POINTS, MODEL_HOOKS, Filler
+
+BASELINE = {
+    "unifier": "learned_basis",
+    "attention": "window",
+    "decoder": "none",
+    "refiner": "none",
+    "temporal": "none",
+    "objective": "cosine_mse",
+    "learner": "sgd",
+}
+MODEL_KEYS = {"embed_dim": 128, "seed": 0, "compile": False, "check_finite": False}
+registry.add_root("anyup", MODEL_KEYS, BASELINE)
 
 
 def compose(overrides: list[str] | None = None) -> DictConfig:
@@ -47,7 +59,7 @@ def from_config(config: DictConfig | dict[str, Any]) -> AnyUp:
     """Builds the model of a configuration; keys that belong to experiments are left alone."""
     values = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
     fillers = {hook: _factory(hook, values[hook]) for hook in MODEL_HOOKS}
-    return AnyUp(**fillers, embed_dim=values["embed_dim"], seed=values["seed"], compile=values.get("compile", False))
+    return AnyUp(**fillers, **{key: values.get(key, default) for key, default in MODEL_KEYS.items()})
 
 
 def build_filler(hook: str, config: DictConfig | dict[str, Any]) -> Filler:
@@ -58,7 +70,7 @@ def build_filler(hook: str, config: DictConfig | dict[str, Any]) -> Filler:
 
 def available() -> str:
     """All hook points with their choices and settings, one choice a line."""
-    lines = ["  embed_dim, seed, compile"]
+    lines = ["  " + ", ".join(MODEL_KEYS)]
     for hook in HOOK_POINTS:
         for name, cls in sorted(registry.choices(hook).items()):
             settings = ", ".join(registry.signature_fields(cls))

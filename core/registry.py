@@ -60,6 +60,12 @@ def add_choice(group: str, name: str, fields: dict[str, tuple[type, Any]]) -> No
     ConfigStore.instance().store(group=group, name=name, node=dataclasses.make_dataclass(f"{group}_{name}", typed))
 
 
+def add_root(name: str, keys: dict[str, Any], choices: dict[str, str]) -> None:
+    """Offers a primary config: top-level `keys` with their defaults, and a default choice for each group."""
+    defaults = [{group: choice} for group, choice in choices.items()]
+    ConfigStore.instance().store(name=name, node={"defaults": [*defaults, "_self_"], **keys})
+
+
 def choices(hook: str) -> dict[str, type[Filler]]:
     """All registered fillers of a hook point by name, those of installed extensions included."""
     discover()

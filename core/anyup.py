@@ -1,0 +1,218 @@
+"""AnyUp: upsamples the features of any vision encoder, guided by the image (Wimmer et al., arXiv 2510.12764)."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from torch import Tensor, nn
+
+from core import checkpoint, validation
+from core.attention import WindowAttention
+from core.encoder import Encoder
+from core.hooks import Attention, Decoder, Refiner, Temporal, Unifier
+from core.passthrough import NoDecoder, NoRefiner, NoTemporal
+from core.registry import describe
+from core.rotary import Rotary
+from core.streams import named_stream
+from core.unifiers import BasisConvolution, LearnedBasis
+
+
+class AnyUp(nn.Module, ModelHubMixin):
+    """(image, features of any width) -> the features at any resolution.
+
+    Every idea enters as a filler of a hook point: a registered class, or a `functools.partial` of one with
+    its settings, which the model calls with its own sizes. See `core/hooks.py` for what each may do.
+
+    Args:
+        unifier, attention, decoder, refiner, temporal: the fillers; the defaults are the published model.
+        embed_dim: D, width of guidance, queries and keys; a multiple of 8.
+        seed: of the initial weights. Each child draws from its own stream, so that changing one filler
+            changes no other child's initial weights.
+        compile: run the encoders through `torch.compile` (needs a C++ compiler on CPU; slow first call).
+        check_finite: refuse images and features with NaN or infinite values (one more pass over the inputs).
+    """
+
+    def __init__(
+        self,
+        unifier: Callable[..., Unifier] = LearnedBasis,
+        attention: Callable[..., Attention] = WindowAttention,
+        decoder: Callable[..., Decoder] = NoDecoder,
+        refiner: Callable[..., Refiner] = NoRefiner,
+        temporal: Callable[..., Temporal] = NoTemporal,
+        embed_dim: int = 128,
+        seed: int = 0,
+        compile: bool = False,
+        check_finite: bool = False,
+    ):
+        super().__init__()
+        if embed_dim < 8 or embed_dim % 8:
+            raise ValueError(f"embed_dim must be a positive multiple of 8 (GroupNorm has 8 groups), got {embed_dim}")
+        self.embed_dim, self.seed, self.check_finite = embed_dim, seed, check_finite
+        self.factories = {
+            "unifier": unifier,
+            "attention": attention,
+            "decoder": decoder,
+            "refiner": refiner,
+            "temporal": temporal,
+        }
+        self._child("image_encoder", lambda: _encoder(3, embed_dim))
+        self._child("rotary", lambda: Rotary(embed_dim))
+        self._child("query_encoder", lambda: _encoder(embed_dim, embed_dim))
+        self._child("key_encoder", lambda: _encoder(embed_dim, embed_dim))
+        self._child("aggregation", lambda: _encoder(2 * embed_dim, embed_dim, kernel_size=3))
+        for hook, factory in self.factories.items():
+            self._child(hook, lambda factory=factory: factory(embed_dim=embed_dim))
+        if compile:
+            self.compile_encoders()
+        self._hub_mixin_config = None  # the weights' file carries the configuration: no config.json beside it
+
+    def forward(
+        self, image: Tensor, features: Tensor, output_size: tuple[int, int] | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Upsamples features to `output_size`.
+
+        Args:
+            image: (B,3,H,W), normalised with ImageNet's mean and deviation (`core.imagenet_normalize`).
+            features: (B,C,h,w), any C, h and w at least 2, of the same images.
+            output_size: (Qh,Qw); the image's size if None.
+            out: (B,C,Qh,Qw) tensor to write into, band by band (a memory-mapped one, say), instead of a new one.
+
+        Returns:
+            (B,C,Qh,Qw); `out` if it was given.
+
+        Raises:
+            ValueError: shapes, dtypes or devices that do not fit together; the message says which.
+        """
+        if out is None:
+            return self.step(image, features, None, output_size)[0]
+        output_size = validation.check_inputs(self, image, features, output_size)
+        validation.check_out(out, (*features.shape[:2], *output_size))
+        for rows, band in self.stream(image, features, output_size):
+            out[:, :, rows] = band
+        return out
+
+    def step(
+        self, frame: Tensor, features: Tensor, state: object | None, output_size: tuple[int, int] | None = None
+    ) -> tuple[Tensor, object | None]:
+        """`forward` for one frame of a video: takes the last frame's state (None at the first), returns the next."""
+        output_size = validation.check_inputs(self, frame, features, output_size)
+        guidance, query, key = self._guide(frame, features, output_size)
+        coords = pixel_centres(output_size, like=query)
+        output = self._checked("attention", self.attention(query, key, features), features, output_size)
+        del query
+        output = self._checked("decoder", self.decoder(output, features, guidance, coords), features, output_size)
+        del guidance
+        output = self._checked("refiner", self.refiner(output, frame, features), features, output_size)
+        output, state = self.temporal(output, frame, state)
+        return self._checked("temporal", output, features, output_size), state
+
+    def stream(
+        self, image: Tensor, features: Tensor, output_size: tuple[int, int] | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yields the output in bands of rows, top to bottom, for outputs larger than memory: (rows, (B,C,rows,Qw)).
+
+        Raises:
+            ValueError: as `forward`; or the refiner or temporal filler needs to see the whole output.
+        """
+        output_size = validation.check_inputs(self, image, features, output_size)
+        for hook in ("refiner", "temporal"):
+            if getattr(self, hook).needs_whole_output:
+                raise ValueError(
+                    f"{hook}={type(getattr(self, hook)).__name__} needs the whole output, so it cannot be streamed "
+                    f"or written to out=; call the model without out=, or use {hook}=none"
+                )
+        return self._stream(image, features, output_size)
+
+    def _stream(self, image, features, output_size):
+        guidance, query, key = self._guide(image, features, output_size)
+        coords = pixel_centres(output_size, like=query)
+        for rows, band in self.attention.bands(query, key, features):
+            size = (rows.stop - rows.start, output_size[1])
+            band = self._checked("attention", band, features, size)
+            band = self._checked("decoder", self.decoder(band, features, guidance, coords[rows]), features, size)
+            band = self._checked("refiner", self.refiner(band, image, features), features, size)
+            yield rows, self.temporal(band, image, None)[0]
+
+    def _guide(self, image, features, output_size):
+        grid = tuple(features.shape[-2:])
+        guidance = self.rotary(self.image_encoder(image))  # (B,D,H,W)
+        unified = self.unifier(features, guidance)  # (B,D,h,w)
+        validation.check_filled(self, "unifier", unified, (len(features), self.embed_dim, *grid))
+        key = self.aggregation(torch.cat([self.key_encoder(guidance, grid), unified], 1))  # (B,D,h,w)
+        query = self.query_encoder(guidance, output_size)  # (B,D,Qh,Qw)
+        return guidance, query, key
+
+    def _checked(self, hook, output, features, size):
+        return validation.check_filled(self, hook, output, (*features.shape[:2], *size))
+
+    def _child(self, name: str, make: Callable[[], nn.Module]) -> None:
+        with named_stream(self.seed, name):
+            self.add_module(name, make())
+
+    @property
+    def config(self) -> dict:
+        """Everything that `core.from_config` needs to build this model again."""
+        return {"embed_dim": self.embed_dim, "seed": self.seed} | {
+            hook: describe(factory) for hook, factory in self.factories.items()
+        }
+
+    def twice_differentiable(self, on: bool = True) -> "AnyUp":
+        """Chooses plain operations, which differentiate any number of times (second-order MAML), over fast ones."""
+        for module in self.modules():
+            if isinstance(module, (Encoder, Rotary, BasisConvolution)):
+                module.twice_differentiable = on
+        return self
+
+    def compile_encoders(self) -> "AnyUp":
+        """Runs the image-sized encoders through `torch.compile` from now on.
+
+        Raises:
+            RuntimeError: on CPU, without a C++ compiler.
+        """
+        if next(self.parameters()).device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+            raise RuntimeError("compile=true needs a C++ compiler on CPU: install g++, or leave it off")
+        for encoder in (self.image_encoder, self.query_encoder, self.key_encoder):
+            encoder.compiled = torch.compile(encoder.plain, dynamic=False)
+        return self
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        checkpoint.save(self, save_directory / checkpoint.WEIGHTS_NAME)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+    ) -> "AnyUp":
+        path = Path(model_id) / checkpoint.WEIGHTS_NAME
+        if not Path(model_id).is_dir():
+            path = hf_hub_download(
+                model_id,
+                checkpoint.WEIGHTS_NAME,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                token=token,
+                local_files_only=local_files_only,
+            )
+        return checkpoint.load(path)
+
+
+def pixel_centres(size: tuple[int, int], like: Tensor) -> Tensor:
+    """(Qh,Qw,2): (row, column) of each output pixel's centre in the unit square."""
+    axes = [(torch.arange(n, device=like.device, dtype=torch.float32) + 0.5) / n for n in size]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).to(like.dtype)
+
+
+def _encoder(in_channels: int, embed_dim: int, kernel_size: int = 1) -> Encoder:
+    stem = nn.Conv2d(
+        in_channels, embed_dim, kernel_size, padding=kernel_size // 2, padding_mode="reflect", bias=False
+    )
+    return Encoder(stem, embed_dim, embed_dim)

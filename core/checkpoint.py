@@ -1,0 +1,202 @@
+"""Checkpoints: safetensors with the configuration that rebuilds the model, and the published ones."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from core.anyup import AnyUp
+
+WEIGHTS_NAME = "model.safetensors"
+FORMAT = "anyup_lab/1"
+
+# Published name -> ours. The value and output projections and the key bias of the published attention do not
+# change its result, and have no counterpart here.
+_RENAMES = {
+    "rope.": "rotary.",
+    "key_features_encoder.": "unifier.encoder.",
+    "cross_decode.conv2d.": "attention.conv.",
+    "cross_decode.cross_attn.norm_q.": "attention.norm_query.",
+    "cross_decode.cross_attn.norm_k.": "attention.norm_key.",
+}
+_IN_PROJECTION = "cross_decode.cross_attn.attention.in_proj_"
+_OUT_PROJECTION = "cross_decode.cross_attn.attention.out_proj."
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file, what is wrong, and the way out."""
+
+
+def save(model: "AnyUp", path: str | Path) -> None:
+    """Writes weights and configuration to `path` (.safetensors), atomically.
+
+    Raises:
+        TypeError: a filler is not registered, so that no configuration could rebuild the model.
+        OSError: the file cannot be written; an earlier file at `path` is untouched.
+    """
+    metadata = {"format": FORMAT, "config": json.dumps(model.config)}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_beside(Path(path), serialize(state, metadata))
+
+
+def write_beside(path: Path, content: bytes) -> None:
+    """Writes a file so that it is either whole or absent: beside it first, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(path: str | Path) -> "AnyUp":
+    """Rebuilds the model of a checkpoint, in eval mode on the CPU.
+
+    Takes files of `save` and published AnyUp checkpoints (`.pth`, read without unpickling objects, or
+    `.safetensors`; bare, or as the released training script nests them), which get `ordering: released`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: truncated, of another architecture, or a pickle that would run code.
+    """
+    from core.compose import from_config
+
+    state, config = read(path)
+    model = from_config(config)
+    _load_strictly(model, state, path)
+    return model.eval()
+
+
+def warm_start(model: "AnyUp", path: str | Path) -> list[str]:
+    """Copies a checkpoint's weights into a model whose fillers may differ; returns the weights left as they were.
+
+    Only hook points whose filler or settings differ from the checkpoint's may miss weights or ignore some.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `load`; or another weight is missing, left over or of another shape.
+    """
+    state, config = read(path)
+    switched = tuple(
+        f"{hook}." for hook in model.factories if model.config[hook] != {**model.config[hook], **config[hook]}
+    )
+    own = model.state_dict()
+    kept = {
+        name: tensor
+        for name, tensor in state.items()
+        if not name.startswith(switched) or (name in own and own[name].shape == tensor.shape)
+    }
+    untouched = [name for name in own if name.startswith(switched) and name not in kept]
+    _load_strictly(model, kept | {name: own[name] for name in untouched}, path)
+    return untouched
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """The state dict of a checkpoint, in this project's names, and its configuration. Raises as `load`."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
+    if metadata.get("format", "").startswith("anyup_lab/"):
+        if metadata["format"] != FORMAT:
+            raise CheckpointError(f"{path} has format {metadata['format']}; this version reads {FORMAT}")
+        return state, json.loads(metadata["config"])
+    return from_published(state, path)
+
+
+def from_published(state: dict[str, Tensor], path: str | Path = "state dict") -> tuple[dict[str, Tensor], dict]:
+    """Renames a published AnyUp state dict to this project's names, and tells the configuration it belongs to.
+
+    Window ratio and number of heads are not in the weights; the published values (0.1, 4) are assumed.
+    """
+    if _IN_PROJECTION + "weight" not in state or "key_features_encoder.0.basis" not in state:
+        found = ", ".join(list(state)[:3])
+        raise CheckpointError(f"{path} is not an AnyUp checkpoint: it has {len(state)} tensors such as {found}")
+    renamed = {}
+    for name, tensor in state.items():
+        if name == _IN_PROJECTION + "weight":
+            renamed["attention.project_query.weight"], renamed["attention.project_key.weight"], _ = tensor.chunk(3)
+        elif name == _IN_PROJECTION + "bias":
+            renamed["attention.project_query.bias"] = tensor.chunk(3)[0]
+        elif not name.startswith(_OUT_PROJECTION):
+            prefix = next((old for old in _RENAMES if name.startswith(old)), "")
+            renamed[_RENAMES.get(prefix, "") + name[len(prefix) :]] = tensor
+    num_basis, _, kernel_size, _ = state["key_features_encoder.0.basis"].shape
+    config = {
+        "embed_dim": len(state["image_encoder.0.weight"]),
+        "seed": 0,
+        "unifier": {
+            "name": "learned_basis",
+            "num_basis": num_basis,
+            "kernel_size": kernel_size,
+            "ordering": "released",
+        },
+        "attention": {"name": "window", "num_heads": 4, "window_ratio": 0.1},
+    } | {hook: {"name": "none"} for hook in ("decoder", "refiner", "temporal")}
+    return renamed, config
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}); fetch or save it again") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        with torch.serialization.safe_globals(_omegaconf_classes()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than weights and was refused (nothing in it was executed): {str(error).splitlines()[0]} "
+            "Convert it to .safetensors where you trust it"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or not a PyTorch checkpoint ({str(error).splitlines()[0]})") from error
+    for nested in ("anyup", "state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(nested), dict):
+            content = content[nested]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{path} holds no state dict (a mapping from names to tensors, bare or under 'anyup')")
+    return content
+
+
+def _omegaconf_classes() -> list:
+    """What the released training script's checkpoints hold beside tensors: its configuration."""
+    import collections
+    import typing
+
+    from omegaconf import DictConfig, ListConfig, base, nodes
+
+    metadata = [base.ContainerMetadata, base.Metadata]
+    values = [nodes.AnyNode, nodes.IntegerNode, nodes.FloatNode, nodes.BooleanNode, nodes.StringNode]
+    return [DictConfig, ListConfig, *metadata, *values, typing.Any, dict, list, int, float, str, collections.defaultdict]
+
+
+def _load_strictly(model: "AnyUp", state: dict[str, Tensor], path: str | Path) -> None:
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    reshaped = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    problems = [
+        f"{len(names)} {kind} ({', '.join(names[:3])})"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", sorted(reshaped)))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{path} is of another architecture than the model: weights " + "; ".join(problems))
+    model.load_state_dict(state)

@@ -1,0 +1,92 @@
+"""The residual encoder that AnyUp uses five times: a convolution and residual blocks of 1x1 convolutions.
+
+`Encoder.forward` reads like its definition (UPSTREAM: GroupNorm(8), SiLU, 1x1 convolution, twice, plus identity).
+It runs as plain PyTorch operations where they are wanted (export, compilation, second derivatives) and through
+`core/norm_act_conv.py`, exact, streamed and with little memory, everywhere else.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core import norm_act_conv as stream
+
+NUM_GROUPS = 8
+
+
+class ResBlock(nn.Module):
+    """(B,in,H,W) -> (B,out,H,W): GroupNorm, SiLU, 1x1 convolution, twice, plus the input (AnyUp, section 3)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.GroupNorm(NUM_GROUPS, in_channels),
+            nn.SiLU(),
+            nn.Conv2d(in_channels, out_channels, 1, bias=False),
+            nn.GroupNorm(NUM_GROUPS, out_channels),
+            nn.SiLU(),
+            nn.Conv2d(out_channels, out_channels, 1, bias=False),
+        )
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) + self.shortcut(x)
+
+
+class Encoder(nn.Sequential):
+    """(B,in,H,W) -> (B,D,H,W), or pooled to (B,D,h,w): `stem`, then two residual blocks.
+
+    Args:
+        stem: what produces the blocks' input: a convolution, or a feature-agnostic layer.
+        stem_channels: how many channels the stem returns.
+        embed_dim: D, a multiple of 8.
+    """
+
+    def __init__(self, stem: nn.Module, stem_channels: int, embed_dim: int):
+        super().__init__(stem, ResBlock(stem_channels, embed_dim), ResBlock(embed_dim, embed_dim))
+        self.twice_differentiable = False
+        self.compiled = None
+
+    def forward(self, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+        """Encodes, then averages over the cells of `output_size` (adaptive average pooling) if one is given."""
+        if self.compiled is not None:
+            return self.compiled(x, output_size)
+        if self.twice_differentiable or torch.compiler.is_compiling():
+            return self.plain(x, output_size)
+        return self.streamed(x, output_size)
+
+    def plain(self, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+        """The definition, in operations that differentiate any number of times."""
+        for layer in self:
+            x = layer(x)
+        return x if output_size is None else F.adaptive_avg_pool2d(x, output_size)  # (B,D,h,w)
+
+    def streamed(self, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+        """The same numbers with two image-sized buffers, or (with gradients) by recomputing what is cheap."""
+        stem, first, last = self
+        pixels, moments = stream.stem(stem, x)  # (B,H,W,D)
+        pixels, moments, scratch = self._residual(first, pixels, moments)
+        return self._last(last, pixels, moments, scratch, output_size)
+
+    def _residual(self, block, pixels, moments):
+        norm1, _, conv1, norm2, _, conv2 = block.block
+        hidden, hidden_moments = stream.norm_act_conv(pixels, moments, norm1, conv1)
+        shortcut = pixels
+        if not isinstance(block.shortcut, nn.Identity):
+            shortcut, _ = stream.linear(pixels, block.shortcut)
+        pixels, moments = stream.norm_act_conv(hidden, hidden_moments, norm2, conv2, residual=shortcut, out=shortcut)
+        return pixels, moments, hidden
+
+    def _last(self, block, pixels, moments, scratch, output_size):
+        norm1, _, conv1, norm2, _, conv2 = block.block
+        hidden, hidden_moments = stream.norm_act_conv(pixels, moments, norm1, conv1, out=scratch)
+        if output_size is None or output_size == tuple(pixels.shape[1:3]):
+            last = partial(stream.norm_act_conv, residual=pixels, out=pixels, want_moments=False)
+            return last(hidden, hidden_moments, norm2, conv2)[0].permute(0, 3, 1, 2)  # (B,D,H,W)
+        # The last 1x1 convolution commutes with the average: apply it to the few pooled pixels.
+        hidden, _ = stream.norm_act_conv(hidden, hidden_moments, norm2, None, out=hidden, want_moments=False)
+        pool = partial(F.adaptive_avg_pool2d, output_size=output_size)
+        return pool(pixels.permute(0, 3, 1, 2)) + conv2(pool(hidden.permute(0, 3, 1, 2)))  # (B,D,h,w)

@@ -1,0 +1,90 @@
+"""Baseline fillers of the training step: `objective=cosine_mse` and `learner=sgd`."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.hooks import Batch, Learner, Objective
+from core.registry import register
+
+
+def cosine_mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """1 - cosine, plus squared error relative to each target vector's range (AnyUp's and JAFAR's released loss).
+
+    Both (N,C,h,w) -> scalar. Prediction and target are shifted by the target vector's minimum and divided by its
+    range before the squared error.
+    """
+    low, high = target.aminmax(dim=1, keepdim=True)  # (N,1,h,w)
+    squared = ((prediction - target) / (high - low + 1e-6)).square().mean()
+    return (1 - F.cosine_similarity(prediction, target, dim=1)).mean() + squared
+
+
+@register("cosine_mse")
+class CosineMSE(Objective):
+    """AnyUp's training objective (section 3.4).
+
+    Args:
+        self_consistency: weight of the agreement between guidance with and without photometric augmentation, at
+            `self_consistency_size`; 0 leaves it out, and nothing is computed for it.
+        input_consistency: weight of the agreement of the area-downsampled output with the input features.
+        self_consistency_size: side of the square output on which self-consistency is measured, in pixels.
+    """
+
+    def __init__(
+        self, self_consistency: float = 0.1, input_consistency: float = 0.1, self_consistency_size: int = 224
+    ):
+        super().__init__()
+        self.self_consistency = self_consistency
+        self.input_consistency = input_consistency
+        self.self_consistency_size = self_consistency_size
+
+    def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        output = model(batch.image, batch.features, batch.output_size)  # (B,C,Qh,Qw)
+        losses = {"reconstruction_loss": cosine_mse(crops_of(output, batch), batch.target)}
+        if self.input_consistency > 0:
+            pooled = F.interpolate(output, batch.features.shape[-2:], mode="area")  # (B,C,h,w)
+            losses["input_consistency_loss"] = self.input_consistency * cosine_mse(pooled, batch.features)
+        if self.self_consistency > 0:
+            if batch.augmented_image is None:
+                raise ValueError("objective.self_consistency > 0 needs batch.augmented_image; give it, or set it to 0")
+            size = (self.self_consistency_size,) * 2
+            with torch.no_grad():
+                clean = model(batch.image, batch.features, size)
+            augmented = model(batch.augmented_image, batch.features, size)
+            losses["self_consistency_loss"] = self.self_consistency * cosine_mse(augmented, clean)
+        return losses
+
+
+def crops_of(output: Tensor, batch: Batch) -> Tensor:
+    """(B,C,Qh,Qw) -> (N,C,th,tw): the regions that `batch.target` shows."""
+    if batch.corners is None:
+        return output
+    height, width = batch.target.shape[-2:]
+    per_image = len(batch.corners) // len(output)
+    if per_image * len(output) != len(batch.target) or len(batch.corners) != len(batch.target):
+        raise ValueError(
+            f"{len(batch.target)} targets and {len(batch.corners)} corners are no equal number of crops for each of "
+            f"{len(output)} images"
+        )
+    return torch.stack(
+        [
+            output[i // per_image, :, row : row + height, column : column + width]
+            for i, (row, column) in enumerate(batch.corners.tolist())
+        ]
+    )
+
+
+@register("sgd")
+class PlainStep(Learner):
+    """One gradient step: every loss once, backward once, update once."""
+
+    def step(
+        self, model: nn.Module, objective: Objective, batch: Batch, optimizer: torch.optim.Optimizer
+    ) -> dict[str, Tensor]:
+        losses = objective(model, batch)
+        for module in model.modules():
+            losses |= getattr(module, "auxiliary_loss", dict)()
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        return {name: loss.detach() for name, loss in losses.items()}

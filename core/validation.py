@@ -1,0 +1,86 @@
+"""What the model refuses, before it computes anything; and what it refuses from a filler."""
+
+import torch
+from torch import Tensor, nn
+
+
+def check_inputs(
+    model: nn.Module, image: Tensor, features: Tensor, output_size: tuple[int, int] | None
+) -> tuple[int, int]:
+    """The output size to use.
+
+    Raises:
+        TypeError, ValueError: an input that cannot be upsampled; the message names it and what is expected.
+    """
+    for name, tensor in (("image", image), ("features", features)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions (batch, channels, height, width), got {_shape(tensor)}")
+        if 0 in tensor.shape:
+            raise ValueError(f"{name} is empty: {_shape(tensor)}")
+    if image.shape[1] != 3:
+        raise ValueError(f"image must have 3 channels (RGB, ImageNet-normalised), got {_shape(image)}")
+    if len(image) != len(features):
+        raise ValueError(f"image and features must be the same batch, got {_shape(image)} and {_shape(features)}")
+    if min(features.shape[-2:]) < 2:
+        raise ValueError(
+            f"features must be at least 2x2 cells (keys are aggregated with reflect padding), got {_shape(features)}; "
+            "run the backbone on a larger image or with a smaller stride"
+        )
+    _check_dtypes(model, image, features)
+    if model.check_finite:
+        for name, tensor in (("image", image), ("features", features)):
+            if not torch.isfinite(tensor).all():
+                bad = (~torch.isfinite(tensor)).sum().item()
+                raise ValueError(f"{name} has {bad} NaN or infinite values of {tensor.numel()}")
+    return check_size(tuple(image.shape[-2:]) if output_size is None else output_size)
+
+
+def check_size(output_size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) as plain positive integers."""
+    try:
+        height, width = output_size
+    except (TypeError, ValueError):
+        raise ValueError(f"output_size must be (height, width), got {output_size!r}") from None
+    if height != int(height) or width != int(width) or min(height, width) < 1:
+        raise ValueError(f"output_size must be two positive integers, got {output_size!r}")
+    return int(height), int(width)
+
+
+def check_out(out: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuses an `out` tensor that the output does not fit."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a torch tensor (torch.from_numpy of a memory map), got {type(out).__name__}")
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out must have shape {shape}, got {_shape(out)}")
+    if torch.is_grad_enabled() and out.requires_grad:
+        raise ValueError("out requires a gradient; pass a plain buffer, or no out")
+
+
+def check_filled(model: nn.Module, hook: str, result: object, shape: tuple[int, ...]) -> Tensor:
+    """Refuses a filler's result that is not a tensor of the shape its hook point promises."""
+    name = type(getattr(model, hook)).__name__
+    if not isinstance(result, Tensor):
+        raise TypeError(f"{hook} {name} must return a tensor of shape {shape}, got {type(result).__name__}")
+    if tuple(result.shape) != shape:
+        raise ValueError(f"{hook} {name} must return shape {shape}, got {_shape(result)}")
+    return result
+
+
+def _check_dtypes(model: nn.Module, image: Tensor, features: Tensor) -> None:
+    weight = next(model.parameters())
+    for name, tensor in (("image", image), ("features", features)):
+        if tensor.device != weight.device:
+            raise ValueError(f"{name} is on {tensor.device} but the model is on {weight.device}; move one of them")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+            raise ValueError(
+                f"{name} is {tensor.dtype} but the model is {weight.dtype}; convert one of them "
+                f"({name}.to({weight.dtype})), or use torch.autocast"
+            )
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
