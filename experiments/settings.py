@@ -1,0 +1,63 @@
+"""Settings that several experiments share: what they may be, and what they mean."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class SettingError(ValueError):
+    """A setting that cannot work, found before anything is computed."""
+
+
+def output_grid(setting: int | Sequence[int] | None, image_size: tuple[int, int]) -> tuple[int, int]:
+    """(Qh,Qw) of one image: its own size for None, its shape with that longer side for a number, or as given.
+
+    Raises:
+        SettingError: anything else than positive whole numbers.
+    """
+    if setting is None:
+        return image_size
+    values = [setting] if isinstance(setting, int) else list(setting) if isinstance(setting, Sequence) else []
+    if len(values) not in (1, 2) or not all(isinstance(value, int) and value > 0 for value in values):
+        raise SettingError(f"output_size must be null, a positive number, or [rows, columns], got {setting}")
+    if len(values) == 2:
+        return values[0], values[1]
+    scale = values[0] / max(image_size)
+    return max(1, round(image_size[0] * scale)), max(1, round(image_size[1] * scale))
+
+
+def pick_device(setting: str) -> torch.device:
+    """`auto` is the GPU where there is one.
+
+    Raises:
+        SettingError: no such device, or it is not there.
+    """
+    if setting == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=setting).device
+    except (RuntimeError, AssertionError) as error:
+        raise SettingError(f"device={setting} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Makes `out_dir` where it is missing, and makes sure that files can be made in it.
+
+    Raises:
+        SettingError: it cannot be made, is a file, or is read-only.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise SettingError(f"out_dir={folder} cannot be written to: {error.strerror}") from error
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises SettingError when `value` is none of `choices`."""
+    if value not in choices:
+        raise SettingError(f"{name} must be one of {', '.join(choices)}, got {value}")

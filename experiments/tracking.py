@@ -1,0 +1,269 @@
+"""What is kept about a run, in MLflow: the only file that imports it, and only when a run starts.
+
+Kept of every run: resolved configuration, one tag per hook point, git commit with the uncommitted changes, seed,
+device, package versions, time, peak memory, and whatever the experiment logs. The store is `mlflow.db` with the
+artifacts in `mlruns/`, both in the working directory, unless `MLFLOW_TRACKING_URI` names another.
+"""
+
+import json
+import logging
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from core.hooks import HOOK_POINTS
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+DEFAULT_URI = "sqlite:///mlflow.db"
+_ROOT = Path(__file__).resolve().parent.parent
+_PARAMS_PER_CALL = 100  # what MLflow takes at once
+_FIRST_CALL_S = 5  # seconds until a silent server counts as unreachable
+
+
+class TrackingUnavailable(RuntimeError):
+    """The tracking store cannot be used; raised before anything is computed."""
+
+
+class Run:
+    """One run, or, with tracking switched off, a stand-in that records nothing."""
+
+    def __init__(self, client: "MlflowClient | None" = None, run_id: str = "") -> None:
+        self.client = client
+        self.run_id = run_id
+        """MLflow's identifier, empty when tracking is switched off."""
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Logs scalars of one step."""
+        if self.client is None:
+            return
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(key, float(value), now, step) for key, value in values.items()]
+        self.client.log_batch(self.run_id, metrics=metrics)
+
+    def picture(self, image: Image.Image, name: str) -> None:
+        """Keeps a picture as the artifact `name`, such as `pictures/coffee.png`."""
+        if self.client is not None:
+            self.client.log_image(self.run_id, image, name)
+
+    def text(self, content: str, name: str) -> None:
+        """Keeps a text (YAML, JSON, a table) as the artifact `name`."""
+        if self.client is not None:
+            self.client.log_text(self.run_id, content, name)
+
+    def file(self, path: Path, folder: str = "") -> None:
+        """Keeps a copy of a file (a checkpoint) in `folder` of the artifacts."""
+        if self.client is not None:
+            self.client.log_artifact(self.run_id, str(path), folder or None)
+
+    def tag(self, key: str, value: str) -> None:
+        """Sets a tag, to find the run by."""
+        if self.client is not None:
+            self.client.set_tag(self.run_id, key, value)
+
+
+@contextmanager
+def track(config: DictConfig, device: torch.device | str = "cpu") -> Iterator[Run]:
+    """Runs the block as one MLflow run: FINISHED at its end, FAILED (or KILLED, when interrupted) on an exception.
+
+    `config.tracking` has `enabled`, `experiment` and `run_name`; the whole of `config` is recorded.
+
+    Raises:
+        TrackingUnavailable: the store cannot be reached or written, within seconds and before the block starts.
+    """
+    if not config.tracking.enabled:
+        yield Run()
+        return
+    started = time.perf_counter()
+    run = _start(config, str(device))
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    status = "FAILED"
+    try:
+        yield run
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        _end(run, status, started)
+
+
+def store_uri() -> str:
+    """Where runs are recorded: `MLFLOW_TRACKING_URI`, or the database in the working directory."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+
+
+def _start(config: DictConfig, device: str) -> Run:
+    uri = store_uri()
+    _import_mlflow()
+    with _unavailable(uri):
+        client = _connect(uri)
+        commit, changes = _git_state()
+        tags = {f"hook.{hook}": config[hook].name for hook in HOOK_POINTS if hook in config}
+        tags |= {"device": device, "git.commit": commit or "none", "git.dirty": "yes" if changes else "no"}
+        experiment = _experiment(client, uri, config.tracking.experiment)
+        created = client.create_run(experiment, tags=tags, run_name=config.tracking.run_name)
+        run = Run(client, created.info.run_id)
+        _log_parameters(client, run.run_id, config)
+        run.text(OmegaConf.to_yaml(config, resolve=True), "run/config.yaml")
+        run.text(json.dumps(_environment(), indent=1), "run/environment.json")
+        if changes:
+            run.text(changes, "run/uncommitted.diff")
+    return run
+
+
+def _end(run: Run, status: str, started: float) -> None:
+    """Closes a run. A store that is lost by now is reported; it must not hide how the run itself ended."""
+    from mlflow.exceptions import MlflowException
+
+    used = {"time_s": time.perf_counter() - started, "peak_memory_mb": _peak_memory_mb()}
+    if torch.cuda.is_available():
+        used["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    try:
+        run.metrics(used)
+        run.client.set_terminated(run.run_id, status)
+    except MlflowException as error:
+        log.error("the end of run %s (%s) could not be recorded: %s", run.run_id, status, error)
+
+
+@contextmanager
+def _unavailable(uri: str) -> Iterator[None]:
+    """Turns what the layers below raise about a store into one error that says what to do."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (ImportError, OSError, SQLAlchemyError, MlflowException) as error:
+        reason = str(error).strip().splitlines()[0][:300]
+        raise TrackingUnavailable(
+            f"the tracking store {uri} cannot be used ({reason}). Start it, "
+            f"or unset MLFLOW_TRACKING_URI to record into {DEFAULT_URI} here, or add tracking.enabled=false"
+        ) from error
+
+
+def _import_mlflow() -> None:
+    """Imports MLflow without its usage reports, its log lines about set-up, and the warning it causes."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The ``noload`` loader strategy is deprecated")
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+    for name in ("mlflow.store.db.utils", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _connect(uri: str) -> "MlflowClient":
+    """A client that has got one answer within seconds; left to itself MLflow tries for minutes."""
+    from mlflow import MlflowClient
+
+    if uri.partition(":")[0].partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql"):
+        _check_database(uri)
+    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_FIRST_CALL_S)}
+    added = {key: value for key, value in limits.items() if key not in os.environ}
+    os.environ.update(added)
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    finally:
+        for key in added:
+            del os.environ[key]
+    return client
+
+
+def _check_database(uri: str) -> None:
+    import sqlalchemy
+
+    url = sqlalchemy.make_url(uri)
+    if url.get_backend_name() == "sqlite" and url.database:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = sqlalchemy.create_engine(url)
+    try:
+        sqlalchemy.inspect(engine).get_table_names()
+    finally:
+        engine.dispose()
+
+
+def _experiment(client: "MlflowClient", uri: str, name: str) -> str:
+    """The identifier of an experiment, made when there is none; beside a local database go its artifacts."""
+    known = client.get_experiment_by_name(name)
+    if known is not None:
+        return known.experiment_id
+    folder = Path("mlruns").resolve().as_uri() if uri.startswith("sqlite:") else None
+    return client.create_experiment(name, artifact_location=folder)
+
+
+def _log_parameters(client: "MlflowClient", run_id: str, config: DictConfig) -> None:
+    from mlflow.entities import Param
+
+    flat = scalars(OmegaConf.to_container(config, resolve=True))
+    params = [Param(key, str(value)) for key, value in flat.items()]
+    for i in range(0, len(params), _PARAMS_PER_CALL):
+        client.log_batch(run_id, params=params[i : i + _PARAMS_PER_CALL])
+
+
+def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested configuration -> its scalars under dotted keys; lists stay in the YAML, where they are readable."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= scalars(value, f"{prefix}{key}.")
+        elif value is None or isinstance(value, str | int | float | bool):
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _environment() -> dict[str, Any]:
+    packages = {found.metadata["Name"]: found.version for found in distributions()}
+    return {
+        "python": sys.version,
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": dict(sorted(packages.items())),
+    }
+
+
+def _git(*arguments: str) -> str:
+    """What git says about this source tree; empty where there is no git, or the tree is no checkout."""
+    try:
+        command = ["git", "-C", str(_ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def _git_state() -> tuple[str, str]:
+    """(commit, what differs from it); both empty when this source is not under version control.
+
+    New source files count as differences: an idea often is one.
+    """
+    if not _git("ls-files", "--", __file__):
+        return "", ""
+    new = _git("ls-files", "--others", "--exclude-standard", "--", "*.py", "*.yaml").splitlines()
+    added = [_git("diff", "--no-index", "--", os.devnull, name) for name in new]
+    return _git("rev-parse", "HEAD"), "\n".join(filter(None, [_git("diff", "HEAD"), *added]))
+
+
+def _peak_memory_mb() -> float:
+    """The most this process has held so far; Linux counts in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
