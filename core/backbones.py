@@ -180,9 +180,11 @@ def _timm(model: str, aligned: bool | None = True) -> Choice:
     return Choice("timm", model, aligned=aligned)
 
 
-# ResNet-50 and MobileNetV2 pad strided convolutions on both sides: feature i looks at pixel stride·i, (stride-1)/2 up
-# and left of its cell's centre. TensorFlow's "same" padding and SqueezeNet, which pads nothing, look as far down and
-# right, at stride·(i+1) - 1; SqueezeNet also gives one row and one column less than the image has cells.
+# Where the receptive field of feature i is centred when not at (i + 0.5) / h: ResNet-50 and MobileNetV2 pad strided
+# convolutions on both sides: pixel stride·i, (stride - 1) / 2 up and left of the cell's centre. TensorFlow's "same"
+# padding and SqueezeNet, which pads nothing: pixel stride·(i + 1) - 1, as far down and right; and SqueezeNet has one
+# row and one column less than the image has cells. Trained weights lean back: TensorFlow's MobileNetV2 agrees best
+# with its mirror image at 3 pixels, not 7.5.
 _TENSORFLOW = {
     "pad_type": "same",
     "pretrained_cfg_overlay": {"mean": (0.5,) * 3, "std": (0.5,) * 3, "num_classes": 1001, "hf_hub_id": None},
@@ -210,7 +212,9 @@ CHOICES: dict[str, Choice] = {
     "mobilenetv2": Choice(
         "timm", "mobilenetv2_100.ra_in1k", default_layer=3, aligned=False, twins={1001: "mobilenetv2_tf"}
     ),
-    "mobilenetv2_tf": Choice("timm", "mobilenetv2_100", _TENSORFLOW, default_layer=3, aligned=False),
+    "mobilenetv2_tf": Choice(
+        "timm", "mobilenetv2_100", _TENSORFLOW, default_layer=3, aligned=False, twins={1000: "mobilenetv2"}
+    ),
     "squeezenet": Choice("torchvision", aligned=False),
     "hog8": Choice("hog", patch_size=8),
     "hog16": Choice("hog", patch_size=16),
@@ -226,8 +230,9 @@ def load_backbone(name: str, weights: str | Path | None = None, model: str | Non
     `weights`: None fetches the pretrained weights from the hub; a path loads a local file (.safetensors, or
     .pth/.pt/.bin without any code in it) with timm's parameter names, with or without the classifier; "random" is a
     fixed random initialisation, for tests and demonstrations only. The classical descriptors have none.
-    `model`: timm's id, for `name="timm"` only. `mobilenetv2` given a file with 1001 classes is TensorFlow's, and is
-    built as `mobilenetv2_tf`: other padding and normalisation, and no weights on the hub.
+    `model`: timm's id, for `name="timm"` only. A MobileNetV2 file with 1001 classes is TensorFlow's and is built as
+    `mobilenetv2_tf` (other padding and normalisation, no weights on the hub), one with 1000 as `mobilenetv2`,
+    whichever of the two was asked for; without a classifier it is taken as the one asked for.
 
     Raises:
         ValueError: unknown name; `model` given or missing in the wrong place; weights for a classical descriptor.

@@ -6,6 +6,7 @@ timm: Ross Wightman, PyTorch Image Models (Apache-2.0).
 import inspect
 import pickle
 import struct
+import warnings
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,7 +19,17 @@ from core.backbones import CHOICES, Backbone, Choice, WeightsError, WeightsUnava
 
 RANDOM = "random"
 PICKLED = (".pth", ".pt", ".bin")
-DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, AssertionError, struct.error)
+DAMAGED = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+)
 """What torch's reader raises for cut or altered files, found by cutting and altering them."""
 SHOWN_KEYS = 4
 
@@ -119,7 +130,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if path.suffix not in PICKLED:
         raise WeightsError(f"weights {path}: cannot read {path.suffix!r}, only .safetensors, {', '.join(PICKLED)}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on odd files: what is wrong is said below
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"weights {path}: refused, it holds more than tensors (loading it would run code) or is damaged; nothing "
