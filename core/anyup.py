@@ -12,6 +12,7 @@ from core import checkpoint, validation
 from core.attention import WindowAttention
 from core.encoder import Encoder
 from core.hooks import Attention, Decoder, Refiner, Temporal, Unifier
+from core.norm_act_conv import Buffers
 from core.passthrough import NoDecoder, NoRefiner, NoTemporal
 from core.registry import describe
 from core.rotary import Rotary
@@ -137,11 +138,12 @@ class AnyUp(nn.Module, ModelHubMixin):
 
     def _guide(self, image, features, output_size):
         grid = tuple(features.shape[-2:])
-        guidance = self.rotary(self.image_encoder(image))  # (B,D,H,W)
+        buffers = Buffers()
+        guidance = self.rotary(self.image_encoder(image, buffers=buffers))  # (B,D,H,W)
         unified = self.unifier(features, guidance)  # (B,D,h,w)
         validation.check_filled(self, "unifier", unified, (len(features), self.embed_dim, *grid))
-        key = self.aggregation(torch.cat([self.key_encoder(guidance, grid), unified], 1))  # (B,D,h,w)
-        query = self.query_encoder(guidance, output_size)  # (B,D,Qh,Qw)
+        key = self.aggregation(torch.cat([self.key_encoder(guidance, grid, buffers), unified], 1))  # (B,D,h,w)
+        query = self.query_encoder(guidance, output_size, buffers)  # (B,D,Qh,Qw)
         return guidance, query, key
 
     def _checked(self, hook, output, features, size):

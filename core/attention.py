@@ -1,14 +1,16 @@
 """Baseline fillers of `attention`: AnyUp's windowed attention, exact in bounded memory, and the global ablation."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from core import winograd
 from core.hooks import Attention
+from core.memory import empty
 from core.registry import register
 from core.windows import Tiles, tiles
 
@@ -47,7 +49,7 @@ class CrossAttention(Attention):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return torch.cat([band for _, band in self.bands(query, key, value)], 2)  # (B,C,Qh,Qw)
         batch, channels = value.shape[:2]
-        output = value.new_empty(batch, *query.shape[-2:], channels)  # (B,Qh,Qw,C)
+        output = empty((batch, *query.shape[-2:], channels), value)  # (B,Qh,Qw,C)
         for _ in self._bands(query, key, value, output):
             pass
         return output.permute(0, 3, 1, 2)  # (B,C,Qh,Qw)
@@ -59,36 +61,42 @@ class CrossAttention(Attention):
         height, width = query.shape[-2:]
         down = tiles(height, key.shape[-2], self.window_ratio)
         across = tiles(width, key.shape[-1], self.window_ratio)
-        keys = self.project_key(self.norm_key(key.permute(0, 2, 3, 1)))  # (B,h,w,D)
+        head_scale = (self.num_heads / key.shape[1]) ** 0.5
+        keys = self.project_key(self.norm_key(key.permute(0, 2, 3, 1))) * head_scale  # (B,h,w,D)
         values = value.permute(0, 2, 3, 1)  # (B,h,w,C)
         logits = len(key) * self.num_heads * down.size * across.size * down.keys.shape[1] * across.keys.shape[1]
         at_once = max(1, MAX_LOGITS.get(query.device.type, 2**20) // logits)  # tiles
         recompute = torch.is_grad_enabled() and at_once < len(down) * len(across)
+        convolve = self._convolution(query)
         for some, rows, size in down.blocks(max(1, at_once // len(across))):
-            halo = query[:, :, max(rows.start - 1, 0) : rows.stop + 1]
-            halo = F.pad(halo, (0, 0, int(rows.start == 0), int(rows.stop == height)))  # (B,D,rows+2,Qw)
             target = None if output is None else output[:, rows]
-            arguments = halo, keys, values, down.keys[some], down.visible[some, :size], across, at_once, target
+            band = partial(self._band, convolve, rows, across=across, at_once=at_once, target=target)
+            arguments = keys, values, down.keys[some], down.visible[some, :size]
             if recompute and not torch.compiler.is_compiling():
-                band = checkpoint(self._band, *arguments, use_reentrant=False)
+                band = checkpoint(band, *arguments, use_reentrant=False)
             else:
-                band = self._band(*arguments)
+                band = band(*arguments)
             yield rows, band.permute(0, 3, 1, 2)  # (B,C,rows,Qw)
 
-    def _band(self, halo, keys, values, key_rows, rows_visible, across: Tiles, at_once, target):
+    def _convolution(self, query: Tensor) -> Callable[[slice], Tensor]:
+        """rows -> (B,rows,Qw,D) of the convolved query."""
+        if winograd.usable(query):
+            return winograd.Winograd(self.conv.weight, query.permute(0, 2, 3, 1).contiguous()).rows
+        return partial(winograd.direct_rows, self.conv.weight, query)
+
+    def _band(self, convolve, rows, keys, values, key_rows, rows_visible, across: Tiles, at_once, target):
         """Rows of queries, m tiles of them -> (B,rows,Qw,C), written to `target` if there is one."""
-        query = F.conv2d(halo, self.conv.weight, padding=(0, 1)).permute(0, 2, 3, 1)  # (B,rows,Qw,D)
-        query = self.project_query(self.norm_query(query))
+        query = self.norm_query(convolve(rows))  # (B,rows,Qw,D)
         query = query.unflatten(1, rows_visible.shape[:2])  # (B,m,R,Qw,D)
-        keys, values = keys[:, key_rows], values[:, key_rows]  # (B,m,Kh,w,·)
+        keys, values = (grid[:, key_rows].transpose(2, 3).contiguous() for grid in (keys, values))  # (B,m,w,Kh,·)
         parts = []
         for some, columns, size in across.blocks(max(1, at_once // len(key_rows))):
-            visible = rows_visible[:, None, :, None, :, None] & across.visible[some, None, :size, None]
+            run = across.keys[some].flatten().to(query.device)
             part = self._tiles(
                 query[:, :, :, columns].unflatten(3, (-1, size)),  # (B,m,R,n,T,D)
-                keys[:, :, :, across.keys[some]],  # (B,m,Kh,n,Kw,D)
-                values[:, :, :, across.keys[some]],  # (B,m,Kh,n,Kw,C)
-                visible.to(query.device),  # (m,n,R,T,Kh,Kw)
+                keys.index_select(2, run).unflatten(2, (-1, across.keys.shape[1])),  # (B,m,n,Kw,Kh,D)
+                values.index_select(2, run).unflatten(2, (-1, across.keys.shape[1])),  # (B,m,n,Kw,Kh,C)
+                rows_visible[:, None, :, None, None] & across.visible[some, None, :size, :, None],  # (m,n,R,T,Kw,Kh)
             )
             if target is None:
                 parts.append(part.flatten(3, 4).flatten(1, 2))  # (B,rows,n·T,C)
@@ -97,20 +105,23 @@ class CrossAttention(Attention):
         return torch.cat(parts, 2) if target is None else target
 
     def _tiles(self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-        """(B,m,R,n,T,D), (B,m,Kh,n,Kw,D), (B,m,Kh,n,Kw,C), (m,n,R,T,Kh,Kw) -> (B,m,R,n,T,C)."""
+        """(B,m,R,n,T,D), (B,m,n,Kw,Kh,D), (B,m,n,Kw,Kh,C), (m,n,R,T,Kw,Kh) -> (B,m,R,n,T,C)."""
         batch, m, rows, n, columns, _ = query.shape
-        heads, num_keys, channels = self.num_heads, visible.shape[-2:].numel(), values.shape[-1]
-        query = query.unflatten(5, (heads, -1)).permute(0, 1, 3, 5, 2, 4, 6)  # (B,m,n,heads,R,T,d)
-        keys = keys.unflatten(5, (heads, -1)).permute(0, 1, 3, 5, 6, 2, 4)  # (B,m,n,heads,d,Kh,Kw)
-        query = query.reshape(batch * m * n * heads, rows * columns, -1)
-        keys = keys.reshape(batch * m * n * heads, -1, num_keys) * query.shape[-1] ** -0.5
-        logits = torch.bmm(query, keys).view(batch, m * n, heads, rows * columns, num_keys)
-        hidden = ~visible.reshape(m * n, 1, rows * columns, num_keys)
-        weights = logits.masked_fill(hidden, -torch.inf).softmax(-1).mean(2)  # (B,m·n,R·T,K)
-        values = values.permute(0, 1, 3, 2, 4, 5).reshape(-1, num_keys, channels)  # (B·m·n,K,C)
-        weighted = torch.bmm(weights.flatten(0, 1).to(values.dtype), values)  # (B·m·n,R·T,C)
-        return weighted.view(batch, m, n, rows, columns, channels).transpose(2, 3)
-
+        query = query.transpose(2, 3).reshape(batch * m * n, rows * columns, -1)  # (P,M,D), P = B·m·n tiles
+        query = self.project_query(query)
+        keys, values = keys.flatten(3, 4).flatten(0, 2), values.flatten(3, 4).flatten(0, 2)  # (P,K,D), (P,K,C)
+        bias = None
+        if not visible.all():
+            hidden = ~visible.reshape(m * n, rows * columns, -1)
+            bias = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, -torch.inf)
+            bias = bias.to(query.device).repeat(batch, 1, 1)  # (P,M,K)
+        weights = 0
+        for q, k in zip(query.chunk(self.num_heads, 2), keys.chunk(self.num_heads, 2), strict=True):
+            k = k.transpose(1, 2)  # (P,D/heads,K)
+            logits = torch.bmm(q, k) if bias is None else torch.baddbmm(bias, q, k)  # (P,M,K)
+            weights += logits.softmax(-1)
+        weighted = torch.bmm((weights / self.num_heads).to(values.dtype), values)  # (P,M,C)
+        return weighted.view(batch, m, n, rows, columns, -1).transpose(2, 3)
 
 @register("window")
 class WindowAttention(CrossAttention):

@@ -149,6 +149,23 @@ def from_published(state: dict[str, Tensor], path: str | Path = "state dict") ->
     return renamed, config
 
 
+def to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our baseline state dict under the published names; what has no counterpart here becomes zeros."""
+    published = {}
+    for name, tensor in state.items():
+        prefix = next((new for new in _RENAMES.values() if name.startswith(new)), "")
+        old = next((old for old, new in _RENAMES.items() if new == prefix), "")
+        if not name.startswith("attention.project_"):
+            published[old + name[len(prefix) :]] = tensor
+    query, key = state["attention.project_query.weight"], state["attention.project_key.weight"]
+    bias = state["attention.project_query.bias"]
+    zeros = torch.zeros_like(bias)
+    published[_IN_PROJECTION + "weight"] = torch.cat([query, key, torch.zeros_like(key)])
+    published[_IN_PROJECTION + "bias"] = torch.cat([bias, zeros, zeros])
+    published[_OUT_PROJECTION + "weight"], published[_OUT_PROJECTION + "bias"] = torch.zeros_like(key), zeros
+    return published
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, "pt") as file:

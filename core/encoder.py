@@ -50,13 +50,15 @@ class Encoder(nn.Sequential):
         self.twice_differentiable = False
         self.compiled = None
 
-    def forward(self, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, output_size: tuple[int, int] | None = None, buffers: stream.Buffers | None = None
+    ) -> Tensor:
         """Encodes, then averages over the cells of `output_size` (adaptive average pooling) if one is given."""
         if self.compiled is not None:
             return self.compiled(x, output_size)
         if self.twice_differentiable or torch.compiler.is_compiling():
             return self.plain(x, output_size)
-        return self.streamed(x, output_size)
+        return self.streamed(x, output_size, buffers or stream.Buffers())
 
     def plain(self, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
         """The definition, in operations that differentiate any number of times."""
@@ -64,29 +66,34 @@ class Encoder(nn.Sequential):
             x = layer(x)
         return x if output_size is None else F.adaptive_avg_pool2d(x, output_size)  # (B,D,h,w)
 
-    def streamed(self, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+    def streamed(self, x: Tensor, output_size: tuple[int, int] | None, buffers: stream.Buffers) -> Tensor:
         """The same numbers with two image-sized buffers, or (with gradients) by recomputing what is cheap."""
         stem, first, last = self
-        pixels, moments = stream.stem(stem, x)  # (B,H,W,D)
-        pixels, moments, scratch = self._residual(first, pixels, moments)
-        return self._last(last, pixels, moments, scratch, output_size)
-
-    def _residual(self, block, pixels, moments):
-        norm1, _, conv1, norm2, _, conv2 = block.block
-        hidden, hidden_moments = stream.norm_act_conv(pixels, moments, norm1, conv1)
+        pixels, moments = stream.stem(stem, x, buffers)  # (B,H,W,D)
+        hidden, hidden_moments = _first_half(first, pixels, moments, buffers)
         shortcut = pixels
-        if not isinstance(block.shortcut, nn.Identity):
-            shortcut, _ = stream.linear(pixels, block.shortcut)
-        pixels, moments = stream.norm_act_conv(hidden, hidden_moments, norm2, conv2, residual=shortcut, out=shortcut)
-        return pixels, moments, hidden
-
-    def _last(self, block, pixels, moments, scratch, output_size):
-        norm1, _, conv1, norm2, _, conv2 = block.block
-        hidden, hidden_moments = stream.norm_act_conv(pixels, moments, norm1, conv1, out=scratch)
+        if not isinstance(first.shortcut, nn.Identity):
+            shortcut, _ = stream.linear(pixels, first.shortcut, buffers)
+        norm, _, conv = first.block[3:]
+        pixels, moments = stream.norm_act_conv(hidden, hidden_moments, norm, conv, out=shortcut, residual=shortcut)
+        buffers.give_back(hidden)
+        hidden, hidden_moments = _first_half(last, pixels, moments, buffers)
+        norm, _, conv = last.block[3:]
+        finish = partial(stream.norm_act_conv, hidden, hidden_moments, norm, want_moments=False)
         if output_size is None or output_size == tuple(pixels.shape[1:3]):
-            last = partial(stream.norm_act_conv, residual=pixels, out=pixels, want_moments=False)
-            return last(hidden, hidden_moments, norm2, conv2)[0].permute(0, 3, 1, 2)  # (B,D,H,W)
+            pixels, _ = finish(conv, out=pixels, residual=pixels)
+            buffers.give_back(hidden)
+            return pixels.permute(0, 3, 1, 2)  # (B,D,H,W)
         # The last 1x1 convolution commutes with the average: apply it to the few pooled pixels.
-        hidden, _ = stream.norm_act_conv(hidden, hidden_moments, norm2, None, out=hidden, want_moments=False)
-        pool = partial(F.adaptive_avg_pool2d, output_size=output_size)
-        return pool(pixels.permute(0, 3, 1, 2)) + conv2(pool(hidden.permute(0, 3, 1, 2)))  # (B,D,h,w)
+        active, _ = finish(None, out=hidden)
+        pooled, active_pooled = (
+            F.adaptive_avg_pool2d(image.permute(0, 3, 1, 2), output_size) for image in (pixels, active)
+        )
+        buffers.give_back(pixels)
+        buffers.give_back(hidden)
+        return pooled + conv(active_pooled)  # (B,D,h,w)
+
+
+def _first_half(block: ResBlock, pixels: Tensor, moments: stream.Moments, buffers: stream.Buffers):
+    norm, _, conv = block.block[:3]
+    return stream.norm_act_conv(pixels, moments, norm, conv, out=buffers.take(pixels, conv.out_channels))

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-PIXELS_PER_BLOCK = 4096  # 2 MB at D = 128 in float32: stays in cache between the operations of one step
+from core.memory import empty
+
+PIXELS_PER_BLOCK = 2048  # 1 MB at D = 128 in float32: stays in cache between the operations of one step
 
 
 class Moments(NamedTuple):
@@ -24,26 +26,48 @@ class Moments(NamedTuple):
     var: Tensor
 
 
-def stem(layer: nn.Module, x: Tensor) -> tuple[Tensor, Moments]:
+class Buffers:
+    """Image-sized buffers that the encoders of one forward hand on: fresh memory costs more than a pass over it."""
+
+    def __init__(self):
+        self.free: list[Tensor] = []
+
+    def take(self, like: Tensor, width: int) -> Tensor | None:
+        """An uninitialised (B,H,W,width) buffer; None with gradients, which need every result kept."""
+        if torch.is_grad_enabled():
+            return None
+        shape = (*like.shape[:-1], width)
+        for i, buffer in enumerate(self.free):
+            if buffer.shape == shape and buffer.dtype == like.dtype:
+                return self.free.pop(i)
+        return empty(shape, like)
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Says that nothing reads `buffer` any more."""
+        if not torch.is_grad_enabled():
+            self.free.append(buffer)
+
+
+def stem(layer: nn.Module, x: Tensor, buffers: Buffers) -> tuple[Tensor, Moments]:
     """(B,in,H,W) -> pixel-major (B,H,W,D) of an encoder's first layer, with its moments."""
     if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
-        return linear(x.permute(0, 2, 3, 1).contiguous(), layer)
+        return linear(x.permute(0, 2, 3, 1).contiguous(), layer, buffers)
     pixels = layer(x).permute(0, 2, 3, 1).contiguous()  # (B,H,W,D)
     return pixels, moments_of(pixels.detach())
 
 
-def linear(pixels: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Moments]:
+def linear(pixels: Tensor, conv: nn.Conv2d, buffers: Buffers) -> tuple[Tensor, Moments]:
     """A 1x1 convolution of (B,H,W,in) -> (B,H,W,out), with the moments of the result."""
     weight = _cast(conv.weight.flatten(1), pixels)  # (out,in)
     pixels = _cast(pixels, pixels)
     if torch.is_grad_enabled():
         out = F.linear(pixels, weight)  # (B,H,W,out)
         return out, moments_of(out.detach())
-    out = pixels.new_empty(*pixels.shape[:-1], len(weight))
+    out = buffers.take(pixels, len(weight))
     collect = _Collector()
     for image, block in _blocks(pixels):
         target = _rows(out, image, block)
-        torch.mm(_rows(pixels, image, block), weight.t(), out=target)
+        target.zero_().addmm_(_rows(pixels, image, block), weight.t())  # faster on CPU than torch.mm(out=target)
         collect(image, target)
     return out, collect.moments()
 
@@ -53,8 +77,8 @@ def norm_act_conv(
     moments: Moments,
     norm: nn.GroupNorm,
     conv: nn.Conv2d | None,
+    out: Tensor | None,
     residual: Tensor | None = None,
-    out: Tensor | None = None,
     want_moments: bool = True,
 ) -> tuple[Tensor, Moments | None]:
     """residual + conv(silu(norm(x))), all (B,H,W,D), with the moments of the result.
@@ -62,7 +86,7 @@ def norm_act_conv(
     Args:
         moments: of x.
         conv: a 1x1 convolution without bias; None: no convolution.
-        out: where to write if no gradient is wanted; may be `residual`, or x itself if there is no convolution.
+        out: where to write, if no gradient is wanted; may be `residual`, or x itself if there is no convolution.
         want_moments: False where no normalisation follows.
     """
     weight = None if conv is None else _cast(conv.weight.flatten(1), x)  # (out,in)
@@ -70,8 +94,6 @@ def norm_act_conv(
     if torch.is_grad_enabled():
         y, new_mean, new_var = _NormActConv.apply(x, mean, rstd, norm.weight, norm.bias, weight, residual, want_moments)
         return y, Moments(new_mean, new_var) if want_moments else None
-    if out is None:
-        out = x.new_empty(*x.shape[:-1], x.shape[-1] if weight is None else len(weight))
     return out, _forward(x, mean, rstd, norm.weight, norm.bias, weight, residual, out, want_moments)
 
 
@@ -91,10 +113,12 @@ def _forward(x, mean, rstd, gamma, beta, weight, residual, out, want_moments):
         scale, shift = _affine(mean[image], rstd[image], gamma, beta, x.dtype)
         active = target if weight is None else scratch[: len(pixels)]
         F.silu(torch.addcmul(shift, pixels, scale, out=active), inplace=True)
-        if weight is not None and residual is None:
-            torch.mm(active, weight.t(), out=target)
-        elif weight is not None:
-            torch.addmm(_rows(residual, image, block), active, weight.t(), out=target)
+        if weight is not None:
+            if residual is None:
+                target.zero_()  # also brings cold lines into the cache, which makes the product faster on CPU
+            elif residual is not out:
+                target.copy_(_rows(residual, image, block))
+            target.addmm_(active, weight.t())
         if want_moments:
             collect(image, target)
     return collect.moments() if want_moments else None

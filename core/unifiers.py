@@ -11,7 +11,7 @@ from core.encoder import Encoder
 from core.hooks import Unifier
 from core.registry import register
 
-MAX_RESPONSES = 2**22  # filter responses held at once: 16 MB in float32
+MAX_RESPONSES = {"cpu": 2**18, "cuda": 2**26}  # filter responses held at once: on CPU they stay in cache
 
 
 class Ordering(Enum):
@@ -40,31 +40,33 @@ class BasisConvolution(nn.Module):
         batch, channels, height, width = features.shape
         num_basis, _, kernel_size, _ = self.basis.shape
         padding = kernel_size // 2
-        inside = F.conv2d(
-            features.new_ones(1, 1, height, width), features.new_ones(1, 1, kernel_size, kernel_size), padding=padding
-        )  # (1,1,h,w): taps inside the grid
+        taps = features.new_ones(1, 1, kernel_size, kernel_size)
+        inside = F.conv2d(features.new_ones(1, 1, height, width), taps, padding=padding)  # (1,1,h,w)
         padded = F.pad(features, (padding,) * 4)
-        rows = max(1, MAX_RESPONSES // (batch * width * channels * num_basis))
         keep_little = torch.is_grad_enabled() and not (self.twice_differentiable or torch.compiler.is_compiling())
+        budget = MAX_RESPONSES.get(features.device.type, 2**18)
+        step = max(1, budget // (batch * width * channels * num_basis))
         bands = []
-        for top in range(0, height, rows):
-            bottom = min(top + rows, height)
-            band = padded[:, :, top : bottom + 2 * padding], inside[:, :, top:bottom], self.basis
+        for top in range(0, height, step):
+            bottom = min(top + step, height)
+            band = padded[:, :, top : bottom + 2 * padding], inside[:, :, top:bottom], self.basis, budget
             bands.append(checkpoint(self._band, *band, use_reentrant=False) if keep_little else self._band(*band))
         return torch.cat(bands, 2)  # (B,M,h,w)
 
-    def _band(self, padded: Tensor, inside: Tensor, basis: Tensor) -> Tensor:
+    def _band(self, padded: Tensor, inside: Tensor, basis: Tensor, budget: int) -> Tensor:
+        """Rows of cells: (B,C,rows+k-1,w+k-1), (1,1,rows,w) -> (B,M,rows,w)."""
         batch, channels = padded.shape[:2]
         num_basis, _, kernel_size, _ = basis.shape
-        rows, width = inside.shape[-2:]
-        patches = padded.unfold(2, kernel_size, 1).unfold(3, kernel_size, 1)  # (B,C,rows,w,k,k)
-        patches = (patches / inside[..., None, None]).permute(0, 2, 3, 1, 4, 5)  # (B,rows,w,C,k,k)
-        responses = patches.reshape(-1, kernel_size**2) @ basis.flatten(1).t()  # (B·rows·w·C,M)
-        if self.ordering is Ordering.released:
-            unified = responses.view(-1, num_basis, channels).softmax(1).mean(2)
-        else:
-            unified = responses.view(-1, channels, num_basis).softmax(2).mean(1)
-        return unified.view(batch, rows, width, num_basis).permute(0, 3, 1, 2)  # (B,M,rows,w)
+        patches = padded.unfold(2, kernel_size, 1).unfold(3, kernel_size, 1) / inside[..., None, None]
+        patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, channels, kernel_size**2)  # (B·rows·w,C,k²)
+        unified = []
+        for some in patches.split(max(1, budget // (channels * num_basis))):
+            responses = some.flatten(0, 1) @ basis.flatten(1).t()  # (cells·C,M)
+            if self.ordering is Ordering.released:
+                unified.append(responses.view(-1, num_basis, channels).softmax(1).mean(2))
+            else:
+                unified.append(responses.view(-1, channels, num_basis).softmax(2).mean(1))
+        return torch.cat(unified).view(batch, *inside.shape[-2:], num_basis).permute(0, 3, 1, 2)
 
 
 @register("learned_basis")

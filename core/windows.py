@@ -31,10 +31,14 @@ def window_bounds(num_queries: int, num_keys: int, window_ratio: float) -> tuple
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of `size` consecutive queries along one axis (the last may be shorter), each sharing one run of keys."""
+    """Tiles of consecutive queries along one axis, each sharing one run of keys.
+
+    All tiles have `size` queries, except the first, which has `offset` of them unless that is 0, and the last.
+    """
 
     num_queries: int
     size: int
+    offset: int
     keys: Tensor
     """(tiles, K) int64: the keys of each tile's run, K being enough for the widest tile."""
     visible: Tensor
@@ -45,22 +49,44 @@ class Tiles:
 
     def blocks(self, at_once: int) -> Iterator[tuple[slice, slice, int]]:
         """Runs of at most `at_once` tiles of equal length: (tiles, queries, length of each tile)."""
-        whole, rest = divmod(self.num_queries, self.size)
+        short = int(self.offset > 0)
+        if short:
+            yield slice(0, 1), slice(0, self.offset), self.offset
+        whole, rest = divmod(self.num_queries - self.offset, self.size)
         for start in range(0, whole, at_once):
             stop = min(start + at_once, whole)
-            yield slice(start, stop), slice(start * self.size, stop * self.size), self.size
+            queries = slice(self.offset + start * self.size, self.offset + stop * self.size)
+            yield slice(short + start, short + stop), queries, self.size
         if rest:
-            yield slice(whole, whole + 1), slice(whole * self.size, self.num_queries), rest
+            yield slice(short + whole, short + whole + 1), slice(self.num_queries - rest, self.num_queries), rest
 
 
 def tiles(num_queries: int, num_keys: int, window_ratio: float) -> Tiles:
-    """Groups the queries of one axis by the key cell they fall in (several cells where cells hold few queries)."""
+    """Groups the queries of one axis into tiles of one key cell (several where cells hold few queries).
+
+    Tiles may start anywhere in a cell; the start that needs the fewest keys is taken.
+    """
     first, last = window_bounds(num_queries, num_keys, window_ratio)
     cell = max(1, round(num_queries / num_keys))
     size = min(num_queries, cell * -(-MIN_TILE // cell))
-    members = torch.arange(0, num_queries, size)[:, None] + torch.arange(size)  # (tiles,T)
-    first, last = first[members.clamp(max=num_queries - 1)], last[members.clamp(max=num_queries - 1)]
-    width = int((last.amax(1) - first.amin(1)).max())
-    keys = first.amin(1).clamp(max=num_keys - width)[:, None] + torch.arange(width)  # (tiles,K)
-    visible = (keys[:, None] >= first[..., None]) & (keys[:, None] < last[..., None])  # (tiles,T,K)
-    return Tiles(num_queries, size, keys, visible)
+    start, width = _best_start(first, last, size)
+    starts = torch.arange(start - size if start else 0, num_queries, size)
+    members = starts[:, None] + torch.arange(size)  # (tiles,T)
+    if start:
+        members[0] += size - start  # the short tile's queries come first in its row
+    members.clamp_(max=num_queries - 1)
+    keys = first[starts.clamp(min=0)].clamp(max=num_keys - width)[:, None] + torch.arange(width)  # (tiles,K)
+    seen_from, seen_to = first[members][..., None], last[members][..., None]  # (tiles,T,1)
+    visible = (keys[:, None] >= seen_from) & (keys[:, None] < seen_to)  # (tiles,T,K)
+    return Tiles(num_queries, size, start, keys, visible)
+
+
+def _best_start(first: Tensor, last: Tensor, size: int) -> tuple[int, int]:
+    """(offset of the first whole tile, keys that the widest tile then needs); bounds never decrease along an axis."""
+    num_queries = len(first)
+    ends = torch.arange(num_queries).add_(size - 1).clamp_(max=num_queries - 1)
+    needed = torch.nn.functional.pad(last[ends] - first, (0, -num_queries % size))  # by a tile from each query on
+    width = needed.view(-1, size).amax(0)  # (offsets,)
+    width[1:] = torch.maximum(width[1:], last[: size - 1] - first[0])
+    best = int(width.argmin())
+    return best, int(width[best])
