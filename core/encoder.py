@@ -86,9 +86,7 @@ class Encoder(nn.Sequential):
             return pixels.permute(0, 3, 1, 2)  # (B,D,H,W)
         # The last 1x1 convolution commutes with the average: apply it to the few pooled pixels.
         active, _ = finish(None, out=hidden)
-        pooled, active_pooled = (
-            F.adaptive_avg_pool2d(image.permute(0, 3, 1, 2), output_size) for image in (pixels, active)
-        )
+        pooled, active_pooled = stream.pool(pixels, output_size), stream.pool(active, output_size)
         buffers.give_back(pixels)
         buffers.give_back(hidden)
         return pooled + conv(active_pooled)  # (B,D,h,w)

@@ -97,6 +97,11 @@ def norm_act_conv(
     return out, _forward(x, mean, rstd, norm.weight, norm.bias, weight, residual, out, want_moments)
 
 
+def pool(pixels: Tensor, output_size: tuple[int, int]) -> Tensor:
+    """Adaptive average pooling of (B,H,W,D) -> (B,D,h,w), which unlike PyTorch's does not keep its input."""
+    return _Pool.apply(pixels, output_size)
+
+
 def moments_of(pixels: Tensor) -> Moments:
     """Moments per image and group of (B,H,W,D)."""
     collect = _Collector()
@@ -157,6 +162,21 @@ class _NormActConv(torch.autograd.Function):
         grad_gamma, grad_beta = _input_gradient(grad_x, x, mean, rstd, gamma, sums)
         grads = [grad_x, None, None, grad_gamma.to(gamma.dtype), grad_beta.to(beta.dtype), grad_weight, grad, None]
         return tuple(value if needed else None for value, needed in zip(grads, ctx.needs_input_grad, strict=True))
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pixels, output_size):
+        ctx.shape = pixels.shape
+        return F.adaptive_avg_pool2d(pixels.permute(0, 3, 1, 2), output_size)  # (B,D,h,w)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        shape = [ctx.shape[i] for i in (0, 3, 1, 2)]
+        sized = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        return torch.ops.aten._adaptive_avg_pool2d_backward(grad, sized).permute(0, 2, 3, 1), None
 
 
 def _input_gradient(grad_affine, x, mean, rstd, gamma, sums):
