@@ -27,12 +27,12 @@ from PIL import Image
 from core.hooks import HOOK_POINTS
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
 
 DEFAULT_URI = "sqlite:///mlflow.db"
-_ROOT = Path(__file__).resolve().parent.parent
 _PARAMS_PER_CALL = 100  # what MLflow takes at once
 _FIRST_CALL_S = 5  # seconds until a silent server counts as unreachable
 
@@ -58,6 +58,11 @@ class Run:
         now = int(time.time() * 1000)
         metrics = [Metric(key, float(value), now, step) for key, value in values.items()]
         self.client.log_batch(self.run_id, metrics=metrics)
+
+    def figure(self, figure: "Figure", name: str) -> None:
+        """Keeps a matplotlib figure as the artifact `name`, such as `plots/time.png`."""
+        if self.client is not None:
+            self.client.log_figure(self.run_id, figure, name)
 
     def picture(self, image: Image.Image, name: str) -> None:
         """Keeps a picture as the artifact `name`, such as `pictures/coffee.png`."""
@@ -117,7 +122,7 @@ def _start(config: DictConfig, device: str) -> Run:
     _import_mlflow()
     with _unavailable(uri):
         client = _connect(uri)
-        commit, changes = _git_state()
+        commit, changes = git_state(Path(__file__))
         tags = {f"hook.{hook}": config[hook].name for hook in HOOK_POINTS if hook in config}
         tags |= {"device": device, "git.commit": commit or "none", "git.dirty": "yes" if changes else "no"}
         experiment = _experiment(client, uri, config.tracking.experiment)
@@ -162,8 +167,9 @@ def _unavailable(uri: str) -> Iterator[None]:
 
 
 def _import_mlflow() -> None:
-    """Imports MLflow without its usage reports, its log lines about set-up, and the warning it causes."""
+    """Imports MLflow without its usage reports, its lines about set-up and addresses, and the warning it causes."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The ``noload`` loader strategy is deprecated")
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
@@ -175,6 +181,8 @@ def _connect(uri: str) -> "MlflowClient":
     """A client that has got one answer within seconds; left to itself MLflow tries for minutes."""
     from mlflow import MlflowClient
 
+    if uri == DEFAULT_URI:  # MLflow keeps a store by its address, which must not depend on the working directory
+        uri = f"sqlite:///{Path('mlflow.db').resolve()}"
     if uri.partition(":")[0].partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql"):
         _check_database(uri)
     limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_FIRST_CALL_S)}
@@ -242,25 +250,26 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _git(*arguments: str) -> str:
-    """What git says about this source tree; empty where there is no git, or the tree is no checkout."""
-    try:
-        command = ["git", "-C", str(_ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30).stdout.strip()
-    except FileNotFoundError:
-        return ""
-
-
-def _git_state() -> tuple[str, str]:
-    """(commit, what differs from it); both empty when this source is not under version control.
+def git_state(source: Path) -> tuple[str, str]:
+    """(commit, what differs from it) of the checkout that `source` belongs to; both empty when it is in none.
 
     New source files count as differences: an idea often is one.
     """
-    if not _git("ls-files", "--", __file__):
+    if not _git(source.parent, "ls-files", "--", source.name):
         return "", ""
-    new = _git("ls-files", "--others", "--exclude-standard", "--", "*.py", "*.yaml").splitlines()
-    added = [_git("diff", "--no-index", "--", os.devnull, name) for name in new]
-    return _git("rev-parse", "HEAD"), "\n".join(filter(None, [_git("diff", "HEAD"), *added]))
+    top = Path(_git(source.parent, "rev-parse", "--show-toplevel"))
+    new = _git(top, "ls-files", "--others", "--exclude-standard", "--", "*.py", "*.yaml").splitlines()
+    added = [_git(top, "diff", "--no-index", "--", os.devnull, name) for name in new]
+    return _git(top, "rev-parse", "HEAD"), "\n".join(filter(None, [_git(top, "diff", "HEAD"), *added]))
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """What git prints; nothing where it is not installed or refuses."""
+    try:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _peak_memory_mb() -> float:
