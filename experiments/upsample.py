@@ -172,8 +172,10 @@ def _write_features(
             shape = (features.shape[1], *size)
             array = allocate_array(part, shape, torch.empty(0, dtype=features.dtype).numpy().dtype)
             out = torch.from_numpy(array)[None]  # (1,C,Qh,Qw)
-            # band by band, so that the output may be larger than memory
-            _, ms = _timed(lambda: model(image, features, size, out=out), features.device)
+            if any(getattr(model, hook).needs_whole_output for hook in ("refiner", "temporal")):
+                _, ms = _timed(lambda: out.copy_(model(image, features, size)), features.device)
+            else:  # band by band: the output may be larger than memory
+                _, ms = _timed(lambda: model(image, features, size, out=out), features.device)
             array.flush()
         return out, ms
     output, ms = _timed(lambda: model(image, features, size), features.device)  # (1,C,Qh,Qw)
@@ -223,7 +225,7 @@ def _report(summary: Summary, console: Console) -> None:
         "",
         "Try next:",
         f"  {command} images=PATH/TO/YOUR/PHOTOS",
-        f"  {command} attention=global out_dir=outputs/global      # switch one hook point",
+        f"  {command} attention.window_ratio=0.03 out_dir=outputs/narrow      # change one hook point",
         f"  {command} images=coffee backbone=dinov2_vits14 out_dir=outputs/dinov2      # downloads weights",
         f"  {python} -m mlflow ui --backend-store-uri {store_uri()}      # compare the runs",
         "  notebooks/01_first_look.ipynb      # the same by hand, and an idea of your own in one cell",

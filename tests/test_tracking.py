@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from matplotlib.figure import Figure
 from PIL import Image
 
 from experiments import tracking
@@ -93,6 +94,7 @@ def test_a_run_can_be_found_again_over_http(over_http):
         run.metrics({"loss": 1.0, "cosine": torch.tensor(0.5)}, step=1)
         run.text("a,b", "tables/result.csv")
         run.picture(Image.new("RGB", (5, 4), "red"), "pictures/red.png")
+        run.figure(Figure(), "plots/empty.png")
         run.file(Path("weights.bin"), "checkpoint")
         run.tag("claim", "none")
     found, artifacts = recorded(run.run_id, *over_http)
@@ -104,7 +106,7 @@ def test_a_run_can_be_found_again_over_http(over_http):
     assert params["seed"] == "0" and params["dtype"] == "float32" and params["attention.name"] == "global"
     assert metrics["loss"] == 1 and metrics["cosine"] == 0.5
     assert metrics["time_s"] > 0 and metrics["peak_memory_mb"] > 50
-    assert {"run/config.yaml", "run/environment.json", "tables/result.csv"} <= artifacts.keys()
+    assert {"run/config.yaml", "run/environment.json", "tables/result.csv", "plots/empty.png"} <= artifacts.keys()
     assert artifacts["checkpoint/weights.bin"].read_bytes() == b"123"
     with Image.open(artifacts["pictures/red.png"]) as picture:
         assert picture.size == (5, 4)

@@ -86,6 +86,27 @@ def test_the_features_are_those_of_the_model(photos, kind):
     assert summary.exit_code == 0
 
 
+@core.register("test_upsample_shift")
+class Shift(core.Refiner):
+    """Adds one, and asks for the whole output."""
+
+    def __init__(self, embed_dim: int):
+        super().__init__()
+
+    def forward(self, output, image, features):
+        return output + 1
+
+
+def test_a_mapped_file_is_filled_band_by_band_where_that_is_possible(photos, monkeypatch):
+    settings = (f"images={photos}/a.png", "features=npy")
+    upsample(config(*settings, "refiner=test_upsample_shift"))
+    output, _ = expected(photos / "a.png")
+    np.testing.assert_allclose(np.load("outputs/upsample/a.npy"), output.numpy() + 1, atol=1e-5)
+    monkeypatch.setattr(core.AnyUp, "step", lambda *_: pytest.fail("the whole output was in memory"))
+    upsample(config(*settings))
+    np.testing.assert_allclose(np.load("outputs/upsample/a.npy"), output.numpy(), atol=1e-5)
+
+
 def test_the_picture_has_four_columns(photos):
     upsample(config(f"images={photos}/a.png", "max_size=56"))
     with Image.open("outputs/upsample/a.png") as picture:
