@@ -12,6 +12,7 @@ from core import checkpoint, validation
 from core.attention import WindowAttention
 from core.encoder import Encoder
 from core.hooks import Attention, Decoder, Refiner, Temporal, Unifier
+from core.memory import keep_temporaries
 from core.norm_act_conv import Buffers
 from core.passthrough import NoDecoder, NoRefiner, NoTemporal
 from core.registry import describe
@@ -67,6 +68,7 @@ class AnyUp(nn.Module, ModelHubMixin):
             self._child(hook, lambda factory=factory: factory(embed_dim=embed_dim))
         if compile:
             self.compile_encoders()
+        keep_temporaries()
         self._hub_mixin_config = None  # the weights' file carries the configuration: no config.json beside it
 
     def forward(
@@ -214,7 +216,5 @@ def pixel_centres(size: tuple[int, int], like: Tensor) -> Tensor:
 
 
 def _encoder(in_channels: int, embed_dim: int, kernel_size: int = 1) -> Encoder:
-    stem = nn.Conv2d(
-        in_channels, embed_dim, kernel_size, padding=kernel_size // 2, padding_mode="reflect", bias=False
-    )
+    stem = nn.Conv2d(in_channels, embed_dim, kernel_size, padding=kernel_size // 2, padding_mode="reflect", bias=False)
     return Encoder(stem, embed_dim, embed_dim)

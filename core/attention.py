@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 from core import winograd
 from core.hooks import Attention
-from core.memory import empty
 from core.registry import register
 from core.windows import Tiles, tiles
 
@@ -49,7 +48,7 @@ class CrossAttention(Attention):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return torch.cat([band for _, band in self.bands(query, key, value)], 2)  # (B,C,Qh,Qw)
         batch, channels = value.shape[:2]
-        output = empty((batch, *query.shape[-2:], channels), value)  # (B,Qh,Qw,C)
+        output = value.new_empty(batch, *query.shape[-2:], channels)  # (B,Qh,Qw,C)
         for _ in self._bands(query, key, value, output):
             pass
         return output.permute(0, 3, 1, 2)  # (B,C,Qh,Qw)
@@ -122,6 +121,7 @@ class CrossAttention(Attention):
             weights += logits.softmax(-1)
         weighted = torch.bmm((weights / self.num_heads).to(values.dtype), values)  # (P,M,C)
         return weighted.view(batch, m, n, rows, columns, -1).transpose(2, 3)
+
 
 @register("window")
 class WindowAttention(CrossAttention):

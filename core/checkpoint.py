@@ -171,7 +171,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}); fetch or save it again") from error
+        raise CheckpointError(
+            f"{path} is truncated or not a safetensors file ({error}); fetch or save it again"
+        ) from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -181,10 +183,12 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     except UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than weights and was refused (nothing in it was executed): {str(error).splitlines()[0]} "
-            "Convert it to .safetensors where you trust it"
+"Convert it to .safetensors where you trust it"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or not a PyTorch checkpoint ({str(error).splitlines()[0]})") from error
+        raise CheckpointError(
+            f"{path} is truncated or not a PyTorch checkpoint ({str(error).splitlines()[0]})"
+        ) from error
     for nested in ("anyup", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(nested), dict):
             content = content[nested]
@@ -202,7 +206,19 @@ def _omegaconf_classes() -> list:
 
     metadata = [base.ContainerMetadata, base.Metadata]
     values = [nodes.AnyNode, nodes.IntegerNode, nodes.FloatNode, nodes.BooleanNode, nodes.StringNode]
-    return [DictConfig, ListConfig, *metadata, *values, typing.Any, dict, list, int, float, str, collections.defaultdict]
+    return [
+        DictConfig,
+        ListConfig,
+        *metadata,
+        *values,
+        typing.Any,
+        dict,
+        list,
+        int,
+        float,
+        str,
+        collections.defaultdict,
+    ]
 
 
 def _load_strictly(model: "AnyUp", state: dict[str, Tensor], path: str | Path) -> None:

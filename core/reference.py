@@ -5,12 +5,12 @@ loads as they are): all queries attend to all keys under a full mask, and `nn.Mu
 and output projections that nobody reads. It works in any floating dtype and differentiates any number of times.
 """
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.checkpoint import to_published
+from core.encoder import ResBlock
 from core.windows import window_bounds
 
 
@@ -113,26 +113,8 @@ class _Basis(nn.Module):
         self.basis = nn.Parameter(torch.randn(num_basis, 1, kernel_size, kernel_size))
 
 
-class _ResBlock(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.block = nn.Sequential(
-            nn.GroupNorm(8, in_channels),
-            nn.SiLU(),
-            nn.Conv2d(in_channels, out_channels, 1, bias=False),
-            nn.GroupNorm(8, out_channels),
-            nn.SiLU(),
-            nn.Conv2d(out_channels, out_channels, 1, bias=False),
-        )
-        same = in_channels == out_channels
-        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(x) + self.shortcut(x)
-
-
 def _encoder(first: nn.Module, first_channels: int, embed_dim: int) -> nn.Sequential:
-    return nn.Sequential(first, _ResBlock(first_channels, embed_dim), _ResBlock(embed_dim, embed_dim))
+    return nn.Sequential(first, ResBlock(first_channels, embed_dim), ResBlock(embed_dim, embed_dim))
 
 
 def _window_mask(size: tuple[int, int], grid: tuple[int, int], window_ratio: float) -> Tensor:
@@ -155,7 +137,9 @@ def reference_of(model: nn.Module) -> ReferenceAnyUp:
     config = model.config
     unifier, attention = config["unifier"], config["attention"]
     if (unifier["name"], attention["name"]) not in (("learned_basis", "window"), ("learned_basis", "global")):
-        raise ValueError(f"the reference is the baseline only, not unifier={unifier['name']}, attention={attention['name']}")
+        raise ValueError(
+            f"the reference is the baseline only, not unifier={unifier['name']}, attention={attention['name']}"
+        )
     reference = ReferenceAnyUp(
         config["embed_dim"],
         attention["num_heads"],

@@ -136,5 +136,7 @@ def discover() -> None:
 def _hook_of(cls: type) -> str:
     hook = getattr(cls, "hook", "")
     if not (inspect.isclass(cls) and issubclass(cls, Filler) and hook in HOOK_POINTS):
-        raise TypeError(f"{cls!r} fills no hook point: subclass one of {', '.join(b.__name__ for b in HOOK_POINTS.values())}")
+        raise TypeError(
+            f"{cls!r} fills no hook point: subclass one of {', '.join(b.__name__ for b in HOOK_POINTS.values())}"
+        )
     return hook

@@ -30,9 +30,7 @@ class CosineMSE(Objective):
         self_consistency_size: side of the square output on which self-consistency is measured, in pixels.
     """
 
-    def __init__(
-        self, self_consistency: float = 0.1, input_consistency: float = 0.1, self_consistency_size: int = 224
-    ):
+    def __init__(self, self_consistency: float = 0.1, input_consistency: float = 0.1, self_consistency_size: int = 224):
         super().__init__()
         self.self_consistency = self_consistency
         self.input_consistency = input_consistency

@@ -79,12 +79,12 @@ class LearnedBasis(Unifier):
         ordering: `paper` (eq. 1, indifferent to the order of channels) or `released` (what published weights need).
     """
 
-    def __init__(
-        self, embed_dim: int, num_basis: int = 128, kernel_size: int = 5, ordering: Ordering = Ordering.paper
-    ):
+    def __init__(self, embed_dim: int, num_basis: int = 128, kernel_size: int = 5, ordering: Ordering = Ordering.paper):
         super().__init__()
         if num_basis < 8 or num_basis % 8:
-            raise ValueError(f"num_basis must be a positive multiple of 8 (unifier=none has no filters), got {num_basis}")
+            raise ValueError(
+                f"num_basis must be a positive multiple of 8 (unifier=none has no filters), got {num_basis}"
+            )
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
         self.encoder = Encoder(BasisConvolution(num_basis, kernel_size, Ordering(ordering)), num_basis, embed_dim)

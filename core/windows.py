@@ -25,7 +25,9 @@ def window_bounds(num_queries: int, num_keys: int, window_ratio: float) -> tuple
     first = ((centre - window_ratio).clamp(0, 1) * num_keys).floor().long()
     last = ((centre + window_ratio).clamp(0, 1) * num_keys).ceil().long()
     if not torch.compiler.is_compiling() and bool((last <= first).any()):
-        raise ValueError(f"window_ratio={window_ratio} leaves a query without a key; use a wider one, or 0 for no window")
+        raise ValueError(
+            f"window_ratio={window_ratio} leaves a query without a key; use a wider one, or 0 for no window"
+        )
     return first, last
 
 
