@@ -60,7 +60,7 @@ class Backbone(nn.Module, ABC):
         self.patch_size = self.layer_strides[self.default_layer]
         self.mean, self.std = tuple(mean), tuple(std)
         self.aligned = aligned
-        """True: feature i of h is centred at (i + 0.5) / h of the image. False: off by up to half a cell. None: unknown."""
+        """True: feature i of h is centred at (i + 0.5) / h of the image; False: up to half a cell off; None: unknown"""
         self.min_size = min_size
         """Smallest height and width in pixels, where that is more than the stride."""
 

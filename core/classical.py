@@ -110,7 +110,7 @@ class DaisyBackbone(ClassicalBackbone):
         from skimage.feature import daisy
 
         half, radius = self.patch_size // 2, 3 * self.patch_size // 2
-        # daisy starts at pixel `radius`: this padding puts that at pixel half - 1 of the image, and ends on the last cell
+        # daisy starts at pixel `radius`: padded so, that is pixel half - 1 of the image; and it ends on the last cell
         pad = (radius - half + 1, radius - half)
         histograms = daisy(
             np.pad(lab[..., 0], (pad, pad), mode="symmetric"),

@@ -91,7 +91,7 @@ class TimmBackbone(Backbone):
 
 
 def load_timm(name: str, choice: Choice, weights: str | Path | None) -> Backbone:
-    """Builds a timm row of the table with weights from the hub (None), of a file, or "random". Errors: `load_backbone`."""
+    """Builds a timm row of the table, weights of the hub (None), of a file, or "random". Errors: `load_backbone`."""
     state = None if weights in (None, RANDOM) else read_weights(weights)
     if state is not None and choice.twins:
         name = choice.twins.get(_num_classes(choice, state), name)

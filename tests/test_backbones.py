@@ -99,7 +99,8 @@ def test_every_choice_has_a_row_here():
 def test_every_pretrained_tag_is_known_to_timm():
     for name, choice in CHOICES.items():
         if choice.kind == "timm" and name not in ("timm", "mobilenetv2_tf"):
-            assert "." in choice.model and timm.is_model_pretrained(choice.model), name
+            assert "." in choice.model, name
+            assert timm.is_model_pretrained(choice.model), name
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -112,7 +113,9 @@ def test_shape_and_declarations(name):
     short = 1 if name == "squeezenet" else 0  # unpadded convolutions lose one row and column
     expected = (2, channels, round(75 / stride) - short, round(101 / stride) - short)
     features = backbone(rgb)
-    assert features.shape == expected and features.dtype == torch.float32 and features.isfinite().all()
+    assert features.shape == expected
+    assert features.dtype == torch.float32
+    assert features.isfinite().all()
     assert features.std() > 0
     if name not in CLASSICAL:
         model = backbone.trunk
@@ -266,12 +269,26 @@ def test_intermediate_layers_are_what_the_blocks_give():
     assert torch.equal(features, outputs[5][:, 1:].transpose(1, 2).unflatten(2, (3, 4)))
 
 
+def test_squeezenets_layers_end_where_a_pool_or_the_classifier_follows():
+    backbone, rgb = get("squeezenet"), noise(64, 96)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    features, layer = (rgb - mean) / std, 0
+    for module in backbone.trunk:
+        if isinstance(module, nn.MaxPool2d):
+            assert torch.allclose(backbone(rgb, layer=layer), features, atol=1e-5)
+            layer += 1
+        features = module(features)
+    assert layer == 3
+    assert torch.allclose(backbone(rgb), features, atol=1e-5)
+
+
 def test_stays_in_eval_mode_inside_a_training_model():
     backbone = get("mobilenetv2")
     nn.Sequential(backbone).train()
     before = backbone.trunk.bn1.running_mean.clone()
     backbone(noise(32, 32))
-    assert not backbone.trunk.bn1.training and torch.equal(before, backbone.trunk.bn1.running_mean)
+    assert not backbone.trunk.bn1.training
+    assert torch.equal(before, backbone.trunk.bn1.running_mean)
 
 
 def test_gradients_reach_the_image_but_no_weight():
@@ -287,7 +304,8 @@ def test_image_and_weights_of_other_dtypes():
     assert get("vit_tiny16")(rgb.half()).dtype == torch.float32
     assert torch.allclose(get("vit_tiny16")(rgb.double()), full, atol=1e-4)
     low = load_backbone("vit_tiny16", "random").to(torch.bfloat16)(rgb)
-    assert low.dtype == torch.bfloat16 and F.cosine_similarity(low.float(), full).mean() > 0.99
+    assert low.dtype == torch.bfloat16
+    assert F.cosine_similarity(low.float(), full).mean() > 0.99
 
 
 def test_random_weights_are_fixed_and_leave_the_generator_alone():
@@ -309,7 +327,8 @@ def test_classical_descriptors_are_deterministic_and_per_image(name):
     assert torch.equal(both, get(name)(rgb))
     assert torch.equal(both[1:], get(name)(rgb[1:]))
     length = both[:, :-6].norm(dim=1)
-    assert 0.9 < length.min() and length.max() < 1
+    assert length.min() > 0.9
+    assert length.max() < 1
     assert get(name)(torch.full((1, 3, 75, 101), 0.3))[:, :-6].norm(dim=1).max() < 1e-3  # no noise in flat cells
 
 
@@ -415,9 +434,9 @@ def test_layer_out_of_range_says_how_many_there_are(layer):
 
 
 def test_classical_descriptors_refuse_gradients_and_weights():
-    with pytest.raises(ValueError, match="hog8 cannot be differentiated: pass rgb.detach"):
+    with pytest.raises(ValueError, match=r"hog8 cannot be differentiated: pass rgb.detach"):
         get("hog8")(noise(32, 32).requires_grad_())
-    with pytest.raises(ValueError, match="hog8 is a classical descriptor and has no weights; got weights='x.pth'"):
+    with pytest.raises(ValueError, match=r"hog8 is a classical descriptor and has no weights; got weights='x.pth'"):
         load_backbone("hog8", "x.pth")
 
 
@@ -436,7 +455,7 @@ def test_imagenet_normalize_refuses(rgb, error, message):
 
 
 def test_unknown_name_lists_all():
-    with pytest.raises(ValueError, match="no backbone is called 'dinov2'; there are: dinov2_vits14, .*daisy16, timm"):
+    with pytest.raises(ValueError, match=r"no backbone is called 'dinov2'; there are: dinov2_vits14, .*daisy16, timm"):
         load_backbone("dinov2")
 
 
@@ -476,7 +495,8 @@ def test_wrong_timm_ids_are_named(name, model, message):
 def test_every_choice_is_a_hydra_choice():
     for name in CHOICES:
         node = ConfigStore.instance().load(f"backbone/{name}.yaml").node
-        assert node.name == name and node.weights is None
+        assert node.name == name
+        assert node.weights is None
         assert ("model" in node.keys()) == (name == "timm")  # noqa: SIM118  a missing value is not "in"
 
 
@@ -592,7 +612,7 @@ def test_files_of_another_model_are_named(name, changes, message, tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.pth: there is no such file"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.pth: there is no such file"):
         load_backbone("vit_tiny16", tmp_path / "nowhere.pth")
 
 
@@ -655,7 +675,7 @@ def test_a_malicious_pickle_is_refused_and_not_executed(zipped, tmp_path):
     assert marker.exists()  # the bomb is live
     marker.unlink()
     with pytest.raises(
-        WeightsError, match="malicious.pth: refused, it holds more than tensors .* nothing was executed"
+        WeightsError, match=r"malicious.pth: refused, it holds more than tensors .* nothing was executed"
     ):
         load_backbone("mobilenetv2", path)
     assert not marker.exists()
@@ -696,7 +716,7 @@ def test_the_hubs_file_is_loaded(monkeypatch, tmp_path):
 
 
 def test_tensorflows_mobilenet_is_on_no_hub():
-    with pytest.raises(WeightsUnavailable, match="the hub has none.*take another choice.*weights=PATH"):
+    with pytest.raises(WeightsUnavailable, match=r"the hub has none.*take another choice.*weights=PATH"):
         load_backbone("mobilenetv2_tf")
 
 
@@ -763,7 +783,8 @@ def test_squeezenet_with_real_weights_classifies():
     backbone, (rgb, labels) = load_backbone("squeezenet", path), photographs(16)
     state = load_file(path)
     features = backbone(rgb)
-    assert features.shape == (16, 512, 13, 13) and features.isfinite().all()
+    assert features.shape == (16, 512, 13, 13)
+    assert features.isfinite().all()
     assert backbone(noise(352, 480)).shape == (1, 512, 21, 29)
     maps = F.relu(F.conv2d(features, state["classifier.1.weight"].float(), state["classifier.1.bias"].float()))
     best = maps.mean((2, 3)).topk(5).indices
