@@ -3,7 +3,7 @@
 from core import training  # noqa: F401  registers the baseline objective and learner
 from core.anyup import AnyUp
 from core.backbones import imagenet_normalize, load_backbone
-from core.checkpoint import CheckpointError, load, save, warm_start
+from core.checkpoint import CheckpointError, from_published, load, save, warm_start
 from core.compose import available, build, build_filler, compose, from_config
 from core.hooks import Attention, Batch, Decoder, Learner, Objective, Refiner, Temporal, Unifier
 from core.registry import register
@@ -24,6 +24,7 @@ __all__ = [
     "build_filler",
     "compose",
     "from_config",
+    "from_published",
     "imagenet_normalize",
     "load",
     "load_backbone",

@@ -73,12 +73,7 @@ def load(path: str | Path) -> "AnyUp":
         FileNotFoundError: no such file.
         CheckpointError: truncated, of another architecture, or a pickle that would run code.
     """
-    from core.compose import from_config
-
-    state, config = read(path)
-    model = from_config(config)
-    _load_strictly(model, state, path)
-    return model.eval()
+    return _rebuild(*read(path), path)
 
 
 def warm_start(model: "AnyUp", path: str | Path) -> list[str]:
@@ -114,11 +109,20 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         if metadata["format"] != FORMAT:
             raise CheckpointError(f"{path} has format {metadata['format']}; this version reads {FORMAT}")
         return state, json.loads(metadata["config"])
-    return from_published(state, path)
+    return rename_published(state, path)
 
 
-def from_published(state: dict[str, Tensor], path: str | Path = "state dict") -> tuple[dict[str, Tensor], dict]:
-    """Renames a published AnyUp state dict to this project's names, and tells the configuration it belongs to.
+def from_published(state: dict[str, Tensor]) -> "AnyUp":
+    """The model of a published AnyUp state dict, in eval mode; its feature layer has `ordering: released`.
+
+    Raises:
+        CheckpointError: not a state dict of AnyUp.
+    """
+    return _rebuild(*rename_published(state), "the state dict")
+
+
+def rename_published(state: dict[str, Tensor], path: str | Path = "the state dict") -> tuple[dict[str, Tensor], dict]:
+    """A published state dict in this project's names, and the configuration it belongs to.
 
     Window ratio and number of heads are not in the weights; the published values (0.1, 4) are assumed.
     """
@@ -166,6 +170,14 @@ def to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return published
 
 
+def _rebuild(state: dict[str, Tensor], config: dict, path: str | Path) -> "AnyUp":
+    from core.compose import from_config
+
+    model = from_config(config)
+    _load_strictly(model, state, path)
+    return model.eval()
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, "pt") as file:
@@ -183,7 +195,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     except UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than weights and was refused (nothing in it was executed): {str(error).splitlines()[0]} "
-"Convert it to .safetensors where you trust it"
+            "Convert it to .safetensors where you trust it"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(

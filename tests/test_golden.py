@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from core import AnyUp, build, from_config
-from core.checkpoint import from_published, to_published
+from core.checkpoint import rename_published, to_published
 from core.reference import ReferenceAnyUp, reference_of
 from core.training import cosine_mse
 from core.windows import window_bounds
@@ -37,7 +37,7 @@ def state_of(golden) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def model(golden) -> AnyUp:
-    state, config = from_published(state_of(golden))
+    state, config = rename_published(state_of(golden))
     model = from_config(config)
     model.load_state_dict(state)
     return model
@@ -163,7 +163,7 @@ def test_what_permuted_channels_change(golden, ordering, network):
     image, features = golden[0]["case1/image"], golden[0]["case1/features"]
     order = torch.randperm(features.shape[1], generator=torch.Generator().manual_seed(3))
     if network == "model":
-        state, config = from_published(state_of(golden))
+        state, config = rename_published(state_of(golden))
         config["unifier"]["ordering"] = ordering
         chosen = from_config(config)
         chosen.load_state_dict(state)
@@ -224,7 +224,7 @@ def test_the_reference_has_the_published_names_and_size(perturbed):
     dead = sum(p.numel() for p in AnyUp().parameters()) - 878_080
     assert dead == -(33_024 + 128)  # value and output projections, and the key bias
     model = perturbed(AnyUp())
-    state, _ = from_published(to_published(model.state_dict()))
+    state, _ = rename_published(to_published(model.state_dict()))
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 

@@ -1,0 +1,34 @@
+# Every target sets up what it needs: uv is put into the project when the machine has none.
+UV ?= $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
+UV_VERSION := 0.13.9
+
+.PHONY: quickstart test test-slow lint ui benchmark setup
+
+quickstart: setup  ## upsample the bundled photographs; pictures land in outputs/
+	$(UV) run --no-sync python -m experiments.upsample
+
+test: setup  ## everything that must pass, offline, on two cores
+	$(UV) run --no-sync pytest
+
+test-slow: setup  ## what takes minutes
+	$(UV) run --no-sync pytest -m slow
+
+lint: setup
+	$(UV) run --no-sync ruff check .
+	$(UV) run --no-sync ruff format --check .
+
+ui: setup  ## browse tracked runs
+	$(UV) run --no-sync mlflow ui --backend-store-uri sqlite:///mlflow.db
+
+benchmark: setup  ## measure again what docs/benchmark_cpu.md shows
+	$(UV) run --no-sync python -m experiments.benchmark
+
+setup: .venv/.synced
+
+.venv/.synced: pyproject.toml | $(UV)
+	$(UV) sync
+	touch $@
+
+.uv/bin/uv:
+	python3 -m venv .uv
+	.uv/bin/pip install --quiet uv==$(UV_VERSION)
