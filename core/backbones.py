@@ -25,10 +25,6 @@ RANGE_TOLERANCE = 0.1
 """How far values may leave [0, 1]: bicubic resizing overshoots that much, a normalised image far more."""
 
 
-class WeightsError(ValueError):
-    """A weight file that cannot be used: damaged, unsafe, or of another model."""
-
-
 class WeightsUnavailable(OSError):
     """Pretrained weights that could not be fetched from the hub; the message names both ways out."""
 

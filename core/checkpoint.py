@@ -4,13 +4,13 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
+
+from core.weight_files import WeightsError, read_weights
 
 if TYPE_CHECKING:
     from core.anyup import AnyUp
@@ -31,8 +31,7 @@ _IN_PROJECTION = "cross_decode.cross_attn.attention.in_proj_"
 _OUT_PROJECTION = "cross_decode.cross_attn.attention.out_proj."
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file, what is wrong, and the way out."""
+CheckpointError = WeightsError
 
 
 def save(model: "AnyUp", path: str | Path) -> None:
@@ -71,7 +70,7 @@ def load(path: str | Path) -> "AnyUp":
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: truncated, of another architecture, or a pickle that would run code.
+        WeightsError: truncated, of another architecture, or a pickle that would run code.
     """
     return _rebuild(*read(path), path)
 
@@ -82,7 +81,7 @@ def warm_start(model: "AnyUp", path: str | Path) -> list[str]:
     Only hook points whose filler or settings differ from the checkpoint's may miss weights or ignore some.
 
     Raises:
-        FileNotFoundError, CheckpointError: as `load`; or another weight is missing, left over or of another shape.
+        FileNotFoundError, WeightsError: as `load`; or another weight is missing, left over or of another shape.
     """
     state, config = read(path)
     switched = tuple(
@@ -101,13 +100,11 @@ def warm_start(model: "AnyUp", path: str | Path) -> list[str]:
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """The state dict of a checkpoint, in this project's names, and its configuration. Raises as `load`."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
+    trusted = () if Path(path).suffix == ".safetensors" else _omegaconf_classes()
+    state, metadata = read_weights(path, ("anyup", "state_dict", "model"), trusted)
     if metadata.get("format", "").startswith("anyup_lab/"):
         if metadata["format"] != FORMAT:
-            raise CheckpointError(f"{path} has format {metadata['format']}; this version reads {FORMAT}")
+            raise WeightsError(f"{path} has format {metadata['format']}; this version reads {FORMAT}")
         return state, json.loads(metadata["config"])
     return rename_published(state, path)
 
@@ -116,7 +113,7 @@ def from_published(state: dict[str, Tensor]) -> "AnyUp":
     """The model of a published AnyUp state dict, in eval mode; its feature layer has `ordering: released`.
 
     Raises:
-        CheckpointError: not a state dict of AnyUp.
+        WeightsError: not a state dict of AnyUp.
     """
     return _rebuild(*rename_published(state), "the state dict")
 
@@ -128,7 +125,7 @@ def rename_published(state: dict[str, Tensor], path: str | Path = "the state dic
     """
     if _IN_PROJECTION + "weight" not in state or "key_features_encoder.0.basis" not in state:
         found = ", ".join(list(state)[:3])
-        raise CheckpointError(f"{path} is not an AnyUp checkpoint: it has {len(state)} tensors such as {found}")
+        raise WeightsError(f"{path} is not an AnyUp checkpoint: it has {len(state)} tensors such as {found}")
     renamed = {}
     for name, tensor in state.items():
         if name == _IN_PROJECTION + "weight":
@@ -178,37 +175,6 @@ def _rebuild(state: dict[str, Tensor], config: dict, path: str | Path) -> "AnyUp
     return model.eval()
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is truncated or not a safetensors file ({error}); fetch or save it again"
-        ) from error
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        with torch.serialization.safe_globals(_omegaconf_classes()):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than weights and was refused (nothing in it was executed): {str(error).splitlines()[0]} "
-            "Convert it to .safetensors where you trust it"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or not a PyTorch checkpoint ({str(error).splitlines()[0]})"
-        ) from error
-    for nested in ("anyup", "state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(nested), dict):
-            content = content[nested]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{path} holds no state dict (a mapping from names to tensors, bare or under 'anyup')")
-    return content
-
-
 def _omegaconf_classes() -> list:
     """What the released training script's checkpoints hold beside tensors: its configuration."""
     import collections
@@ -243,5 +209,5 @@ def _load_strictly(model: "AnyUp", state: dict[str, Tensor], path: str | Path) -
         if names
     ]
     if problems:
-        raise CheckpointError(f"{path} is of another architecture than the model: weights " + "; ".join(problems))
+        raise WeightsError(f"{path} is of another architecture than the model: weights " + "; ".join(problems))
     model.load_state_dict(state)

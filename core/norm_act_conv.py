@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-
 PIXELS_PER_BLOCK = 4096  # 2 MB at D = 128 in float32: stays in cache between the operations of one step
 
 

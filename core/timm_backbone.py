@@ -1,12 +1,9 @@
-"""Encoders of timm behind the Backbone contract, and the safe, strict reading of weight files.
+"""Encoders of timm behind the Backbone contract, and strict loading into them.
 
 timm: Ross Wightman, PyTorch Image Models (Apache-2.0).
 """
 
 import inspect
-import pickle
-import struct
-import warnings
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,22 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.backbones import CHOICES, Backbone, Choice, WeightsError, WeightsUnavailable
+from core.backbones import CHOICES, Backbone, Choice, WeightsUnavailable
+from core.weight_files import WeightsError, read_weights
 
 RANDOM = "random"
-PICKLED = (".pth", ".pt", ".bin")
-DAMAGED = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    struct.error,
-)
-"""What torch's reader raises for cut or altered files, found by cutting and altering them."""
 SHOWN_KEYS = 4
 
 
@@ -92,7 +77,7 @@ class TimmBackbone(Backbone):
 
 def load_timm(name: str, choice: Choice, weights: str | Path | None) -> Backbone:
     """Builds a timm row of the table, weights of the hub (None), of a file, or "random". Errors: `load_backbone`."""
-    state = None if weights in (None, RANDOM) else read_weights(weights)
+    state = None if weights in (None, RANDOM) else read_weights(weights)[0]
     if state is not None and choice.twins:
         name = choice.twins.get(_num_classes(choice, state), name)
         choice = CHOICES[name]
@@ -102,45 +87,10 @@ def load_timm(name: str, choice: Choice, weights: str | Path | None) -> Backbone
         return backbone
     if state is None:
         weights = _download(name, config)
-        state = read_weights(weights)
+        state, _ = read_weights(weights)
     heads = config.get("classifier") or ()
     load_strict(backbone.trunk, state, (heads,) if isinstance(heads, str) else heads, f"backbone {name}: {weights}")
     return backbone
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a weight file by name: a bare state dict, or one nested under "state_dict" or "model".
-
-    Pickled files are read with `weights_only`, so that nothing in them is executed.
-
-    Raises:
-        FileNotFoundError: no such file. WeightsError: damaged, unsafe, no state dict, or of unknown kind.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"weights {path}: there is no such file")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise WeightsError(f"weights {path}: truncated or damaged ({error})") from error
-    if path.suffix not in PICKLED:
-        raise WeightsError(f"weights {path}: cannot read {path.suffix!r}, only .safetensors, {', '.join(PICKLED)}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on odd files: what is wrong is said below
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"weights {path}: refused, it holds more than tensors (loading it would run code) or is damaged; nothing "
-            "was executed"
-        ) from error
-    except DAMAGED as error:
-        raise WeightsError(f"weights {path}: truncated or damaged ({type(error).__name__})") from error
-    return _bare(state, path)
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], heads: tuple[str, ...], source: str) -> None:
@@ -217,17 +167,6 @@ def _download(name: str, config: Mapping[str, Any]) -> str:
     except (OSError, HTTPError) as error:
         cache = f"set HF_HUB_CACHE to a hub cache that holds {file} of {repo}"
         raise unavailable(name, repo, cache, f"the hub cannot be reached: {type(error).__name__}") from error
-
-
-def _bare(state: object, path: Path) -> dict[str, Tensor]:
-    for nest in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(nest), dict):
-            state = state[nest]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(
-            f"weights {path}: no state dict (parameter names and tensors), bare or under state_dict, model"
-        )
-    return state
 
 
 def _first(keys: list[str]) -> str:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from core.backbones import Backbone
-from core.timm_backbone import RANDOM, load_strict, read_weights, unavailable
+from core.timm_backbone import RANDOM, load_strict, unavailable
+from core.weight_files import read_weights
 
 
 class SqueezeNetBackbone(Backbone):
@@ -49,7 +50,7 @@ def load_squeezenet(name: str, weights: str | Path | None) -> SqueezeNetBackbone
     if weights == RANDOM:
         return backbone
     path = _download(name) if weights is None else weights
-    state = read_weights(path)
+    state, _ = read_weights(path)
     inner = {key.removeprefix("features."): value for key, value in state.items()}
     load_strict(backbone.trunk, inner, ("classifier",), f"backbone {name}: {path}")
     return backbone

@@ -23,13 +23,12 @@ from core.backbones import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Backbone,
-    WeightsError,
     WeightsUnavailable,
     backbone_from_config,
     imagenet_normalize,
     load_backbone,
 )
-from core.timm_backbone import read_weights
+from core.weight_files import WeightsError, read_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("ANYUP_SHARED", ROOT.parent / "shared"))
