@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -61,7 +62,7 @@ class CrossAttention(Attention):
         down = tiles(height, key.shape[-2], self.window_ratio)
         across = tiles(width, key.shape[-1], self.window_ratio)
         head_scale = (self.num_heads / key.shape[1]) ** 0.5
-        keys = self.project_key(self.norm_key(key.permute(0, 2, 3, 1))) * head_scale  # (B,h,w,D)
+        keys = self.project_key(_normed(self.norm_key, key.permute(0, 2, 3, 1))) * head_scale  # (B,h,w,D)
         values = value.permute(0, 2, 3, 1)  # (B,h,w,C)
         logits = len(key) * self.num_heads * down.size * across.size * down.keys.shape[1] * across.keys.shape[1]
         at_once = max(1, MAX_LOGITS.get(query.device.type, 2**20) // logits)  # tiles
@@ -85,7 +86,7 @@ class CrossAttention(Attention):
 
     def _band(self, convolve, rows, keys, values, key_rows, rows_visible, across: Tiles, at_once, target):
         """Rows of queries, m tiles of them -> (B,rows,Qw,C), written to `target` if there is one."""
-        query = self.norm_query(convolve(rows))  # (B,rows,Qw,D)
+        query = _normed(self.norm_query, convolve(rows))  # (B,rows,Qw,D)
         query = query.unflatten(1, rows_visible.shape[:2])  # (B,m,R,Qw,D)
         keys, values = (grid[:, key_rows].transpose(2, 3).contiguous() for grid in (keys, values))  # (B,m,w,Kh,·)
         parts = []
@@ -121,6 +122,11 @@ class CrossAttention(Attention):
             weights += logits.softmax(-1)
         weighted = torch.bmm((weights / self.num_heads).to(values.dtype), values)  # (P,M,C)
         return weighted.view(batch, m, n, rows, columns, -1).transpose(2, 3)
+
+
+def _normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """The norm in the dtype of x, which under autocast is not the weight's."""
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 
 @register("window")

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core import norm_act_conv as stream
-
-NUM_GROUPS = 8
+from core.norm_act_conv import NUM_GROUPS
 
 
 class ResBlock(nn.Module):
@@ -54,10 +53,10 @@ class Encoder(nn.Sequential):
         self, x: Tensor, output_size: tuple[int, int] | None = None, buffers: stream.Buffers | None = None
     ) -> Tensor:
         """Encodes, then averages over the cells of `output_size` (adaptive average pooling) if one is given."""
-        if self.compiled is not None:
-            return self.compiled(x, output_size)
         if self.twice_differentiable or torch.compiler.is_compiling():
             return self.plain(x, output_size)
+        if self.compiled is not None:
+            return self.compiled(x, output_size)
         return self.streamed(x, output_size, buffers or stream.Buffers())
 
     def plain(self, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
