@@ -22,8 +22,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than 20 seconds")
+def pytest_configure():
     torch.set_num_threads(1)  # tensors here are small: more threads wait for each other, most of all on a busy machine
     registry.discover()  # installed extensions are part of what is tested
 
