@@ -35,7 +35,26 @@ BUNDLED = {
 """Photographs that need no download: name -> (package, path inside it)."""
 
 SUFFIXES = frozenset(
-    ".apng .avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
+    (
+        ".apng",
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".j2k",
+        ".jfif",
+        ".jp2",
+        ".jpe",
+        ".jpeg",
+        ".jpg",
+        ".pbm",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".tif",
+        ".tiff",
+        ".webp",
+    )
 )
 # Pillow also opens containers that run other programs (EPS) or are no photographs (PDF, HDF5): those stay closed.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -140,7 +159,8 @@ def _find(entry: str) -> list[tuple[Path, str]]:
         return found
     if start.exists():
         return [(start, start.stem)]
-    matches = sorted(Path(match) for match in glob.glob(str(start), recursive=True))
+    # Path.glob takes no absolute pattern
+    matches = sorted(Path(match) for match in glob.glob(str(start), recursive=True))  # noqa: PTH207
     found = [item for path in matches for item in (_in_folder(path) if path.is_dir() else [(path, path.stem)])]
     if not found:
         what = "the pattern matches no file" if glob.has_magic(entry) else "no such file or folder"
@@ -191,7 +211,7 @@ def _to_rgb(image: Image.Image) -> Image.Image | np.ndarray:
 
 def _scaled(image: Image.Image, top: int) -> np.ndarray:
     values = np.asarray(image, dtype=np.float64)
-    if not (np.isfinite(values).all() and 0 <= values.min() and values.max() <= top):
+    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= top):
         raise ValueError(f"mode {image.mode} with values outside 0..{top}: their scale is unknown, convert it first")
     return values / top
 

@@ -8,15 +8,12 @@ artifacts in `mlruns/`, both in the working directory, unless `MLFLOW_TRACKING_U
 import json
 import logging
 import os
-import platform
-import resource
-import subprocess
-import sys
+import re
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from core.hooks import HOOK_POINTS
+from experiments.provenance import environment, git_state, peak_memory_mb
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,10 +72,21 @@ class Run:
         if self.client is not None:
             self.client.log_text(self.run_id, content, name)
 
-    def file(self, path: Path, folder: str = "") -> None:
-        """Keeps a copy of a file (a checkpoint) in `folder` of the artifacts."""
-        if self.client is not None:
+    def file(self, path: Path, name: str | None = None) -> None:
+        """Keeps a copy of a file (a checkpoint) as the artifact `name`, such as `pictures/a.png`; its own by default.
+
+        `#`, `?` and `%` become `_`: MLflow would cut the name there on its way to a server.
+        """
+        if self.client is None:
+            return
+        folder, _, last = re.sub("[#?%]", "_", name or path.name).rpartition("/")
+        if last == path.name:
             self.client.log_artifact(self.run_id, str(path), folder or None)
+            return
+        with tempfile.TemporaryDirectory() as other:
+            link = Path(other, last)
+            link.symlink_to(path.resolve())
+            self.client.log_artifact(self.run_id, str(link), folder or None)
 
     def tag(self, key: str, value: str) -> None:
         """Sets a tag, to find the run by."""
@@ -130,7 +139,7 @@ def _start(config: DictConfig, device: str) -> Run:
         run = Run(client, created.info.run_id)
         _log_parameters(client, run.run_id, config)
         run.text(OmegaConf.to_yaml(config, resolve=True), "run/config.yaml")
-        run.text(json.dumps(_environment(), indent=1), "run/environment.json")
+        run.text(json.dumps(environment(), indent=1), "run/environment.json")
         if changes:
             run.text(changes, "run/uncommitted.diff")
     return run
@@ -140,7 +149,7 @@ def _end(run: Run, status: str, started: float) -> None:
     """Closes a run. A store that is lost by now is reported; it must not hide how the run itself ended."""
     from mlflow.exceptions import MlflowException
 
-    used = {"time_s": time.perf_counter() - started, "peak_memory_mb": _peak_memory_mb()}
+    used = {"time_s": time.perf_counter() - started, "peak_memory_mb": peak_memory_mb()}
     if torch.cuda.is_available():
         used["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
     try:
@@ -237,42 +246,3 @@ def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         elif value is None or isinstance(value, str | int | float | bool):
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _environment() -> dict[str, Any]:
-    packages = {found.metadata["Name"]: found.version for found in distributions()}
-    return {
-        "python": sys.version,
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "packages": dict(sorted(packages.items())),
-    }
-
-
-def git_state(source: Path) -> tuple[str, str]:
-    """(commit, what differs from it) of the checkout that `source` belongs to; both empty when it is in none.
-
-    New source files count as differences: an idea often is one.
-    """
-    if not _git(source.parent, "ls-files", "--", source.name):
-        return "", ""
-    top = Path(_git(source.parent, "rev-parse", "--show-toplevel"))
-    new = _git(top, "ls-files", "--others", "--exclude-standard", "--", "*.py", "*.yaml").splitlines()
-    added = [_git(top, "diff", "--no-index", "--", os.devnull, name) for name in new]
-    return _git(top, "rev-parse", "HEAD"), "\n".join(filter(None, [_git(top, "diff", "HEAD"), *added]))
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    """What git prints; nothing where it is not installed or refuses."""
-    try:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30).stdout.strip()
-    except FileNotFoundError:
-        return ""
-
-
-def _peak_memory_mb() -> float:
-    """The most this process has held so far; Linux counts in KiB, macOS in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

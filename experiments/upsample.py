@@ -100,7 +100,7 @@ def upsample(config: DictConfig) -> Summary:
                 raise CannotWrite(f"{error}. {len(summary.done)} images before it are complete") from error
             summary.done.append(done)
             run.metrics({"backbone_ms": done.backbone_ms, "upsampler_ms": done.upsampler_ms}, step)
-            run.file(done.picture, str(Path("pictures", done.name).parent))
+            run.file(done.picture, f"pictures/{done.name}.png")
         _log_summary(run, summary)
     return summary
 

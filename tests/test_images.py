@@ -37,6 +37,7 @@ def flat(mode, value, size=(4, 3)):
         (flat("CMYK", (0, 255, 255, 0)), ".tif", (1, 0, 0)),
         (flat("YCbCr", (128, 128, 128)), ".jpg", (0.5, 0.5, 0.5)),
         (Image.fromarray(np.full((3, 4), 32768, np.uint16)), ".png", (0.5, 0.5, 0.5)),
+        (Image.fromarray(np.full((3, 4), 65535, np.uint16)), ".png", (1, 1, 1)),
         (Image.fromarray(np.full((3, 4), 32768, np.uint16)), ".tif", (0.5, 0.5, 0.5)),
         (Image.fromarray(np.full((3, 4), 0.25, np.float32)), ".tif", (0.25, 0.25, 0.25)),
     ],
@@ -45,7 +46,8 @@ def flat(mode, value, size=(4, 3)):
 def test_every_kind_becomes_rgb(tmp_path, image, suffix, expected):
     image.save(tmp_path / f"a{suffix}")
     pixels = read(tmp_path / f"a{suffix}")
-    assert pixels.shape == (1, 3, 3, 4) and pixels.dtype == torch.float32
+    assert pixels.shape == (1, 3, 3, 4)
+    assert pixels.dtype == torch.float32
     torch.testing.assert_close(pixels[0].mean((1, 2)), torch.tensor(expected).float(), atol=0.011, rtol=0)
 
 
@@ -70,7 +72,8 @@ def test_photographs_are_turned_upright(tmp_path, orientation, corner):
     image.save(tmp_path / "a.png", exif=exif)
     pixels = read(tmp_path / "a.png")
     assert pixels.shape[-2:] == ((4, 8) if orientation in (1, 3) else (8, 4))
-    assert pixels[0, 0][corner] == 0 and pixels.sum() == 3 * 31
+    assert pixels[0, 0][corner] == 0
+    assert pixels.sum() == 3 * 31
 
 
 def test_the_first_frame_of_an_animation(tmp_path):
@@ -126,7 +129,8 @@ def test_bundled_photographs_are_all_there():
     assert [file.name for file in found] == list(BUNDLED)
     for file in found:
         pixels = read(file.path)
-        assert min(pixels.shape[-2:]) >= 300 and pixels.std() > 0.1
+        assert min(pixels.shape[-2:]) >= 300
+        assert pixels.std() > 0.1
     assert collect(["coffee"])[0].path == found[2].path
 
 
@@ -183,5 +187,8 @@ def test_shrinking_keeps_the_shape_and_never_enlarges():
     image = torch.rand(1, 3, 30, 60)
     assert shrink(image, 20).shape == (1, 3, 10, 20)
     assert shrink(torch.rand(1, 3, 2, 400), 20).shape == (1, 3, 1, 20)
-    assert shrink(image, 60) is image and shrink(image, 100) is image and shrink(image, None) is image
-    assert 0 <= shrink((image > 0.5).float(), 20).min() and shrink((image > 0.5).float(), 20).max() <= 1
+    assert shrink(image, 60) is image
+    assert shrink(image, 100) is image
+    assert shrink(image, None) is image
+    assert shrink((image > 0.5).float(), 20).min() >= 0
+    assert shrink((image > 0.5).float(), 20).max() <= 1

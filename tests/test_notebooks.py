@@ -30,7 +30,7 @@ def test_there_are_notebooks():
 def test_committed_without_outputs(notebook):
     nbformat.validate(notebook)
     for cell in code_cells(notebook):
-        assert cell.outputs == [] and cell.execution_count is None, f"clear the outputs of: {cell.source[:60]}"
+        assert (cell.outputs, cell.execution_count) == ([], None), f"clear the outputs of: {cell.source[:60]}"
 
 
 def test_uses_the_public_interface_only(notebook):

@@ -18,7 +18,9 @@ def test_equal_features_have_equal_colours_in_every_column(features):
     output = F.interpolate(features, (60, 90), mode="nearest")
     colours = fit_colours([features, output])
     low, high = colours.paint(features), colours.paint(output)
-    assert low.shape == (6, 9, 3) and high.shape == (60, 90, 3) and low.dtype == np.float32
+    assert low.shape == (6, 9, 3)
+    assert high.shape == (60, 90, 3)
+    assert low.dtype == np.float32
     np.testing.assert_allclose(high[5::10, 5::10], low, atol=1e-6)
 
 
@@ -30,7 +32,8 @@ def test_colours_follow_the_strongest_directions():
     for k in range(3):
         correlation = np.corrcoef(picture[..., k].ravel(), amounts[k].flatten())[0, 1]
         assert abs(correlation) > 0.98
-    assert picture.min() == pytest.approx(0, abs=1e-5) and picture.max() == pytest.approx(1, abs=1e-5)
+    assert picture.min() == pytest.approx(0, abs=1e-5)
+    assert picture.max() == pytest.approx(1, abs=1e-5)
 
 
 def test_enlarging_the_colours_is_enlarging_the_features(features):
@@ -42,7 +45,7 @@ def test_enlarging_the_colours_is_enlarging_the_features(features):
 
 def test_outliers_do_not_grey_the_rest(features):
     spoiled = F.interpolate(features, (60, 90), mode="nearest")
-    spoiled[:, :, 5, 5] *= 1000
+    spoiled[:, :, ::15, ::10] *= 1000
     assert fit_colours([features, spoiled]).paint(features).std() > 0.2
 
 
@@ -55,7 +58,8 @@ def test_every_column_counts_alike():
 @pytest.mark.parametrize("channels", [1, 2, 3, 700])
 def test_any_number_of_channels(channels):
     picture = fit_colours([torch.rand(channels, 8, 8)]).paint(torch.rand(channels, 8, 8))
-    assert picture.shape == (8, 8, 3) and np.isfinite(picture).all()
+    assert picture.shape == (8, 8, 3)
+    assert np.isfinite(picture).all()
     assert channels > 1 or np.array_equal(picture[..., 0], picture[..., 2])
 
 
@@ -75,6 +79,8 @@ def test_colours_repeat_and_leave_the_random_state_alone(features):
     first, second = fit_colours([features]), fit_colours([features])
     assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.equal(first.components, second.components)
+    largest = first.components.gather(1, first.components.abs().argmax(1, keepdim=True))
+    assert (largest > 0).all(), "an axis points the same way whatever the solver says"
 
 
 def test_fitting_reads_only_a_sample():
@@ -111,7 +117,7 @@ def test_a_panel_shows_the_pixels_it_is_given():
     np.testing.assert_array_equal(pixels[36:276, 10:330], shown)
     blocks = pixels[36:276, 340:660].reshape(4, 60, 4, 80, 3)
     assert (blocks == blocks[:, :1, :, :1]).all(), "a low resolution is shown in square blocks, not blurred"
-    assert pixels[10:36, 10:330].min() < 100 and pixels[10:36, 340:660].min() < 100, "both have titles"
+    assert max(pixels[10:36, left : left + 320].min() for left in (10, 340)) < 100, "both have titles"
 
 
 def test_panels_stay_within_reasonable_sizes():

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from experiments import tracking
-from experiments.tracking import TrackingUnavailable, git_state, scalars, track
+from experiments.images import bundled
+from experiments.provenance import git_state
+from experiments.tracking import TrackingUnavailable, scalars, track
 from experiments.upsample import upsample
 
 ROOT = Path(__file__).parent.parent
@@ -95,19 +98,28 @@ def test_a_run_can_be_found_again_over_http(over_http):
         run.text("a,b", "tables/result.csv")
         run.picture(Image.new("RGB", (5, 4), "red"), "pictures/red.png")
         run.figure(Figure(), "plots/empty.png")
-        run.file(Path("weights.bin"), "checkpoint")
+        run.file(Path("weights.bin"), "checkpoint/weights.bin")
+        run.file(Path("weights.bin"))
         run.tag("claim", "none")
     found, artifacts = recorded(run.run_id, *over_http)
-    assert found.info.status == "FINISHED" and found.info.run_name == "first"
+    assert found.info.status == "FINISHED"
+    assert found.info.run_name == "first"
     tags, params, metrics = found.data.tags, found.data.params, found.data.metrics
-    assert tags["hook.attention"] == "global" and tags["hook.unifier"] == "learned_basis"
+    assert tags["hook.attention"] == "global"
+    assert tags["hook.unifier"] == "learned_basis"
     assert {key for key in tags if key.startswith("hook.")} == {f"hook.{hook}" for hook in tracking.HOOK_POINTS}
-    assert tags["device"] == "cpu" and tags["claim"] == "none" and {"git.commit", "git.dirty"} <= tags.keys()
-    assert params["seed"] == "0" and params["dtype"] == "float32" and params["attention.name"] == "global"
-    assert metrics["loss"] == 1 and metrics["cosine"] == 0.5
-    assert metrics["time_s"] > 0 and metrics["peak_memory_mb"] > 50
+    assert tags["device"] == "cpu"
+    assert tags["claim"] == "none"
+    assert {"git.commit", "git.dirty"} <= tags.keys()
+    assert params["seed"] == "0"
+    assert params["dtype"] == "float32"
+    assert params["attention.name"] == "global"
+    assert metrics["loss"] == 1
+    assert metrics["cosine"] == 0.5
+    assert metrics["time_s"] > 0
+    assert metrics["peak_memory_mb"] > 50
     assert {"run/config.yaml", "run/environment.json", "tables/result.csv", "plots/empty.png"} <= artifacts.keys()
-    assert artifacts["checkpoint/weights.bin"].read_bytes() == b"123"
+    assert artifacts["checkpoint/weights.bin"].read_bytes() == b"123" == artifacts["weights.bin"].read_bytes()
     with Image.open(artifacts["pictures/red.png"]) as picture:
         assert picture.size == (5, 4)
     assert "name: global" in artifacts["run/config.yaml"].read_text()
@@ -117,34 +129,54 @@ def test_a_run_can_be_found_again_over_http(over_http):
 
 @pytest.mark.parametrize(("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])
 def test_a_run_that_breaks_says_so(over_http, error, status):
-    with pytest.raises(error), track(config()) as run:
-        run.metrics({"loss": 3.0})
-        raise error
+    runs = []
+
+    def work():
+        with track(config()) as run:
+            runs.append(run)
+            run.metrics({"loss": 3.0})
+            raise error
+
+    with pytest.raises(error):
+        work()
+    run = runs[0]
     found, _ = recorded(run.run_id, *over_http)
-    assert found.info.status == status and found.data.metrics["loss"] == 3
+    assert found.info.status == status
+    assert found.data.metrics["loss"] == 3
     assert found.data.metrics["time_s"] >= 0
 
 
 def test_upsampling_is_recorded_over_http(over_http):
-    summary = upsample(config("images=[coffee,chelsea]", "max_size=48", "backbone=hog8"))
+    (Path.cwd() / "in" / "deep").mkdir(parents=True)
+    shutil.copy(bundled("chelsea"), "in/deep/ä b#1%20.png")
+    summary = upsample(config("images=[coffee,in]", "max_size=48", "backbone=hog8"))
     found, artifacts = recorded(summary.run_id, *over_http)
-    assert found.info.status == "FINISHED" and found.data.metrics["images_done"] == 2
-    assert found.data.metrics["median_upsampler_ms"] > 0 and found.data.metrics["median_backbone_ms"] > 0
+    assert found.info.status == "FINISHED"
+    assert found.data.metrics["images_done"] == 2
+    assert found.data.metrics["median_upsampler_ms"] > 0
+    assert found.data.metrics["median_backbone_ms"] > 0
     assert artifacts["pictures/coffee.png"].read_bytes() == summary.done[0].picture.read_bytes()
-    assert "pictures/chelsea.png" in artifacts
+    assert "pictures/deep/ä b_1_20.png" in artifacts
 
 
-def test_the_default_store_is_a_database_beside_its_artifacts(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("folder", ["one", "another"])  # in one process: each working directory has its own
+def test_the_default_store_is_a_database_beside_its_artifacts(tmp_path, monkeypatch, folder):
+    (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / folder)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(tracking, "git_state", lambda source: ("0" * 40, f"changed: {folder}"))
     with track(config()) as run:
         run.text("hello", "a.txt")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db", "mlruns"]
-    assert [path.read_text() for path in (tmp_path / "mlruns").rglob("a.txt")] == ["hello"]
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["mlflow.db", "mlruns"]
+    assert [path.read_text() for path in Path("mlruns").rglob("a.txt")] == ["hello"]
+    assert [path.read_text() for path in Path("mlruns").rglob("uncommitted.diff")] == [f"changed: {folder}"]
     with track(config()) as again:
         pass
-    first, second = (recorded(one.run_id, tracking.DEFAULT_URI, tmp_path)[0] for one in (run, again))
+    uri = f"sqlite:///{Path.cwd()}/mlflow.db"
+    first, second = (recorded(one.run_id, uri, tmp_path)[0] for one in (run, again))
     assert first.info.experiment_id == second.info.experiment_id
+    assert first.data.tags["git.commit"] == "0" * 40
+    assert first.data.tags["git.dirty"] == "yes"
 
 
 def test_switched_off_leaves_no_trace(tmp_path, monkeypatch):
@@ -156,7 +188,8 @@ def test_switched_off_leaves_no_trace(tmp_path, monkeypatch):
         run.file(tmp_path / "missing")
         run.tag("a", "b")
         run.picture(Image.new("RGB", (2, 2)), "a.png")
-    assert run.run_id == "" and not list(tmp_path.iterdir())
+    assert run.run_id == ""
+    assert not list(tmp_path.iterdir())
 
 
 def silent_server():
@@ -171,10 +204,13 @@ def refuses_at_once(uri, seconds):
     started = time.perf_counter()
     with pytest.raises(TrackingUnavailable) as refused, track(config()):
         reached = True
-    assert not reached and time.perf_counter() - started < seconds
+    assert not reached
+    assert time.perf_counter() - started < seconds
     message = str(refused.value)
-    assert uri in message and "Start it" in message
-    assert "unset MLFLOW_TRACKING_URI" in message and "tracking.enabled=false" in message
+    assert uri in message
+    assert "Start it" in message
+    assert "unset MLFLOW_TRACKING_URI" in message
+    assert "tracking.enabled=false" in message
 
 
 def test_an_unreachable_server_is_told_before_anything_is_computed(monkeypatch, tmp_path):
@@ -199,11 +235,14 @@ def test_a_server_that_never_answers(monkeypatch):
         refuses_at_once(uri, seconds=5)
 
 
-@pytest.mark.parametrize("uri", ["sqlite:///broken.db", "sqlite:////proc/none/x.db", "mlruns", "nothing://x"])
+@pytest.mark.parametrize(
+    "uri", ["sqlite:///broken.db", "sqlite:///folder", "sqlite:////proc/none/x.db", "mlruns", "nothing://x"]
+)
 def test_a_store_that_cannot_be_one(monkeypatch, tmp_path, uri):
     tracking._import_mlflow()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.db").write_bytes(b"no database" * 100)
+    (tmp_path / "folder").mkdir()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     refuses_at_once(uri, seconds=5)
 
@@ -222,12 +261,15 @@ def test_an_idea_that_is_not_committed_yet_is_kept(tmp_path):
     assert git_state(tmp_path / "other.py") == ("", ""), "a file that is not of the checkout"
     git("commit", "-m", "first")
     commit, changes = git_state(source)
-    assert re.fullmatch("[0-9a-f]{40}", commit) and changes == ""
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    assert changes == ""
     source.write_text("width = 2\n")
     (tmp_path / "extensions").mkdir()
     (tmp_path / "extensions" / "idea.py").write_text("class Idea: ...\n")
     changed_commit, changes = git_state(source)
-    assert changed_commit == commit and "+width = 2" in changes and "+class Idea: ..." in changes
+    assert changed_commit == commit
+    assert "+width = 2" in changes
+    assert "+class Idea: ..." in changes
 
 
 def test_parameters_are_scalars_under_dotted_keys():

@@ -82,24 +82,25 @@ def test_the_features_are_those_of_the_model(photos, kind):
     assert made() == [f"a.{kind}", "a.png"] or made() == ["a.png", f"a.{kind}"]
     assert path.stat().st_mode & 0o777 == 0o644
     done = summary.done[0]
-    assert (done.grid, done.output_size) == ((4, 6), (20, 30)) and done.backbone_ms > 0 and done.upsampler_ms > 0
+    assert (done.grid, done.output_size) == ((4, 6), (20, 30))
+    assert done.backbone_ms > 0
+    assert done.upsampler_ms > 0
     assert summary.exit_code == 0
 
 
-@core.register("test_upsample_shift")
-class Shift(core.Refiner):
-    """Adds one, and asks for the whole output."""
+def test_a_mapped_file_is_filled_band_by_band_where_that_is_possible(photos, monkeypatch, own_registry):
+    @core.register("shift")
+    class Shift(core.Refiner):
+        """Adds one, and asks for the whole output."""
 
-    def __init__(self, embed_dim: int):
-        super().__init__()
+        def __init__(self, embed_dim: int):
+            super().__init__()
 
-    def forward(self, output, image, features):
-        return output + 1
+        def forward(self, output, image, features):
+            return output + 1
 
-
-def test_a_mapped_file_is_filled_band_by_band_where_that_is_possible(photos, monkeypatch):
     settings = (f"images={photos}/a.png", "features=npy")
-    upsample(config(*settings, "refiner=test_upsample_shift"))
+    upsample(config(*settings, "refiner=shift"))
     output, _ = expected(photos / "a.png")
     np.testing.assert_allclose(np.load("outputs/upsample/a.npy"), output.numpy() + 1, atol=1e-5)
     monkeypatch.setattr(core.AnyUp, "step", lambda *_: pytest.fail("the whole output was in memory"))
@@ -114,12 +115,14 @@ def test_the_picture_has_four_columns(photos):
         columns = np.asarray(picture)[36:196, 10:].reshape(160, -1, 3)
     image, low, bilinear, anyup = (columns[:, i * 234 : i * 234 + 224].astype(float) for i in range(4))
     spread = [np.abs(np.diff(column, axis=1)).mean() for column in (image, low, bilinear, anyup)]
-    assert all(np.ptp(column) > 30 for column in (image, low, bilinear, anyup)) and len(set(spread)) == 4
+    assert all(np.ptp(column) > 30 for column in (image, low, bilinear, anyup))
+    assert len(set(spread)) == 4
 
 
 def test_odd_images_are_skipped_and_told(photos, caplog):
     summary = upsample(config(f"images={photos}"))
-    assert [done.name for done in summary.done] == ["a", "d"] and made() == ["a.png", "d.png"]
+    assert [done.name for done in summary.done] == ["a", "d"]
+    assert made() == ["a.png", "d.png"]
     assert [Path(path).name for path in summary.skipped] == ["b.jpg", "c.png"]
     assert "not an image" in summary.skipped[f"{photos}/b.jpg"]
     assert "4 x 4 pixels are too few, backbone hog8 needs 16" in summary.skipped[f"{photos}/c.png"]
@@ -130,7 +133,9 @@ def test_odd_images_are_skipped_and_told(photos, caplog):
 
 def test_nothing_but_odd_images(photos):
     summary = upsample(config(f"images=[{photos}/b.jpg,{photos}/c.png]"))
-    assert summary.exit_code == 2 and not summary.done and made() == []
+    assert summary.exit_code == 2
+    assert not summary.done
+    assert made() == []
 
 
 def test_folders_keep_their_shape(photos):
@@ -172,17 +177,26 @@ def test_space_is_reserved_before_a_mapped_file_is_filled(tmp_path, monkeypatch)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(CannotWrite, match="b.npy cannot be written: No space left"), replacing(tmp_path / "b.npy") as p:
+    with (
+        pytest.raises(CannotWrite, match=r"b\.npy cannot be written: No space left"),
+        replacing(tmp_path / "b.npy") as p,
+    ):
         atomic.allocate_array(p, (3, 100, 100), np.dtype("float32"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy"]
 
 
 def test_an_interrupted_write_leaves_the_earlier_file(tmp_path):
     (tmp_path / "a").write_text("earlier")
-    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "a") as part:
-        part.write_text("half")
-        raise KeyboardInterrupt
-    assert (tmp_path / "a").read_text() == "earlier" and len(list(tmp_path.iterdir())) == 1
+
+    def write():
+        with replacing(tmp_path / "a") as part:
+            part.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert (tmp_path / "a").read_text() == "earlier"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -233,8 +247,10 @@ def checkpoint(tmp_path):
 def test_a_checkpoint_decides_what_the_model_is(checkpoint, photos, caplog):
     settings = config(f"checkpoint={checkpoint}")
     model, told = load_model(settings)
-    assert model.config == core.load(checkpoint).config and told.attention == {"name": "global", "num_heads": 2}
-    assert told.max_size == settings.max_size and not caplog.records
+    assert model.config == core.load(checkpoint).config
+    assert told.attention == {"name": "global", "num_heads": 2}
+    assert told.max_size == settings.max_size
+    assert not caplog.records
     summary = upsample(config(f"images={photos}/a.png", f"checkpoint={checkpoint}", "features=npy"))
     assert summary.exit_code == 0
     untrained, _ = expected(photos / "a.png")
@@ -281,7 +297,8 @@ def run_on_the_command_line(tmp_path_factory):
 def test_the_command_line_ends_with_a_summary_and_its_exit_code(run_on_the_command_line):
     folder, result = run_on_the_command_line
     assert result.returncode == 1, result.stderr
-    assert "1 images upsampled" in result.stdout and "skipped: bad.png: not an image" in result.stdout
+    assert "1 images upsampled" in result.stdout
+    assert "skipped: bad.png: not an image" in result.stdout
     assert "Pictures (image | low-res | bilinear | AnyUp): outputs/upsample/" in result.stdout
     assert result.stdout.count("-m experiments.upsample") == 3, "it says what to try next"
     assert made(folder / "outputs/upsample") == ["good.png"]
