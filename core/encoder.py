@@ -62,7 +62,7 @@ class Encoder(nn.Sequential):
     def plain(self, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
         """The definition, in operations that differentiate any number of times."""
         for layer in self:
-            x = layer(x)
+            x = layer(x.contiguous())  # PyTorch's GroupNorm loses digits in channels-last memory
         return x if output_size is None else F.adaptive_avg_pool2d(x, output_size)  # (B,D,h,w)
 
     def streamed(self, x: Tensor, output_size: tuple[int, int] | None, buffers: stream.Buffers) -> Tensor:
