@@ -3,22 +3,23 @@
 from core import training  # noqa: F401  registers the baseline objective and learner
 from core.anyup import AnyUp
 from core.backbones import imagenet_normalize, load_backbone
-from core.checkpoint import CheckpointError, from_published, load, save, warm_start
+from core.checkpoint import from_published, load, save, warm_start
 from core.compose import available, build, build_filler, compose, from_config
 from core.hooks import Attention, Batch, Decoder, Learner, Objective, Refiner, Temporal, Unifier
 from core.registry import register
+from core.weight_files import WeightsError
 
 __all__ = [
     "AnyUp",
     "Attention",
     "Batch",
-    "CheckpointError",
     "Decoder",
     "Learner",
     "Objective",
     "Refiner",
     "Temporal",
     "Unifier",
+    "WeightsError",
     "available",
     "build",
     "build_filler",

@@ -80,7 +80,8 @@ class AnyUp(nn.Module, ModelHubMixin):
             image: (B,3,H,W), normalised with ImageNet's mean and deviation (`core.imagenet_normalize`).
             features: (B,C,h,w), any C, h and w at least 2, of the same images.
             output_size: (Qh,Qw); the image's size if None.
-            out: (B,C,Qh,Qw) tensor to write into, band by band (a memory-mapped one, say), instead of a new one.
+            out: (B,C,Qh,Qw) tensor to write into, band by band (a memory-mapped one, say), instead of a new one;
+                no gradient is recorded then.
 
         Returns:
             (B,C,Qh,Qw); `out` if it was given.
@@ -92,8 +93,9 @@ class AnyUp(nn.Module, ModelHubMixin):
             return self.step(image, features, None, output_size)[0]
         output_size = validation.check_inputs(self, image, features, output_size)
         validation.check_out(out, (*features.shape[:2], *output_size))
-        for rows, band in self.stream(image, features, output_size):
-            out[:, :, rows] = band
+        with torch.no_grad():
+            for rows, band in self.stream(image, features, output_size):
+                out[:, :, rows] = band
         return out
 
     def step(
@@ -108,7 +110,7 @@ class AnyUp(nn.Module, ModelHubMixin):
         output = self._checked("decoder", self.decoder(output, features, guidance, coords), features, output_size)
         del guidance
         output = self._checked("refiner", self.refiner(output, frame, features), features, output_size)
-        output, state = self.temporal(output, frame, state)
+        output, state = validation.check_pair(self.temporal, self.temporal(output, frame, state))
         return self._checked("temporal", output, features, output_size), state
 
     def stream(
@@ -136,7 +138,8 @@ class AnyUp(nn.Module, ModelHubMixin):
             band = self._checked("attention", band, features, size)
             band = self._checked("decoder", self.decoder(band, features, guidance, coords[rows]), features, size)
             band = self._checked("refiner", self.refiner(band, image, features), features, size)
-            yield rows, self.temporal(band, image, None)[0]
+            band, _ = validation.check_pair(self.temporal, self.temporal(band, image, None))
+            yield rows, self._checked("temporal", band, features, size)
 
     def _guide(self, image, features, output_size):
         grid = tuple(features.shape[-2:])

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from core import winograd
 from core.hooks import Attention
+from core.norm_act_conv import under_autocast
 from core.registry import register
 from core.windows import Tiles, tiles
 
@@ -46,6 +47,7 @@ class CrossAttention(Attention):
         nn.init.zeros_(self.project_query.bias)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        value = under_autocast(value)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return torch.cat([band for _, band in self.bands(query, key, value)], 2)  # (B,C,Qh,Qw)
         batch, channels = value.shape[:2]
@@ -111,7 +113,7 @@ class CrossAttention(Attention):
         query = self.project_query(query)
         keys, values = keys.flatten(3, 4).flatten(0, 2), values.flatten(3, 4).flatten(0, 2)  # (P,K,D), (P,K,C)
         bias = None
-        if not visible.all():
+        if torch.compiler.is_compiling() or not visible.all():
             hidden = ~visible.reshape(m * n, rows * columns, -1)
             bias = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, -torch.inf)
             bias = bias.to(query.device).repeat(batch, 1, 1)  # (P,M,K)

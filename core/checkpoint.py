@@ -1,15 +1,14 @@
 """Checkpoints: safetensors with the configuration that rebuilds the model, and the published ones."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save as serialize
+from safetensors.torch import save_file
 from torch import Tensor
 
+from core.atomic import replacing
 from core.weight_files import WeightsError, read_weights
 
 if TYPE_CHECKING:
@@ -31,35 +30,17 @@ _IN_PROJECTION = "cross_decode.cross_attn.attention.in_proj_"
 _OUT_PROJECTION = "cross_decode.cross_attn.attention.out_proj."
 
 
-CheckpointError = WeightsError
-
-
 def save(model: "AnyUp", path: str | Path) -> None:
     """Writes weights and configuration to `path` (.safetensors), atomically.
 
     Raises:
         TypeError: a filler is not registered, so that no configuration could rebuild the model.
-        OSError: the file cannot be written; an earlier file at `path` is untouched.
+        CannotWrite: the file cannot be written; an earlier file at `path` is untouched.
     """
     metadata = {"format": FORMAT, "config": json.dumps(model.config)}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_beside(Path(path), serialize(state, metadata))
-
-
-def write_beside(path: Path, content: bytes) -> None:
-    """Writes a file so that it is either whole or absent: beside it first, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(Path(path)) as part:
+        save_file(state, part, metadata)
 
 
 def load(path: str | Path) -> "AnyUp":

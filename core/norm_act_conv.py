@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 NUM_GROUPS = 8
 WELL_CONDITIONED = 16  # squared mean over variance, up to which one-pass moments are exact to 1e-6
@@ -53,14 +52,14 @@ def stem(layer: nn.Module, x: Tensor, buffers: Buffers) -> tuple[Tensor, Moments
     if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
         return linear(x.permute(0, 2, 3, 1).contiguous(), layer, buffers)
     pixels = layer(x).permute(0, 2, 3, 1).contiguous()  # (B,H,W,D)
-    pixels = _cast(pixels, pixels)
+    pixels = under_autocast(pixels)
     return pixels, moments_of(pixels.detach())
 
 
 def linear(pixels: Tensor, conv: nn.Conv2d, buffers: Buffers) -> tuple[Tensor, Moments]:
     """A 1x1 convolution of (B,H,W,in) -> (B,H,W,out), with the moments of the result."""
-    weight = _cast(conv.weight.flatten(1), pixels)  # (out,in)
-    pixels = _cast(pixels, pixels)
+    weight = under_autocast(conv.weight.flatten(1))  # (out,in)
+    pixels = under_autocast(pixels)
     if torch.is_grad_enabled():
         out = F.linear(pixels, weight)  # (B,H,W,out)
         return out, moments_of(out.detach())
@@ -90,7 +89,7 @@ def norm_act_conv(
         out: where to write, if no gradient is wanted; may be `residual`, or x itself if there is no convolution.
         want_moments: False where no normalisation follows.
     """
-    weight = None if conv is None else _cast(conv.weight.flatten(1), x)  # (out,in)
+    weight = None if conv is None else under_autocast(conv.weight.flatten(1))  # (out,in)
     mean, rstd = moments.mean, torch.rsqrt(moments.var + norm.eps)
     if torch.is_grad_enabled():
         y, new_mean, new_var = _NormActConv.apply(x, mean, rstd, norm.weight, norm.bias, weight, residual, want_moments)
@@ -144,11 +143,11 @@ class _NormActConv(torch.autograd.Function):
         return out, new_mean, new_var
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, _grad_mean, _grad_var):
+        _refuse_second_derivatives()
         x, mean, rstd, gamma, beta, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        sums = torch.zeros(2, *x.shape[::3], dtype=torch.float32, device=x.device)  # of ga and ga·x: (2,B,D)
+        sums = torch.zeros(2, *x.shape[::3], dtype=mean.dtype, device=x.device)  # of ga and ga·x: (2,B,D)
         grad_weight = None if weight is None else torch.zeros_like(weight)
         grad_x = torch.empty_like(x)
         for image, block in _blocks(x):
@@ -166,6 +165,13 @@ class _NormActConv(torch.autograd.Function):
         return tuple(value if needed else None for value, needed in zip(grads, ctx.needs_input_grad, strict=True))
 
 
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():  # as it is in backward only with create_graph=True
+        raise RuntimeError(
+            "AnyUp's fast path has no second derivatives (create_graph=True): call model.twice_differentiable() first"
+        )
+
+
 class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pixels, output_size):
@@ -173,8 +179,8 @@ class _Pool(torch.autograd.Function):
         return F.adaptive_avg_pool2d(pixels.permute(0, 3, 1, 2), output_size)  # (B,D,h,w)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        _refuse_second_derivatives()
         shape = [ctx.shape[i] for i in (0, 3, 1, 2)]
         sized = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
         grad = grad.contiguous(memory_format=torch.channels_last)
@@ -259,17 +265,19 @@ def _affine(mean, rstd, gamma, beta, dtype):
     return scale.to(dtype), shift.to(dtype)
 
 
-def _cast(tensor: Tensor, like: Tensor) -> Tensor:
-    device = like.device.type
+def under_autocast(tensor: Tensor) -> Tensor:
+    """The tensor in autocast's dtype, where autocast is on: in-place and out= operations do not ask it."""
+    device = tensor.device.type
     return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
 
 def _column_sums(rows: Tensor) -> Tensor:
     """(n,D) -> (D,): summed in wide rows first, which is several times faster on CPU."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
     n, width = rows.shape
     if n % 32 == 0:
-        rows = rows.view(n // 32, 32 * width).sum(0, dtype=torch.float32).view(32, width)
-    return rows.sum(0, dtype=torch.float32)
+        rows = rows.view(n // 32, 32 * width).sum(0, dtype=dtype).view(32, width)
+    return rows.sum(0, dtype=dtype)
 
 
 def _block_size(pixels: Tensor) -> int:

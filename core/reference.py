@@ -121,7 +121,7 @@ def _window_mask(size: tuple[int, int], grid: tuple[int, int], window_ratio: flo
     """(queries, keys) bool, True where a query must not look."""
     seen = []
     for num_queries, num_keys in zip(size, grid, strict=True):
-        first, last = window_bounds(num_queries, num_keys, window_ratio)
+        first, last = map(torch.from_numpy, window_bounds(num_queries, num_keys, window_ratio))
         keys = torch.arange(num_keys)
         seen.append((keys >= first[:, None]) & (keys < last[:, None]))  # (queries, keys) of one axis
     rows, columns = seen
@@ -148,5 +148,5 @@ def reference_of(model: nn.Module) -> ReferenceAnyUp:
         unifier["kernel_size"],
         unifier["ordering"],
     )
-    reference.load_state_dict(to_published(model.state_dict()))
-    return reference.to(next(model.parameters())).train(model.training)
+    reference.to(next(model.parameters())).load_state_dict(to_published(model.state_dict()))
+    return reference.train(model.training)

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.hooks import Batch, Learner, Objective
+from core.hooks import Batch, Filler, Learner, Objective
 from core.registry import register
+from core.validation import check_losses
 
 
 def cosine_mse(prediction: Tensor, target: Tensor) -> Tensor:
@@ -79,10 +80,25 @@ class PlainStep(Learner):
     def step(
         self, model: nn.Module, objective: Objective, batch: Batch, optimizer: torch.optim.Optimizer
     ) -> dict[str, Tensor]:
-        losses = objective(model, batch)
-        for module in model.modules():
-            losses |= getattr(module, "auxiliary_loss", dict)()
+        losses = all_losses(model, objective, batch)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
         return {name: loss.detach() for name, loss in losses.items()}
+
+
+def all_losses(model: nn.Module, objective: Objective, batch: Batch) -> dict[str, Tensor]:
+    """The losses of an objective and the auxiliary ones of the model's fillers; their sum is to be minimised.
+
+    Raises:
+        TypeError, ValueError: what is no dict of scalars, no loss at all, or two losses of one name.
+    """
+    losses = dict(check_losses(objective, objective(model, batch)))
+    if not losses:
+        raise ValueError(f"objective {type(objective).__name__} returned no loss")
+    for filler in (module for module in model.modules() if isinstance(module, Filler)):
+        for name, loss in check_losses(filler, filler.auxiliary_loss()).items():
+            if name in losses:
+                raise ValueError(f"{filler.hook} {type(filler).__name__}: there is another loss called {name}")
+            losses[name] = loss
+    return losses

@@ -68,6 +68,26 @@ def check_filled(model: nn.Module, hook: str, result: object, shape: tuple[int, 
     return result
 
 
+def check_pair(temporal: nn.Module, answer: object) -> tuple[Tensor, object]:
+    """Refuses a temporal filler's answer that is not (output, state)."""
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        raise TypeError(f"temporal {type(temporal).__name__} must return (output, state), got {type(answer).__name__}")
+    return answer
+
+
+def check_losses(owner: nn.Module, losses: object) -> dict[str, Tensor]:
+    """Refuses losses that are not scalars by name."""
+    name = f"{getattr(owner, 'hook', '')} {type(owner).__name__}".strip()
+    if not isinstance(losses, dict):
+        raise TypeError(f"{name} must return a dict of scalar losses, got {type(losses).__name__}")
+    for key, loss in losses.items():
+        if not isinstance(loss, Tensor) or loss.dim():
+            raise ValueError(
+                f"{name}: {key} must be a scalar tensor, got {getattr(loss, 'shape', type(loss).__name__)}"
+            )
+    return losses
+
+
 def _check_dtypes(model: nn.Module, image: Tensor, features: Tensor) -> None:
     weight = next(model.parameters())
     for name, tensor in (("image", image), ("features", features)):

@@ -3,14 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 MIN_TILE = 8  # queries per axis: below this the matrix products are too small to be fast
 
 
-def window_bounds(num_queries: int, num_keys: int, window_ratio: float) -> tuple[Tensor, Tensor]:
-    """First and one-past-last visible key of each query along one axis, both (num_queries,) int64.
+def window_bounds(num_queries: int, num_keys: int, window_ratio: float) -> tuple[np.ndarray, np.ndarray]:
+    """First and one-past-last visible key of each query along one axis, both (num_queries,) int64 in NumPy.
 
     A query at centre (i + 0.5)/num_queries sees the keys that overlap the interval of half-width `window_ratio`
     around it, in float32 and in this order of operations, as the published model was trained. No window
@@ -20,11 +21,12 @@ def window_bounds(num_queries: int, num_keys: int, window_ratio: float) -> tuple
         ValueError: the window is so narrow that a query sees nothing.
     """
     if window_ratio <= 0:
-        return torch.zeros(num_queries, dtype=torch.int64), torch.full((num_queries,), num_keys)
-    centre = (torch.arange(num_queries, dtype=torch.float32) + 0.5) / num_queries
-    first = ((centre - window_ratio).clamp(0, 1) * num_keys).floor().long()
-    last = ((centre + window_ratio).clamp(0, 1) * num_keys).ceil().long()
-    if not torch.compiler.is_compiling() and bool((last <= first).any()):
+        return np.zeros(num_queries, np.int64), np.full(num_queries, num_keys)
+    centre = (np.arange(num_queries, dtype=np.float32) + np.float32(0.5)) / np.float32(num_queries)
+    ratio, scale = np.float32(window_ratio), np.float32(num_keys)
+    first = np.floor((centre - ratio).clip(0, 1) * scale).astype(np.int64)
+    last = np.ceil((centre + ratio).clip(0, 1) * scale).astype(np.int64)
+    if (last <= first).any():
         raise ValueError(
             f"window_ratio={window_ratio} leaves a query without a key; use a wider one, or 0 for no window"
         )
@@ -71,24 +73,23 @@ def tiles(num_queries: int, num_keys: int, window_ratio: float) -> Tiles:
     first, last = window_bounds(num_queries, num_keys, window_ratio)
     cell = max(1, round(num_queries / num_keys))
     size = min(num_queries, cell * -(-MIN_TILE // cell))
-    start, width = _best_start(first, last, size)
-    starts = torch.arange(start - size if start else 0, num_queries, size)
-    members = starts[:, None] + torch.arange(size)  # (tiles,T)
-    if start:
-        members[0] += size - start  # the short tile's queries come first in its row
-    members.clamp_(max=num_queries - 1)
-    keys = first[starts.clamp(min=0)].clamp(max=num_keys - width)[:, None] + torch.arange(width)  # (tiles,K)
-    seen_from, seen_to = first[members][..., None], last[members][..., None]  # (tiles,T,1)
-    visible = (keys[:, None] >= seen_from) & (keys[:, None] < seen_to)  # (tiles,T,K)
-    return Tiles(num_queries, size, start, keys, visible)
+    offset, width = _best_offset(first, last, size)
+    starts = np.arange(offset - size if offset else 0, num_queries, size)
+    members = starts[:, None] + np.arange(size)  # (tiles,T)
+    if offset:
+        members[0] += size - offset  # the short tile's queries come first in its row
+    members = members.clip(max=num_queries - 1)
+    keys = first[starts.clip(min=0)].clip(max=num_keys - width)[:, None] + np.arange(width)  # (tiles,K)
+    visible = (keys[:, None] >= first[members][..., None]) & (keys[:, None] < last[members][..., None])  # (tiles,T,K)
+    return Tiles(num_queries, size, offset, torch.from_numpy(keys), torch.from_numpy(visible))
 
 
-def _best_start(first: Tensor, last: Tensor, size: int) -> tuple[int, int]:
+def _best_offset(first: np.ndarray, last: np.ndarray, size: int) -> tuple[int, int]:
     """(offset of the first whole tile, keys that the widest tile then needs); bounds never decrease along an axis."""
     num_queries = len(first)
-    ends = torch.arange(num_queries).add_(size - 1).clamp_(max=num_queries - 1)
-    needed = torch.nn.functional.pad(last[ends] - first, (0, -num_queries % size))  # by a tile from each query on
-    width = needed.view(-1, size).amax(0)  # (offsets,)
-    width[1:] = torch.maximum(width[1:], last[: size - 1] - first[0])
+    ends = np.arange(size - 1, size - 1 + num_queries).clip(max=num_queries - 1)
+    needed = np.pad(last[ends] - first, (0, -num_queries % size))  # by a tile from each query on
+    width = needed.reshape(-1, size).max(0)  # (offsets,)
+    width[1:] = np.maximum(width[1:], last[: size - 1] - first[0])
     best = int(width.argmin())
     return best, int(width[best])

@@ -1,39 +1,14 @@
-"""Files that are whole or absent: written beside their place first, then renamed."""
+"""Results on disk: whole or absent (`replacing`), and arrays larger than memory."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from numpy.lib.format import open_memmap
-from safetensors import SafetensorError
 
+from core.atomic import CannotWrite, replacing
 
-class CannotWrite(OSError):
-    """A result cannot be written: full disk, missing rights. No half-written file is left behind."""
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path` to write to; it takes the place of `path` when the block succeeds.
-
-    Raises:
-        CannotWrite: the system refused; names the file and the reason. What was at `path` before is untouched.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        part.chmod(0o644)  # safetensors makes files that only their owner can read
-        with part.open("rb") as file:
-            os.fsync(file.fileno())  # some file systems tell only now that the disk is full
-        part.replace(path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CannotWrite(f"{path} cannot be written: {reason}") from error
-    finally:
-        part.unlink(missing_ok=True)
+__all__ = ["CannotWrite", "allocate_array", "replacing"]
 
 
 def allocate_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:

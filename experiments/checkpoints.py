@@ -24,7 +24,7 @@ def load_model(config: DictConfig) -> tuple[core.AnyUp, DictConfig]:
     ignored. Without one the weights are random, and a warning says so.
 
     Raises:
-        FileNotFoundError, core.CheckpointError: the checkpoint cannot be used.
+        FileNotFoundError, core.WeightsError: the checkpoint cannot be used.
         SettingError: names each choice that the checkpoint contradicts.
     """
     if config.checkpoint is None:

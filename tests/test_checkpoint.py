@@ -54,7 +54,7 @@ def test_a_failed_save_leaves_the_earlier_file_and_nothing_else(tmp_path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="model.safetensors cannot be written: No space left"):
         core.save(core.build([*SMALL, "seed=1"]), path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["model.safetensors"]
