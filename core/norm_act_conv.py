@@ -268,7 +268,8 @@ def _affine(mean, rstd, gamma, beta, dtype):
 def under_autocast(tensor: Tensor) -> Tensor:
     """The tensor in autocast's dtype, where autocast is on: in-place and out= operations do not ask it."""
     device = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # never so on the meta device
+    return tensor.to(torch.get_autocast_dtype(device)) if on else tensor
 
 
 def _column_sums(rows: Tensor) -> Tensor:
