@@ -149,7 +149,7 @@ class AnyUp(nn.Module, ModelHubMixin):
         validation.check_filled(self, "unifier", unified, (len(features), self.embed_dim, *grid))
         key = self.aggregation(torch.cat([self.key_encoder(guidance, grid, buffers), unified], 1))  # (B,D,h,w)
         query = self.query_encoder(guidance, output_size, buffers)  # (B,D,Qh,Qw)
-        return guidance, query, key
+        return guidance if self.decoder.needs_guidance else None, query, key
 
     def _checked(self, hook, output, features, size):
         return validation.check_filled(self, hook, output, (*features.shape[:2], *size))

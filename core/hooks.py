@@ -92,9 +92,11 @@ class Decoder(Filler):
 
     hook = "decoder"
     supplied = ("embed_dim",)
+    needs_guidance: ClassVar[bool] = True
+    """False: the guidance is freed before attention, and `forward` gets None in its place."""
 
     @abstractmethod
-    def forward(self, output: Tensor, features: Tensor, guidance: Tensor, coords: Tensor) -> Tensor:
+    def forward(self, output: Tensor, features: Tensor, guidance: Tensor | None, coords: Tensor) -> Tensor:
         """(B,C,Qh,Qw) explicit output, (B,C,h,w), (B,D,H,W), (Qh,Qw,2) coords -> (B,C,Qh,Qw).
 
         `coords` are the centres of the output pixels, (row, column), in the unit square of the whole image.

@@ -10,10 +10,12 @@ from core.registry import register
 class NoDecoder(Decoder):
     """Keeps the explicit output."""
 
+    needs_guidance = False
+
     def __init__(self, embed_dim: int):
         super().__init__()
 
-    def forward(self, output: Tensor, features: Tensor, guidance: Tensor, coords: Tensor) -> Tensor:
+    def forward(self, output: Tensor, features: Tensor, guidance: Tensor | None, coords: Tensor) -> Tensor:
         return output
 
 
