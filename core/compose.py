@@ -1,8 +1,10 @@
 """From Hydra overrides to a model: `build(["attention=global", "unifier.num_basis=64"])`."""
 
+from collections.abc import Callable
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 from core import registry
 from core.anyup import AnyUp
@@ -33,6 +35,8 @@ def compose(overrides: list[str] | None = None) -> DictConfig:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    if isinstance(overrides, str):
+        raise TypeError(f"overrides must be a list of strings, such as [{overrides!r}], not one string")
     registry.discover()
     overrides = list(overrides or [])
     try:
@@ -41,7 +45,7 @@ def compose(overrides: list[str] | None = None) -> DictConfig:
         with initialize(version_base=None, config_path=None):
             return hydra_compose("anyup", overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(f"{_first_line(error)}\nThere is:\n{available()}") from error
+        raise _refused(": ".join(map(_first_line, filter(None, (error, error.__cause__))))) from error
 
 
 def build(overrides: list[str] | None = None) -> AnyUp:
@@ -57,15 +61,13 @@ def build(overrides: list[str] | None = None) -> AnyUp:
 
 def from_config(config: DictConfig | dict[str, Any]) -> AnyUp:
     """Builds the model of a configuration; keys that belong to experiments are left alone."""
-    values = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
-    fillers = {hook: _factory(hook, values[hook]) for hook in MODEL_HOOKS}
-    return AnyUp(**fillers, **{key: values.get(key, default) for key, default in MODEL_KEYS.items()})
+    fillers = {hook: _factory(hook, config[hook]) for hook in MODEL_HOOKS}
+    return AnyUp(**fillers, **{key: _typed(key, config.get(key, default)) for key, default in MODEL_KEYS.items()})
 
 
 def build_filler(hook: str, config: DictConfig | dict[str, Any]) -> Filler:
     """Builds a filler that takes no sizes from the core: an `objective` or a `learner`."""
-    values = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
-    return _factory(hook, values)()
+    return _factory(hook, config)()
 
 
 def available() -> str:
@@ -78,9 +80,24 @@ def available() -> str:
     return "\n".join(lines)
 
 
-def _factory(hook: str, values: dict[str, Any]):
-    return registry.factory(hook, values["name"], {key: value for key, value in values.items() if key != "name"})
+def _factory(hook: str, node: DictConfig | dict[str, Any]) -> Callable[..., Filler]:
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(node), resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise _refused(f"{hook}={node['name']}: {_first_line(error)}; set {hook}.SETTING=...") from error
+    return registry.factory(hook, values.pop("name"), values)
 
 
-def _first_line(error: Exception) -> str:
+def _typed(key: str, value: Any) -> Any:
+    wanted = type(MODEL_KEYS[key])
+    if type(value) is not wanted:
+        raise _refused(f"{key} must be {wanted.__name__}, got {value!r}")
+    return value
+
+
+def _refused(reason: str) -> ValueError:
+    return ValueError(f"{reason}\nThere is:\n{available()}")
+
+
+def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from importlib.metadata import entry_points
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -89,7 +89,7 @@ def factory(hook: str, name: str, settings: dict[str, Any]) -> Callable[..., Fil
         raise ValueError(
             f"{hook}={name} has no setting {', '.join(unknown)}; it has: {', '.join(fields) or 'no settings'}"
         )
-    return partial(known[name], **settings)
+    return partial(known[name], **{key: _as_declared(fields[key][0], value) for key, value in settings.items()})
 
 
 def describe(filler: Callable[..., Filler]) -> dict[str, Any]:
@@ -120,11 +120,24 @@ def signature_fields(cls: type[Filler]) -> dict[str, tuple[type, Any]]:
             raise TypeError(f"{cls.__qualname__}.__init__ takes *{parameter.name}: name every setting")
         if parameter.name in cls.supplied:
             continue
+        if parameter.name == "name":
+            raise TypeError(
+                f"{cls.__qualname__}.__init__: argument name stands for the choice's name: call it otherwise"
+            )
         if parameter.name not in hints:
             raise TypeError(f"{cls.__qualname__}.__init__: argument {parameter.name} needs a type annotation")
         default = MISSING if parameter.default is parameter.empty else parameter.default
         fields[parameter.name] = (hints[parameter.name], default)
     return fields
+
+
+def _as_declared(kind: type, value: Any) -> Any:
+    """Undoes what YAML and JSON do not know: tuples come back as lists, members of an Enum as their names."""
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(value)
+    if inspect.isclass(kind) and issubclass(kind, Enum) and isinstance(value, str):
+        return kind[value]
+    return value
 
 
 def discover() -> None:
