@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HTTPError
 from torch import Tensor, nn
 
 from core import checkpoint, validation
@@ -186,6 +187,40 @@ class AnyUp(nn.Module, ModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         checkpoint.save(self, save_directory / checkpoint.WEIGHTS_NAME)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+    ) -> "AnyUp":
+        """A model saved with `save_pretrained` or `push_to_hub`, from a local folder or the hub, in eval mode.
+
+        Raises:
+            OSError: no such folder, and nothing from the hub. WeightsError: as `core.load`.
+        """
+        where = pretrained_model_name_or_path
+        try:
+            return super().from_pretrained(
+                where,
+                force_download=force_download,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                revision=revision,
+            )
+        except (OSError, HTTPError) as error:
+            if Path(where).is_dir():
+                raise
+            raise OSError(
+                f"{where} is no local folder, and could not be had from the hub ({type(error).__name__}): go online, or "
+                "give a local file to core.load"
+            ) from error
 
     @classmethod
     def _from_pretrained(

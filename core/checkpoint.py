@@ -34,11 +34,14 @@ def save(model: "AnyUp", path: str | Path) -> None:
     """Writes weights and configuration to `path` (.safetensors), atomically.
 
     Raises:
+        ValueError: `path` does not end in .safetensors.
         TypeError: a filler is not registered, so that no configuration could rebuild the model.
         CannotWrite: the file cannot be written; an earlier file at `path` is untouched.
     """
     metadata = {"format": FORMAT, "config": json.dumps(model.config)}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"{path}: checkpoints are written as .safetensors")
     with replacing(Path(path)) as part:
         save_file(state, part, metadata)
 
@@ -65,9 +68,8 @@ def warm_start(model: "AnyUp", path: str | Path) -> list[str]:
         FileNotFoundError, WeightsError: as `load`; or another weight is missing, left over or of another shape.
     """
     state, config = read(path)
-    switched = tuple(
-        f"{hook}." for hook in model.factories if model.config[hook] != {**model.config[hook], **config[hook]}
-    )
+    mine = json.loads(json.dumps(model.config))  # as it would come back from a file: lists for tuples
+    switched = tuple(f"{hook}." for hook in model.factories if mine[hook] != {**mine[hook], **config[hook]})
     own = model.state_dict()
     kept = {
         name: tensor
@@ -86,7 +88,10 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     if metadata.get("format", "").startswith("anyup_lab/"):
         if metadata["format"] != FORMAT:
             raise WeightsError(f"{path} has format {metadata['format']}; this version reads {FORMAT}")
-        return state, json.loads(metadata["config"])
+        try:
+            return state, json.loads(metadata["config"])
+        except (KeyError, ValueError) as error:
+            raise WeightsError(f"{path} is damaged: it has no configuration that could be read") from error
     return rename_published(state, path)
 
 
@@ -107,6 +112,13 @@ def rename_published(state: dict[str, Tensor], path: str | Path = "the state dic
     if _IN_PROJECTION + "weight" not in state or "key_features_encoder.0.basis" not in state:
         found = ", ".join(list(state)[:3])
         raise WeightsError(f"{path} is not an AnyUp checkpoint: it has {len(state)} tensors such as {found}")
+    try:
+        return _renamed(state), _published_config(state)
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path} is no AnyUp checkpoint: {type(error).__name__}: {error}") from error
+
+
+def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     renamed = {}
     for name, tensor in state.items():
         if name == _IN_PROJECTION + "weight":
@@ -116,8 +128,12 @@ def rename_published(state: dict[str, Tensor], path: str | Path = "the state dic
         elif not name.startswith(_OUT_PROJECTION):
             prefix = next((old for old in _RENAMES if name.startswith(old)), "")
             renamed[_RENAMES.get(prefix, "") + name[len(prefix) :]] = tensor
+    return renamed
+
+
+def _published_config(state: dict[str, Tensor]) -> dict:
     num_basis, _, kernel_size, _ = state["key_features_encoder.0.basis"].shape
-    config = {
+    return {
         "embed_dim": len(state["image_encoder.0.weight"]),
         "seed": 0,
         "unifier": {
@@ -128,7 +144,6 @@ def rename_published(state: dict[str, Tensor], path: str | Path = "the state dic
         },
         "attention": {"name": "window", "num_heads": 4, "window_ratio": 0.1},
     } | {hook: {"name": "none"} for hook in ("decoder", "refiner", "temporal")}
-    return renamed, config
 
 
 def to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -151,7 +166,10 @@ def to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _rebuild(state: dict[str, Tensor], config: dict, path: str | Path) -> "AnyUp":
     from core.compose import from_config
 
-    model = from_config(config)
+    try:
+        model = from_config(config)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WeightsError(f"{path}: no model can be built from its configuration ({error})") from error
     _load_strictly(model, state, path)
     return model.eval()
 
