@@ -218,8 +218,8 @@ class AnyUp(nn.Module, ModelHubMixin):
             if Path(where).is_dir():
                 raise
             raise OSError(
-                f"{where} is no local folder, and could not be had from the hub ({type(error).__name__}): go online, or "
-                "give a local file to core.load"
+                f"{where} is no local folder, and could not be had from the hub ({type(error).__name__}): go online, "
+                "or give a local file to core.load"
             ) from error
 
     @classmethod

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from torch.export import Dim
 
 import core
 
@@ -29,7 +30,58 @@ def test_exported_program_gives_the_same_numbers_and_can_be_stored(model, tmp_pa
     close(torch.export.load(tmp_path / "anyup.pt2").module()(IMAGE, FEATURES, SIZE), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides", [["unifier=none", "attention=global"], ["unifier.ordering=released", "attention.window_ratio=0.3"]]
+)
+def test_other_choices_export(perturbed, overrides):
+    model = perturbed(core.build(["embed_dim=16", *overrides])).eval()
+    with torch.no_grad():
+        program = torch.export.export(model, (IMAGE, FEATURES, SIZE))
+        close(program.module()(IMAGE, FEATURES, SIZE), model(IMAGE, FEATURES, SIZE))
+
+
+def test_an_exported_program_keeps_its_gradients(model):
+    """Exported with gradients on: it differentiates as the model does."""
+    program = torch.export.export(model, (IMAGE, FEATURES, SIZE)).module()
+    ours, theirs = (image.clone().requires_grad_() for image in (IMAGE, IMAGE))
+    given = torch.randn(2, 7, *SIZE)
+    (model(ours, FEATURES, SIZE) * given).sum().backward()
+    (program(theirs, FEATURES, SIZE) * given).sum().backward()
+    torch.testing.assert_close(theirs.grad, ours.grad, rtol=0, atol=1e-4 * ours.grad.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("shapes", "others"),
+    [
+        ({"image": {0: Dim("batch", min=1, max=64)}, "features": {0: Dim("batch", min=1, max=64)}}, [(1, 7), (5, 7)]),
+        ({"image": None, "features": {1: Dim("channels", min=2, max=4096)}}, [(2, 384), (2, 2)]),
+    ],
+    ids=["batch", "channels"],
+)
+def test_one_program_serves_any(model, shapes, others):
+    """Batch and number of channels may stay open; sizes are fixed, because the windows are worked out from them."""
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (IMAGE, FEATURES, SIZE), dynamic_shapes=shapes | {"output_size": (None, None)}
+        ).module()
+        for batch, channels in others:
+            image, features = torch.randn(batch, 3, 32, 48), torch.randn(batch, channels, 4, 6)
+            close(program(image, features, SIZE), model(image, features, SIZE))
+
+
+def test_an_exported_program_refuses_other_sizes(model):
+    """It was made for one size of everything: no wrong numbers for another."""
+    with torch.no_grad():
+        program = torch.export.export(model, (IMAGE, FEATURES, SIZE)).module()
+        for inputs in (
+            (IMAGE[..., :40], FEATURES, SIZE),
+            (IMAGE, FEATURES[..., :5], SIZE),
+            (IMAGE, FEATURES, (24, 41)),
+        ):
+            with pytest.raises((AssertionError, RuntimeError), match=r"(?i)guard|expected"):
+                program(*inputs)
+
+
 def test_onnx_gives_the_same_numbers(model, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -50,3 +102,27 @@ def test_compiled_encoders_give_the_same_numbers(model):
     with torch.no_grad():
         expected = model(IMAGE, FEATURES, SIZE)
         close(model.compile_encoders()(IMAGE, FEATURES, SIZE), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("size", [None, SIZE, (3, 5)])
+def test_compile_true_gives_the_same_numbers_and_gradients(size):
+    """As an option of `build`: with whole and pooled queries, without and with gradients, and for a second size."""
+    plain = core.build(["embed_dim=16", "unifier.num_basis=8"])
+    compiled = core.build(["embed_dim=16", "unifier.num_basis=8", "compile=true"])
+    assert compiled.config == plain.config
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    for image in (IMAGE, torch.randn(1, 3, 20, 24)):
+        features = FEATURES[: len(image)]
+        with torch.no_grad():
+            close(compiled(image, features, size), plain(image, features, size))
+    expected, actual = plain(IMAGE, FEATURES, size), compiled(IMAGE, FEATURES, size)
+    close(actual.detach(), expected.detach())
+    given = torch.randn_like(expected)
+    (expected * given).sum().backward()
+    (actual * given).sum().backward()
+    for (name, ours), theirs in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+        largest = theirs.grad.abs().max().item()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-3 * largest, msg=name)
