@@ -143,6 +143,8 @@ class WindowAttention(CrossAttention):
 
     def __init__(self, embed_dim: int, num_heads: int = 4, window_ratio: float = 0.1):
         super().__init__(embed_dim, num_heads)
+        if math.isnan(window_ratio):
+            raise ValueError("window_ratio must be a number, got nan; 0 means no window")
         self.window_ratio = window_ratio
 
 

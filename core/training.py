@@ -55,20 +55,37 @@ class CosineMSE(Objective):
 
 
 def crops_of(output: Tensor, batch: Batch) -> Tensor:
-    """(B,C,Qh,Qw) -> (N,C,th,tw): the regions that `batch.target` shows."""
-    if batch.corners is None:
+    """(B,C,Qh,Qw) -> (N,C,th,tw): the regions that `batch.target` shows.
+
+    Raises:
+        ValueError: the targets are not that many regions of the output.
+    """
+    target, corners = batch.target, batch.corners
+    if corners is None:
+        if target.shape != output.shape:
+            raise ValueError(
+                f"target {tuple(target.shape)} is not the whole output {tuple(output.shape)}: give corners of crops"
+            )
         return output
-    height, width = batch.target.shape[-2:]
-    per_image = len(batch.corners) // len(output)
-    if per_image * len(output) != len(batch.target) or len(batch.corners) != len(batch.target):
+    if target.dim() != 4 or target.shape[1] != output.shape[1]:
+        raise ValueError(f"target must be (N, {output.shape[1]}, th, tw) as the features, got {tuple(target.shape)}")
+    height, width = target.shape[-2:]
+    per_image = len(corners) // len(output)
+    if per_image * len(output) != len(target) or len(corners) != len(target):
         raise ValueError(
-            f"{len(batch.target)} targets and {len(batch.corners)} corners are no equal number of crops for each of "
+            f"{len(target)} targets and {len(corners)} corners are no equal number of crops for each of "
             f"{len(output)} images"
+        )
+    last = corners.new_tensor(output.shape[-2:]) - corners.new_tensor([height, width])
+    if (corners < 0).any() or (corners > last).any():
+        raise ValueError(
+            f"a crop of {height}x{width} at one of the corners {corners.tolist()} lies outside the output grid "
+            f"{tuple(output.shape[-2:])}"
         )
     return torch.stack(
         [
             output[i // per_image, :, row : row + height, column : column + width]
-            for i, (row, column) in enumerate(batch.corners.tolist())
+            for i, (row, column) in enumerate(corners.tolist())
         ]
     )
 

@@ -1,5 +1,8 @@
 """What the model refuses, before it computes anything; and what it refuses from a filler."""
 
+import math
+from numbers import Real
+
 import torch
 from torch import Tensor, nn
 
@@ -40,10 +43,10 @@ def check_inputs(
 def check_size(output_size: tuple[int, int]) -> tuple[int, int]:
     """(height, width) as plain positive integers."""
     try:
-        height, width = output_size
-    except (TypeError, ValueError):
+        height, width = (side.item() if isinstance(side, Tensor) else side for side in output_size)
+    except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"output_size must be (height, width), got {output_size!r}") from None
-    if height != int(height) or width != int(width) or min(height, width) < 1:
+    if not all(isinstance(side, Real) and math.isfinite(side) and side == int(side) >= 1 for side in (height, width)):
         raise ValueError(f"output_size must be two positive integers, got {output_size!r}")
     return int(height), int(width)
 
@@ -54,6 +57,8 @@ def check_out(out: Tensor, shape: tuple[int, ...]) -> None:
         raise TypeError(f"out must be a torch tensor (torch.from_numpy of a memory map), got {type(out).__name__}")
     if tuple(out.shape) != shape:
         raise ValueError(f"out must have shape {shape}, got {_shape(out)}")
+    if not out.is_floating_point():
+        raise ValueError(f"out must be floating point, got {out.dtype}")
     if torch.is_grad_enabled() and out.requires_grad:
         raise ValueError("out requires a gradient; pass a plain buffer, or no out")
 

@@ -109,7 +109,8 @@ def test_windows_are_identical(golden, window):
     case = cases[NUM_CASES + window]
     expected = tensors[f"window{window}/bounds"].long()  # (Hq,Wq,4): r0, r1, c0, c1
     (rows_from, rows_to), (columns_from, columns_to) = (
-        tuple(map(torch.from_numpy, window_bounds(high, low, 0.1))) for high, low in zip(case["window_high"], case["window_low"], strict=True)
+        tuple(map(torch.from_numpy, window_bounds(high, low, 0.1)))
+        for high, low in zip(case["window_high"], case["window_low"], strict=True)
     )
     size = expected.shape[:2]
     assert torch.equal(rows_from[:, None].expand(size), expected[..., 0])
