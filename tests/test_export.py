@@ -50,6 +50,7 @@ def test_an_exported_program_keeps_its_gradients(model):
     torch.testing.assert_close(theirs.grad, ours.grad, rtol=0, atol=1e-4 * ours.grad.abs().max().item())
 
 
+@pytest.mark.xfail(strict=True, reason="exported programs serve one batch size and width: blocks are cut for them")
 @pytest.mark.parametrize(
     ("shapes", "others"),
     [
