@@ -484,6 +484,7 @@ print(*sorted({name.split(".")[0] for name in set(sys.modules) - known}))
 """
 
 
+@pytest.mark.slow
 def test_importing_the_core_is_quick_and_pulls_in_no_optional_package():
     """At most 2 s beyond torch itself, best of three: only the best says something on a machine that others use."""
     times, packages = [], set()
