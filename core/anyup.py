@@ -10,11 +10,11 @@ from huggingface_hub.errors import HTTPError
 from torch import Tensor, nn
 
 from core import checkpoint, validation
-from core.attention import WindowAttention
+from core.attention import WindowAttention, empty_output
 from core.encoder import Encoder
 from core.hooks import Attention, Decoder, Refiner, Temporal, Unifier
 from core.memory import keep_temporaries
-from core.norm_act_conv import Buffers
+from core.norm_act_conv import Buffers, autocast_dtype
 from core.passthrough import NoDecoder, NoRefiner, NoTemporal
 from core.registry import describe
 from core.rotary import Rotary
@@ -104,9 +104,12 @@ class AnyUp(nn.Module, ModelHubMixin):
     ) -> tuple[Tensor, object | None]:
         """`forward` for one frame of a video: takes the last frame's state (None at the first), returns the next."""
         output_size = validation.check_inputs(self, frame, features, output_size)
-        guidance, query, key = self._guide(frame, features, output_size)
+        room = self._output_memory(features, output_size)
+        buffers = Buffers(None if room is None else room.permute(0, 2, 3, 1))
+        guidance, query, key = self._guide(frame, features, output_size, buffers)
         coords = pixel_centres(output_size, like=query)
-        output = self._checked("attention", self.attention(query, key, features), features, output_size)
+        output = self.attention(query, key, features, *([] if room is None else [room]))
+        output = self._checked("attention", output, features, output_size)
         del query
         output = self._checked("decoder", self.decoder(output, features, guidance, coords), features, output_size)
         del guidance
@@ -132,7 +135,7 @@ class AnyUp(nn.Module, ModelHubMixin):
         return self._stream(image, features, output_size)
 
     def _stream(self, image, features, output_size):
-        guidance, query, key = self._guide(image, features, output_size)
+        guidance, query, key = self._guide(image, features, output_size, Buffers())
         coords = pixel_centres(output_size, like=query)
         for rows, band in self.attention.bands(query, key, features):
             size = (rows.stop - rows.start, output_size[1])
@@ -142,9 +145,16 @@ class AnyUp(nn.Module, ModelHubMixin):
             band, _ = validation.check_pair(self.temporal, self.temporal(band, image, None))
             yield rows, self._checked("temporal", band, features, size)
 
-    def _guide(self, image, features, output_size):
+    def _output_memory(self, features, output_size):
+        """Memory for attention's output, which the encoders may use before; None where that cannot be."""
+        needed_as_is = torch.is_grad_enabled() or torch.compiler.is_compiling() or autocast_dtype(features) is not None
+        if needed_as_is or self.decoder.needs_guidance or not self.attention.takes_out:
+            return None
+        return empty_output(features, output_size)
+
+    def _guide(self, image, features, output_size, buffers):
+        """Guidance (None if no decoder needs it), query and key; of these only the guidance lies in the buffers' room."""
         grid = tuple(features.shape[-2:])
-        buffers = Buffers()
         guidance = self.rotary(self.image_encoder(image, buffers=buffers))  # (B,D,H,W)
         unified = self.unifier(features, guidance)  # (B,D,h,w)
         validation.check_filled(self, "unifier", unified, (len(features), self.embed_dim, *grid))
@@ -174,7 +184,7 @@ class AnyUp(nn.Module, ModelHubMixin):
         return self
 
     def compile_encoders(self) -> "AnyUp":
-        """Runs the image-sized encoders through `torch.compile` from now on.
+        """Runs the image-sized encoders through `torch.compile` from now on, for up to 64 shapes each.
 
         Raises:
             RuntimeError: on CPU, without a C++ compiler.
@@ -182,7 +192,7 @@ class AnyUp(nn.Module, ModelHubMixin):
         if next(self.parameters()).device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
             raise RuntimeError("compile=true needs a C++ compiler on CPU: install g++, or leave it off")
         for encoder in (self.image_encoder, self.query_encoder, self.key_encoder):
-            encoder.compiled = torch.compile(encoder.plain, dynamic=False)
+            encoder.compiled = torch.compile(encoder.plain, dynamic=False, recompile_limit=64, isolate_recompiles=True)
         return self
 
     def _save_pretrained(self, save_directory: Path) -> None:

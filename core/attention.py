@@ -29,6 +29,7 @@ class CrossAttention(Attention):
     a mask nor the logits of all queries ever exist.
     """
 
+    takes_out = True
     window_ratio: float = 0.0
 
     def __init__(self, embed_dim: int, num_heads: int = 4):
@@ -46,15 +47,15 @@ class CrossAttention(Attention):
             nn.init.uniform_(projection.weight, -math.sqrt(1.5 / embed_dim), math.sqrt(1.5 / embed_dim))
         nn.init.zeros_(self.project_query.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor | None = None) -> Tensor:
         value = under_autocast(value)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return torch.cat([band for _, band in self.bands(query, key, value)], 2)  # (B,C,Qh,Qw)
-        batch, channels = value.shape[:2]
-        output = value.new_empty(batch, *query.shape[-2:], channels)  # (B,Qh,Qw,C)
-        for _ in self._bands(query, key, value, output):
+        if out is None:
+            out = empty_output(value, tuple(query.shape[-2:]))
+        for _ in self._bands(query, key, value, out.permute(0, 2, 3, 1)):
             pass
-        return output.permute(0, 3, 1, 2)  # (B,C,Qh,Qw)
+        return out
 
     def bands(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[slice, Tensor]]:
         return self._bands(query, key, value, None)
@@ -124,6 +125,11 @@ class CrossAttention(Attention):
             weights += logits.softmax(-1)
         weighted = torch.bmm((weights / self.num_heads).to(values.dtype), values)  # (P,M,C)
         return weighted.view(batch, m, n, rows, columns, -1).transpose(2, 3)
+
+
+def empty_output(value: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B,C,Qh,Qw), uninitialised, in the memory layout that attention writes fastest."""
+    return value.new_empty(len(value), *size, value.shape[1]).permute(0, 3, 1, 2)
 
 
 def _normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:

@@ -71,6 +71,8 @@ class Attention(Filler):
 
     hook = "attention"
     supplied = ("embed_dim",)
+    takes_out: ClassVar[bool] = False
+    """True: `forward` has a fourth argument, `out`: None, or memory of the result's size and dtype to write it to."""
 
     @abstractmethod
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ what it writes. Without gradients it works in buffers it is given. With gradient
 recomputes the rest in `backward`, which is therefore not differentiable itself; `Encoder.plain` is.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -26,20 +27,38 @@ class Moments(NamedTuple):
 
 
 class Buffers:
-    """Image-sized buffers that the encoders of one forward hand on: fresh memory costs more than a pass over it."""
+    """Image-sized buffers that the encoders of one forward hand on: fresh memory costs more than a pass over it.
 
-    def __init__(self):
+    The last one given back is the first one taken.
+
+    Args:
+        room: contiguous memory that is not needed yet; up to two buffers lie in it. So whoever holds two at a time,
+            and keeps one of them, finds the third outside.
+    """
+
+    def __init__(self, room: Tensor | None = None):
         self.free: list[Tensor] = []
+        self.room = None if room is None else room.flatten()
+        self.uses_of_room = 2
 
     def take(self, like: Tensor, width: int) -> Tensor | None:
         """An uninitialised (B,H,W,width) buffer; None with gradients, which need every result kept."""
         if torch.is_grad_enabled():
             return None
         shape = (*like.shape[:-1], width)
-        for i, buffer in enumerate(self.free):
+        for i, buffer in reversed(list(enumerate(self.free))):
             if buffer.shape == shape and buffer.dtype == like.dtype:
                 return self.free.pop(i)
-        return like.new_empty(shape)
+        return self._in_room(shape) if self._fits(shape, like.dtype) else like.new_empty(shape)
+
+    def _fits(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        room = self.room
+        return room is not None and room.dtype == dtype and self.uses_of_room > 0 and math.prod(shape) <= len(room)
+
+    def _in_room(self, shape: tuple[int, ...]) -> Tensor:
+        self.uses_of_room -= 1
+        buffer, self.room = self.room.tensor_split([math.prod(shape)])
+        return buffer.view(shape)
 
     def give_back(self, buffer: Tensor) -> None:
         """Says that nothing reads `buffer` any more."""
@@ -267,9 +286,15 @@ def _affine(mean, rstd, gamma, beta, dtype):
 
 def under_autocast(tensor: Tensor) -> Tensor:
     """The tensor in autocast's dtype, where autocast is on: in-place and out= operations do not ask it."""
+    dtype = autocast_dtype(tensor)
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype of autocast on the tensor's device; None where it is off."""
     device = tensor.device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # never so on the meta device
-    return tensor.to(torch.get_autocast_dtype(device)) if on else tensor
+    return torch.get_autocast_dtype(device) if on else None
 
 
 def _column_sums(rows: Tensor) -> Tensor:

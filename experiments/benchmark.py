@@ -40,6 +40,7 @@ from experiments.benchmark_cases import (
 )
 from experiments.benchmark_report import Row, header, metrics, rich_table, write
 from experiments.measure import (
+    MIN_RUNS,
     OutOfMemory,
     Times,
     arithmetic,
@@ -204,7 +205,9 @@ def _enter_times(rows: dict[str, Row], measured: dict[str, Times | OutOfMemory])
             continue
         row.against = base[0]
         ratio = paired_ratio(base[1].time, times.time)
-        row.ratio, row.ratio_low, row.ratio_high = ratio.median, ratio.low, ratio.high
+        row.ratio = ratio.median
+        if row.num_runs >= MIN_RUNS:
+            row.ratio_low, row.ratio_high = ratio.low, ratio.high
         row.cpu_ratio = paired_ratio(base[1].cpu, times.cpu).median
 
 

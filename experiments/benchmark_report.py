@@ -152,7 +152,9 @@ def write(rows: Sequence[Row], out_dir: Path, name: str, top: str, done: str = "
 
 def cells(row: Row) -> list[str]:
     """One line of the tables."""
-    ratio = f"{row.ratio:.2f} ({row.ratio_low:.2f}-{row.ratio_high:.2f})" if row.ratio else ""
+    ratio = f"{row.ratio:.2f}" if row.ratio else ""
+    if row.ratio_low:
+        ratio += f" ({row.ratio_low:.2f}-{row.ratio_high:.2f})"
     if row.ratio and row.against != "dense":
         ratio += f" than {row.against}"
     memory = _number(row.memory_mb) + (f" ({_number(row.reserved_mb)})" if row.reserved_mb else "")

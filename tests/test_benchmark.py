@@ -134,6 +134,13 @@ def test_compiling_is_one_more_arm(no_children, monkeypatch):
     assert len(compiled) == 2  # once to see that it can be, once for the arm
 
 
+def test_two_rounds_give_no_interval(no_children):
+    _, ours = benchmark(config("num_runs=2"))
+    assert ours.ratio > 0
+    assert ours.ratio_low is None
+    assert f"| {ours.ratio:.2f} |" in Path("docs/benchmark_cpu.md").read_text()
+
+
 def test_other_models(no_children):
     assert all(row.status == "ok" for row in benchmark(config("attention=global", "unifier.ordering=released")))
     (row,) = benchmark(config("arms=[ours]", "unifier=none"))

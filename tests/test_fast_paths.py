@@ -2,6 +2,7 @@
 
 import math
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import product
 from unittest.mock import patch
 
@@ -763,6 +764,32 @@ def test_out(tmp_path, kind, grad):
     if kind == "memmap":
         array.flush()
         assert np.array_equal(np.fromfile(tmp_path / "out.dat", np.float32), array.ravel())
+
+
+@pytest.mark.parametrize("channels", [8, 16, 24, 40])
+@pytest.mark.parametrize("output_size", [(12, 14), (9, 20)])
+def test_encoders_work_in_the_memory_of_the_output(channels, output_size):
+    """Whatever part of their buffers fits in there, the result is the same as in memory of their own."""
+    model = AnyUp(embed_dim=8, attention=partial(WindowAttention, num_heads=1)).eval()
+    image, features = torch.randn(2, 3, 12, 14), torch.randn(2, channels, 3, 4)
+    with torch.no_grad():
+        shared_memory = model(image, features, output_size)
+        with patch.object(WindowAttention, "takes_out", False):
+            torch.testing.assert_close(model(image, features, output_size), shared_memory, rtol=0, atol=0)
+
+
+def test_buffers_lie_in_the_room_twice_and_the_last_one_given_back_is_taken_first():
+    room, like = torch.empty(1, 2, 2, 12), torch.empty(1, 2, 2, 4)
+    buffers = norm_act_conv.Buffers(room)
+    with torch.no_grad():
+        first, second, third = (buffers.take(like, 4) for _ in range(3))
+        buffers.give_back(second)
+        buffers.give_back(third)
+        assert buffers.take(like, 4) is third
+        assert buffers.take(like, 4) is second
+    own = room.untyped_storage().data_ptr()
+    assert [b.untyped_storage().data_ptr() == own for b in (first, second, third)] == [True, True, False]
+    assert second.data_ptr() == first.data_ptr() + first.nbytes
 
 
 def test_out_can_be_used_again():
