@@ -153,7 +153,7 @@ class AnyUp(nn.Module, ModelHubMixin):
         return empty_output(features, output_size)
 
     def _guide(self, image, features, output_size, buffers):
-        """Guidance (None if no decoder needs it), query and key; of these only the guidance lies in the buffers' room."""
+        """Guidance (None if no decoder needs it), query and key; only the guidance lies in the buffers' room."""
         grid = tuple(features.shape[-2:])
         guidance = self.rotary(self.image_encoder(image, buffers=buffers))  # (B,D,H,W)
         unified = self.unifier(features, guidance)  # (B,D,h,w)
