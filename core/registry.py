@@ -109,8 +109,8 @@ def describe(filler: Callable[..., Filler]) -> dict[str, Any]:
     return {"name": cls.choice, **plain}
 
 
-def signature_fields(cls: type[Filler]) -> dict[str, tuple[type, Any]]:
-    """The settings of a filler: argument of `__init__` -> (type, default), without those the core supplies."""
+def signature_fields(cls: type) -> dict[str, tuple[type, Any]]:
+    """The settings of a class: argument of `__init__` -> (type, default), without those the core supplies."""
     hints = get_type_hints(cls.__init__)
     fields = {}
     for parameter in list(inspect.signature(cls.__init__).parameters.values())[1:]:
@@ -118,7 +118,7 @@ def signature_fields(cls: type[Filler]) -> dict[str, tuple[type, Any]]:
             if cls.__init__ is Filler.__init__:
                 continue  # the filler defines no __init__: nothing to configure
             raise TypeError(f"{cls.__qualname__}.__init__ takes *{parameter.name}: name every setting")
-        if parameter.name in cls.supplied:
+        if parameter.name in getattr(cls, "supplied", ()):
             continue
         if parameter.name == "name":
             raise TypeError(

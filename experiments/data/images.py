@@ -1,0 +1,73 @@
+"""`data=images`: any photographs, without labels: folders, files, patterns, or the bundled ones."""
+
+import hashlib
+import logging
+
+from experiments.data import DataError, DataSet, Sample, register_data
+from experiments.images import UnreadableImage, collect, read
+
+log = logging.getLogger(__name__)
+
+
+@register_data("images")
+class ImageFolder(DataSet):
+    """Photographs of any nesting and size.
+
+    Args:
+        path: a folder (searched to its leaves), a file, a pattern such as `photos/*.jpg`, `bundled`, or several of
+            these.
+        skip_damaged: leave out files that cannot be decoded (each is reported) instead of refusing the folder.
+        min_size: leave out images with a side below this many pixels (each is reported).
+        first, last: keep only images first <= number < last of the sorted list; None: to the end.
+
+    Raises:
+        NoImages: the path leads to no image. DataError: damaged files, or nothing left.
+    """
+
+    def __init__(
+        self,
+        path: list[str] = ["bundled"],  # noqa: B006  read only; Hydra wants a list
+        skip_damaged: bool = False,
+        min_size: int = 1,
+        first: int = 0,
+        last: int | None = None,
+    ):
+        self.files = collect(path)[first:last]
+        if not self.files:
+            raise DataError(f"data=images: no image of {path} is left between number {first} and {last}")
+        digest = hashlib.sha256()
+        kept, damaged, small = [], [], []
+        for file in self.files:
+            try:
+                side = min(read(file.path).shape[-2:])
+            except UnreadableImage as error:
+                damaged.append(str(error))
+                continue
+            if side < min_size:
+                small.append(f"{file.path} (shorter side {side})")
+                continue
+            digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.path.read_bytes()).digest())
+            kept.append(file)
+        if damaged and not skip_damaged:
+            raise DataError(
+                f"{len(damaged)} of {len(self.files)} images cannot be read: {'; '.join(damaged[:3])}"
+                f"{'; ...' if len(damaged) > 3 else ''}. Repair or remove them, or set data.skip_damaged=true"
+            )
+        for line in damaged:
+            log.warning("left out: %s", line)
+        if not kept:
+            raise DataError(
+                f"none of {len(self.files)} images in {path} has both sides of at least {min_size} pixels: "
+                f"{'; '.join(small[:3]) or 'all are damaged'}"
+            )
+        if small:
+            log.warning("left out %d images with a side below %d pixels: %s", len(small), min_size, "; ".join(small[:3]))
+        self.files = kept
+        self.names = [file.name for file in kept]
+        self.fingerprint = digest.hexdigest()
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            return Sample(self.names[index], read(self.files[index].path)[0])
+        except UnreadableImage as error:
+            raise DataError(str(error)) from error
