@@ -145,6 +145,17 @@ def shrink(image: Tensor, max_size: int | None) -> Tensor:
     return F.interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)  # (1,3,H',W')
 
 
+def centre_square(image: Tensor, side: int) -> Tensor:
+    """(B,3,H,W) -> (B,3,side,side): resized so that the shorter side is `side` pixels, then cropped at its centre."""
+    height, width = image.shape[-2:]
+    scale = side / min(height, width)
+    size = (max(side, round(height * scale)), max(side, round(width * scale)))
+    if size != (height, width):
+        image = F.interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)  # (B,3,H',W')
+    top, left = (size[0] - side) // 2, (size[1] - side) // 2
+    return image[..., top : top + side, left : left + side]  # (B,3,side,side)
+
+
 def _find(entry: str) -> list[tuple[Path, str]]:
     """The images of one entry, sorted: (path, name without suffix)."""
     if entry == "bundled":
