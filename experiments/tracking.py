@@ -95,10 +95,13 @@ class Run:
 
 
 @contextmanager
-def track(config: DictConfig, device: torch.device | str = "cpu") -> Iterator[Run]:
+def track(
+    config: DictConfig, device: torch.device | str = "cpu", run_id: str | None = None, parent: Run | str | None = None
+) -> Iterator[Run]:
     """Runs the block as one MLflow run: FINISHED at its end, FAILED (or KILLED, when interrupted) on an exception.
 
-    `config.tracking` has `enabled`, `experiment` and `run_name`; the whole of `config` is recorded.
+    `config.tracking` has `enabled`, `experiment` and `run_name`; the whole of `config` is recorded. With `run_id` an
+    earlier run goes on; with `parent` (a run or its identifier) the run is listed below another.
 
     Raises:
         TrackingUnavailable: the store cannot be reached or written, within seconds and before the block starts.
@@ -107,7 +110,7 @@ def track(config: DictConfig, device: torch.device | str = "cpu") -> Iterator[Ru
         yield Run()
         return
     started = time.perf_counter()
-    run = _start(config, str(device))
+    run = _start(config, str(device), run_id, parent)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     status = "FAILED"
@@ -126,7 +129,7 @@ def store_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
 
 
-def _start(config: DictConfig, device: str) -> Run:
+def _start(config: DictConfig, device: str, run_id: str | None, parent: Run | str | None) -> Run:
     uri = store_uri()
     _import_mlflow()
     with _unavailable(uri):
@@ -134,6 +137,11 @@ def _start(config: DictConfig, device: str) -> Run:
         commit, changes = git_state(Path(__file__))
         tags = {f"hook.{hook}": config[hook].name for hook in HOOK_POINTS if hook in config}
         tags |= {"device": device, "git.commit": commit or "none", "git.dirty": "yes" if changes else "no"}
+        if parent is not None:
+            tags["mlflow.parentRunId"] = parent.run_id if isinstance(parent, Run) else parent
+        if run_id is not None:
+            client.update_run(run_id, status="RUNNING")
+            return Run(client, run_id)
         experiment = _experiment(client, uri, config.tracking.experiment)
         created = client.create_run(experiment, tags=tags, run_name=config.tracking.run_name)
         run = Run(client, created.info.run_id)
