@@ -113,11 +113,11 @@ def bundled(name: str) -> Path:
     return path
 
 
-def read(path: str | Path) -> Tensor:
+def read(path: str | Path, upright: bool = True) -> Tensor:
     """Reads an image as (1,3,H,W) float32 RGB in [0,1], upright (EXIF), the first frame of several.
 
     Grey becomes three equal channels, transparency is laid over white, palettes and CMYK are converted, 16-bit
-    values keep their meaning (65535 is 1).
+    values keep their meaning (65535 is 1). `upright=False` leaves pixels where they are stored, as labels need it.
 
     Raises:
         UnreadableImage: missing, damaged, empty, or numbers of unknown scale; names the file and the reason.
@@ -130,7 +130,7 @@ def read(path: str | Path) -> Tensor:
             warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", message=_METADATA_WARNINGS)
             with Image.open(path, formats=_FORMATS) as opened:
-                return _to_tensor(_to_rgb(ImageOps.exif_transpose(opened)))
+                return _to_tensor(_to_rgb(ImageOps.exif_transpose(opened) if upright else opened))
     except _DECODER_ERRORS as error:
         raise UnreadableImage(f"{path}: {_reason(error)}") from error
 

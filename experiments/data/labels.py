@@ -1,0 +1,66 @@
+"""Numbers per pixel in PNG files, and the classes they stand for."""
+
+import struct
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from experiments.data import DataError
+
+# What Pillow's PNG decoder raises on damaged files; it has no common base.
+_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+def read_ids(path: Path) -> np.ndarray:
+    """(H,W) integers as a one-channel or palette PNG stores them.
+
+    Raises:
+        DataError: damaged, or a picture of colours instead of numbers; names the file.
+    """
+    try:
+        with Image.open(path, formats=("PNG",)) as opened:
+            mode, values = opened.mode, np.array(opened)
+    except _DECODER_ERRORS as error:
+        raise DataError(f"{path}: {why(error)}. Copy the file again") from error
+    if mode not in ("P", "L", "1") and not mode.startswith("I"):
+        raise DataError(f"{path} is a {mode} picture: expected is a PNG with one number (or palette index) per pixel")
+    return values
+
+
+def classes_of(ids: np.ndarray, label_classes: np.ndarray, where: str) -> Tensor:
+    """(H,W) ids -> (H,W) int64 classes by the table `label_classes`.
+
+    Raises:
+        DataError: ids that the table does not know, after the words `where`.
+    """
+    known = (ids >= 0) & (ids < len(label_classes))
+    classes = np.where(known, label_classes[np.where(known, ids, 0)], -1)  # (H,W)
+    if (classes < 0).any():
+        unknown = np.unique(ids[classes < 0])
+        expected = ", ".join(map(str, np.flatnonzero(label_classes >= 0)))
+        raise DataError(
+            f"{where} does not know class id {', '.join(map(str, unknown[:8]))}{', ...' if len(unknown) > 8 else ''} "
+            f"(it knows {expected}): these labels are of another set or another numbering"
+        )
+    return torch.from_numpy(classes)
+
+
+def table(classes: Mapping[int, int], size: int = 256) -> np.ndarray:
+    """(size,) int64 lookup of class by id, -1 for ids that must not occur."""
+    lookup = np.full(size, -1, dtype=np.int64)
+    lookup[list(classes)] = list(classes.values())
+    return lookup
+
+
+def why(error: BaseException) -> str:
+    """What went wrong, without the path."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not a PNG file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error) or type(error).__name__

@@ -1,0 +1,93 @@
+"""`data=rgbd`: colour with metric depth, as depth cameras record it; normals where the camera is known."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.data import DataError, Sample, register_data
+from experiments.data.files import IMAGES, PNG, FileSet
+from experiments.data.labels import read_ids
+from experiments.data.normals import Intrinsics, normals_from_depth
+
+
+def read_depth(path: Path, depth_scale: float) -> Tensor:
+    """(H,W) float32 metres of a 16-bit PNG with `depth_scale` units per metre; its 0 and 65535 (unknown) become 0.
+
+    Raises:
+        DataError: damaged, or not 16-bit.
+    """
+    values = read_ids(path)
+    if values.dtype.itemsize < 2:
+        raise DataError(f"{path} has 8 bits per pixel: that is a picture of depth, expected are 16-bit numbers")
+    values = values.astype(np.int64)
+    return torch.from_numpy(np.where(values == 65535, 0, values) / depth_scale).float()
+
+
+def check_depth_scale(depth_scale: float) -> float:
+    """Passes on a positive number. Raises DataError: it is none."""
+    if not (math.isfinite(depth_scale) and depth_scale > 0):
+        raise DataError(f"data.depth_scale={depth_scale}: give the units per metre, such as 1000 for millimetres")
+    return depth_scale
+
+
+@register_data("rgbd")
+class RGBD(FileSet):
+    """Folders of colour and depth: `NAME.color.jpg|png` beside `NAME.depth.png` (7-Scenes), or `rgb/` and `depth/`
+    with equal names.
+
+    Normals are computed from depth if the intrinsics are given: of the camera whose pixels both show. They are never
+    guessed from a file that lies there, since depth is often published reprojected into another camera.
+
+    Args:
+        path: the folder; `NAME.color` files may lie in folders inside it.
+        depth_scale: units per metre in the depth files (7-Scenes and most: 1000; TUM: 5000).
+        intrinsics: `[fx, fy, cx, cy]` in pixels.
+        intrinsics_file: instead, a text file with these four numbers or a camera matrix; relative to `path`, or
+            absolute.
+        normal_window: side in pixels of the window that gives one normal.
+
+    Raises:
+        DataError: folders or files are missing or do not belong together, or a setting makes no sense.
+    """
+
+    layout = "NAME.color.jpg (or .png) and NAME.depth.png, or rgb/NAME.jpg (or .png) and depth/NAME.png"
+
+    def __init__(
+        self,
+        path: str,
+        depth_scale: float = 1000.0,
+        intrinsics: list[float] | None = None,
+        intrinsics_file: str | None = None,
+        normal_window: int = 7,
+    ):
+        root = Path(path).expanduser()
+        self.depth_scale = check_depth_scale(depth_scale)
+        if intrinsics is not None and intrinsics_file is not None:
+            raise DataError("data=rgbd: both data.intrinsics and data.intrinsics_file are given: keep one")
+        self.camera = None if intrinsics is None else Intrinsics.of(intrinsics, "data.intrinsics")
+        if intrinsics_file is not None:
+            self.camera = Intrinsics.read(root / intrinsics_file)
+        if normal_window < 3 or normal_window % 2 == 0:
+            raise DataError(f"data.normal_window={normal_window}: give an odd number of pixels, 3 or more")
+        self.normal_window = normal_window
+        if (root / "rgb").is_dir():
+            images = self._find(self._folder(root, "rgb"), IMAGES)
+            depth = self._find(self._folder(root, "depth"), PNG)
+        else:
+            images = self._find(self._folder(root, "."), IMAGES, ".color", nested=True)
+            depth = self._find(self._folder(root, "."), PNG, ".depth", nested=True)
+        settings = {"depth_scale": depth_scale, "camera": self.camera, "normal_window": normal_window}
+        self._keep(self._match(images, {"depth": depth}), settings)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        if self.camera is None:
+            return sample
+        return replace(sample, normals=normals_from_depth(sample.depth, self.camera, self.normal_window))
+
+    def _read_depth(self, path: Path) -> Tensor:
+        return read_depth(path, self.depth_scale)

@@ -1,0 +1,83 @@
+"""Videos as folders of frames: with the object masks of DAVIS 2017, or any frames without labels."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from experiments.data import IGNORE, DataError, register_data
+from experiments.data.files import IMAGES, PNG, FileSet, Record
+from experiments.data.labels import table
+
+
+class Videos(FileSet):
+    """Frames in order, video after video."""
+
+    def _keep_videos(self, videos: Mapping[str, list[Record]], settings: Mapping[str, object]) -> None:
+        self._keep([record for frames in videos.values() for record in frames], settings)
+        self.videos, first = {}, 0
+        for name, frames in videos.items():
+            self.videos[name] = range(first, first + len(frames))
+            first += len(frames)
+
+
+@register_data("davis2017")
+class Davis2017(Videos):
+    """DAVIS 2017 (Pont-Tuset et al.): labels are the objects of a video, numbered within it; 0 is background.
+
+    Args:
+        path: the folder with `JPEGImages/`, `Annotations/` and `ImageSets/` (usually called DAVIS).
+        split: train or val.
+        resolution: the folder of frames to use: 480p or Full-Resolution.
+
+    Raises:
+        DataError: folders, lists or files are missing, or do not belong together.
+    """
+
+    layout = "JPEGImages/480p/VIDEO/*.jpg, Annotations/480p/VIDEO/*.png and ImageSets/2017/{train,val}.txt"
+    classes = ("background", *(f"object {i}" for i in range(1, 21)))
+    label_classes = table({i: i for i in range(21)} | {255: IGNORE})
+
+    def __init__(self, path: str, split: str = "train", resolution: str = "480p"):
+        root = Path(path).expanduser()
+        self._choose("split", split, ("train", "val"))
+        self._choose("resolution", resolution, ("480p", "Full-Resolution"))
+        videos = {}
+        for video in self._listed(self._folder(root, "ImageSets/2017") / f"{split}.txt"):
+            frames = self._find(self._folder(root, f"JPEGImages/{resolution}/{video}"), IMAGES)
+            labels = self._find(self._folder(root, f"Annotations/{resolution}/{video}"), PNG)
+            pairs = self._match(frames, {"labels": labels})
+            videos[video] = [Record(f"{video}/{pair.name}", pair.image, pair.labels) for pair in pairs]
+        self._keep_videos(videos, {})
+
+
+@register_data("frames")
+class Frames(Videos):
+    """Any video as a folder of its frames, or a folder of such folders; frame10 comes after frame9.
+
+    Args:
+        path: the folder. Frames that lie in it directly are one video of its name; each folder in it is one otherwise.
+
+    Raises:
+        DataError: no frames, or frames beside folders of frames.
+    """
+
+    layout = "frames (.jpg, .png), or folders of frames"
+    as_stored = False
+
+    def __init__(self, path: str):
+        root = self._folder(Path(path).expanduser(), ".")
+        folders = sorted(found for found in root.iterdir() if found.is_dir() and not found.name.startswith("."))
+        loose = [found for found in root.iterdir() if found.suffix.lower() in IMAGES and found.is_file()]
+        if folders and loose:
+            raise DataError(
+                f"data=frames: {root} holds frames ({loose[0].name}) and folders ({folders[0].name}): a video is a "
+                "folder with frames only; move one of the two"
+            )
+        if not folders:
+            name = root.resolve().name
+            self._keep_videos({name: [Record(*found) for found in self._find(root, IMAGES).items()]}, {})
+            return
+        videos = {}
+        for folder in folders:
+            frames = self._find(folder, IMAGES)
+            videos[folder.name] = [Record(f"{folder.name}/{name}", file) for name, file in frames.items()]
+        self._keep_videos(videos, {})
