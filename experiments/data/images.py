@@ -61,7 +61,9 @@ class ImageFolder(DataSet):
                 f"{'; '.join(small[:3]) or 'all are damaged'}"
             )
         if small:
-            log.warning("left out %d images with a side below %d pixels: %s", len(small), min_size, "; ".join(small[:3]))
+            log.warning(
+                "left out %d images with a side below %d pixels: %s", len(small), min_size, "; ".join(small[:3])
+            )
         self.files = kept
         self.names = [file.name for file in kept]
         self.fingerprint = digest.hexdigest()
