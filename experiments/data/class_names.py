@@ -39,6 +39,29 @@ trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, 
 traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock,
 flag""".replace("\n", " ").split(", ")
 
+CITYSCAPES = {
+    "road": 7,
+    "sidewalk": 8,
+    "building": 11,
+    "wall": 12,
+    "fence": 13,
+    "pole": 17,
+    "traffic light": 19,
+    "traffic sign": 20,
+    "vegetation": 21,
+    "terrain": 22,
+    "sky": 23,
+    "person": 24,
+    "rider": 25,
+    "car": 26,
+    "truck": 27,
+    "bus": 28,
+    "train": 31,
+    "motorcycle": 32,
+    "bicycle": 33,
+}
+"""The classes that the Cityscapes benchmark evaluates, in its order, with their ids among the 34 of the label files."""
+
 COCO_STUFF_27 = {
     "electronic": range(71, 77),
     "appliance": range(77, 83),

@@ -8,6 +8,7 @@ them. Two rules hold for all of them: a file without its partner is an error, an
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,13 +131,11 @@ class FileSet(DataSet):
         try:
             names = file.read_text(encoding="utf-8").split()
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"data={self.choice}: {file} cannot be read ({why(error)}): it lists the images") from error
+            raise DataError(f"data={self.choice}: {file} lists the images, but: {why(error)}") from error
         if not names:
             raise DataError(f"data={self.choice}: {file} lists no image: copy it again or choose another split")
-        if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
-            raise DataError(
-                f"data={self.choice}: {file} lists {_some(twice, 'names')} more than once: remove repetitions"
-            )
+        if twice := [name for name, times in Counter(names).items() if times > 1]:
+            raise DataError(f"data={self.choice}: {file} repeats {_some(twice, 'names')}: list each once")
         return names
 
     def _only(self, names: Iterable[str], files: Mapping[str, Path], file: Path, what: str) -> dict[str, Path]:

@@ -3,6 +3,7 @@
 import struct
 import zlib
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,31 @@ from experiments.data import DataError
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
+def read_png(path: Path) -> tuple[np.ndarray, str]:
+    """The stored values of a PNG, (H,W) or (H,W,channels), and Pillow's name of their mode.
+
+    Checksums are compared: a damaged file may well decode, to other numbers.
+
+    Raises:
+        DataError: missing or damaged; names the file.
+    """
+    try:
+        content = BytesIO(path.read_bytes())
+        with Image.open(content, formats=("PNG",)) as opened:
+            opened.verify()  # which leaves the image unusable
+        with Image.open(content, formats=("PNG",)) as opened:
+            return np.array(opened), opened.mode
+    except _DECODER_ERRORS as error:
+        raise DataError(f"{path}: {why(error)}. Copy the file again") from error
+
+
 def read_ids(path: Path) -> np.ndarray:
     """(H,W) integers as a one-channel or palette PNG stores them.
 
     Raises:
         DataError: damaged, or a picture of colours instead of numbers; names the file.
     """
-    try:
-        with Image.open(path, formats=("PNG",)) as opened:
-            mode, values = opened.mode, np.array(opened)
-    except _DECODER_ERRORS as error:
-        raise DataError(f"{path}: {why(error)}. Copy the file again") from error
+    values, mode = read_png(path)
     if mode not in ("P", "L", "1") and not mode.startswith("I"):
         raise DataError(f"{path} is a {mode} picture: expected is a PNG with one number (or palette index) per pixel")
     return values

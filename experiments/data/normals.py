@@ -10,6 +10,7 @@ from scipy.ndimage import correlate1d
 from torch import Tensor
 
 from experiments.data import DataError
+from experiments.data.labels import read_png
 
 JUMP = 0.01
 """A window whose inverse depths leave their plane by more than this fraction (rms) shows more than one surface."""
@@ -58,6 +59,30 @@ class Intrinsics:
                 raise DataError(f"{path} is no camera matrix without skew, [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]")
             values = [matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2]]
         return cls.of(values, str(path))
+
+
+def decode_normals(path: Path, signs: list[int]) -> Tensor:
+    """(3,H,W) float32 unit normals of an RGB PNG that stores (n + 1) / 2 * 255; 0 where it stores no unit vector.
+
+    Args:
+        signs: three of 1 and -1, that turn the file's axes into x right, y down, z forward.
+
+    Raises:
+        DataError: damaged, not RGB, or most of its surfaces would be seen from behind.
+    """
+    values, mode = read_png(path)
+    if mode != "RGB":
+        raise DataError(f"{path} has the mode {mode}: normals are expected as 8-bit RGB, (n + 1) / 2 * 255")
+    normals = (values / 127.5 - 1) * signs  # (H,W,3)
+    length = np.linalg.norm(normals, axis=-1, keepdims=True)
+    known = abs(length - 1) < 0.1
+    normals = np.where(known, normals / np.where(known, length, 1), 0)
+    if (normals[..., 2] > 0).sum() > (normals[..., 2] < 0).sum():
+        raise DataError(
+            f"{path}: most normals point away from the camera (z forward): set data.normal_signs, which is [1, -1, -1] "
+            "for files with y up and z towards the camera"
+        )
+    return torch.from_numpy(normals).permute(2, 0, 1).float().contiguous()  # (3,H,W)
 
 
 def normals_from_depth(depth: Tensor, camera: Intrinsics, window: int = 7) -> Tensor:
