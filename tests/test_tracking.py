@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 from PIL import Image
 
-from experiments import tracking
+from experiments import recording, tracking
 from experiments.images import bundled
 from experiments.provenance import git_state
 from experiments.tracking import TrackingUnavailable, scalars, track
@@ -107,7 +107,7 @@ def test_a_run_can_be_found_again_over_http(over_http):
     tags, params, metrics = found.data.tags, found.data.params, found.data.metrics
     assert tags["hook.attention"] == "global"
     assert tags["hook.unifier"] == "learned_basis"
-    assert {key for key in tags if key.startswith("hook.")} == {f"hook.{hook}" for hook in tracking.HOOK_POINTS}
+    assert {key for key in tags if key.startswith("hook.")} == {f"hook.{hook}" for hook in recording.HOOK_POINTS}
     assert tags["device"] == "cpu"
     assert tags["claim"] == "none"
     assert {"git.commit", "git.dirty"} <= tags.keys()
@@ -124,7 +124,8 @@ def test_a_run_can_be_found_again_over_http(over_http):
         assert picture.size == (5, 4)
     assert "name: global" in artifacts["run/config.yaml"].read_text()
     assert json.loads(artifacts["run/environment.json"].read_text())["packages"]["torch"] == version("torch")
-    assert [path.name for path in Path.cwd().iterdir()] == ["weights.bin"], "nothing is kept here as well"
+    here = {path.relative_to(Path.cwd()).as_posix() for path in Path.cwd().rglob("*")}
+    assert here == {"weights.bin", "outputs", "outputs/spool"}, "nothing is kept here as well"
 
 
 @pytest.mark.parametrize(("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])
@@ -164,10 +165,11 @@ def test_the_default_store_is_a_database_beside_its_artifacts(tmp_path, monkeypa
     (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / folder)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(tracking, "git_state", lambda source: ("0" * 40, f"changed: {folder}"))
+    monkeypatch.setattr(recording, "git_state", lambda source: ("0" * 40, f"changed: {folder}"))
     with track(config()) as run:
         run.text("hello", "a.txt")
-    assert sorted(path.name for path in Path.cwd().iterdir()) == ["mlflow.db", "mlruns"]
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["mlflow.db", "mlruns", "outputs"]
+    assert not list(Path("outputs/spool").iterdir())
     assert [path.read_text() for path in Path("mlruns").rglob("a.txt")] == ["hello"]
     assert [path.read_text() for path in Path("mlruns").rglob("uncommitted.diff")] == [f"changed: {folder}"]
     with track(config()) as again:

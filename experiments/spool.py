@@ -1,0 +1,257 @@
+"""Journals: what a run records is written here first, and from here it goes to the tracking store.
+
+One folder per run, `<spool_dir>/<run id>/`:
+
+    journal.jsonl   one JSON object per line, only ever appended to (NaN and Infinity as Python's json writes them)
+        {"kind": "start", "time": MS, "experiment": "train", "run_name": null, "parent": null, "resumed": false,
+         "tags": {"device": "cpu"}, "params": {"seed": 0}}
+        {"kind": "metrics", "time": MS, "step": 3, "values": {"loss": 0.5}}
+        {"kind": "tag", "key": "claim", "value": "none"}
+        {"kind": "file", "name": "pictures/a.png", "copy": "files/17/a.png", "bytes": 120}
+        {"kind": "end", "time": MS, "status": "FINISHED"}       with "process", when it was concluded and not witnessed
+    files/          copies of what was kept; a number's folder gets its name when it is complete
+    position.json   how many bytes of the journal the store has got, and under which identifier
+    refused.jsonl   records the store will never take, with its reasons
+    lock            held by the process that writes or uploads
+
+Times are milliseconds since 1970. A resumed run has several start records. Every line reaches the system before the
+call that makes it returns, so a killed process loses nothing; a line cut short is cut off when the journal is reopened.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from experiments.lock import Locked, lock_folder, unlock_folder
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+FIELDS = {
+    "start": {"time", "experiment", "run_name", "parent", "resumed", "tags", "params"},
+    "metrics": {"time", "step", "values"},
+    "tag": {"key", "value"},
+    "file": {"name", "copy", "bytes"},
+    "end": {"time", "status"},
+}
+"""What a record of each kind has at least."""
+_IN_MEMORY = 10_000  # records kept while the disk takes none
+
+
+class SpoolError(OSError):
+    """The spool cannot be used: full disk, missing rights."""
+
+
+class Journal:
+    """The journal of one run, locked and open for appending."""
+
+    def __init__(self, folder: Path, lock: int) -> None:
+        self.folder, self.path = folder, folder / "journal.jsonl"
+        self._lock, self._writing = lock, threading.Lock()
+        self._unwritten: deque[bytes] = deque(maxlen=_IN_MEMORY)
+        self.cut = _cut_broken_end(self.path)
+        """What stood after the last complete line when the journal was opened."""
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self.offset, self.store_id = self._read_position()
+
+    @classmethod
+    def open(cls, spool_dir: Path, run_id: str) -> "Journal":
+        """Opens the journal of a run, new or left by an earlier process.
+
+        Raises:
+            Locked: somebody has it open.
+            SpoolError: it cannot be read or written.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9][\w\-]{0,255}", run_id, re.ASCII):
+            raise SpoolError(f"{run_id!r} does not name a run")
+        folder = spool_dir.resolve() / run_id
+        lock = -1
+        try:
+            lock = lock_folder(folder)
+            return cls(folder, lock)
+        except Locked:
+            raise
+        except OSError as error:
+            if lock >= 0:
+                unlock_folder(folder, lock)
+            raise SpoolError(f"the spool {folder} cannot be used: {error.strerror or error}") from error
+
+    def append(self, record: Record) -> None:
+        """Writes one record.
+
+        Raises:
+            SpoolError: the disk does not take it. It stays in memory and is tried again with the next one.
+        """
+        line = json.dumps(record).encode() + b"\n"
+        with self._writing:
+            self._unwritten.append(line)
+            self._flush()
+
+    def keep(self, name: str, write: Callable[[Path], object]) -> None:
+        """Keeps the artifact `name`; `write` makes it at the path that it is given.
+
+        Raises:
+            SpoolError: it cannot be written. Nothing of it is left.
+        """
+        number = str(time.time_ns())
+        part = self.folder / "files" / f"{number}.part"
+        copy = Path("files", number, name.rpartition("/")[2])
+        try:
+            part.mkdir(parents=True)
+            write(part / copy.name)
+            size = (part / copy.name).stat().st_size
+            part.rename(self.folder / copy.parent)
+        except OSError as error:
+            raise SpoolError(f"{name} cannot be kept in {self.folder}: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        self.append({"kind": "file", "name": name, "copy": copy.as_posix(), "bytes": size})
+
+    def read(self, offset: int, limit: int | None = None) -> Iterator[tuple[Record, int]]:
+        """(record, where the next begins) from `offset` on; a line that is none comes as kind `broken`."""
+        if not self.path.exists():  # somebody has deleted it under the run
+            return
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            for line in islice(file, limit):
+                if not line.endswith(b"\n"):  # being written
+                    return
+                offset += len(line)
+                yield _parse(line), offset
+
+    def unwritten(self) -> list[Record]:
+        """Records that the disk has not taken; they are the caller's now."""
+        with self._writing:
+            lines = list(self._unwritten)
+            self._unwritten.clear()
+        return [json.loads(line) for line in lines]
+
+    def put_back(self, records: list[Record]) -> None:
+        """Takes back what could not be sent either."""
+        with self._writing:
+            self._unwritten.extendleft(json.dumps(record).encode() + b"\n" for record in reversed(records))
+
+    def advance(self, offset: int, store_id: str) -> None:
+        """Notes what the store has got. A note that the disk does not take is harmless: the store knows doubles."""
+        self.offset, self.store_id = offset, store_id
+        part = self.folder / "position.part"
+        try:
+            part.write_text(json.dumps({"offset": offset, "store_id": store_id}))
+            part.replace(self.folder / "position.json")
+        except OSError as error:
+            log.debug("position of %s: %s", self.folder, error)
+
+    def refuse(self, record: Record, reason: str) -> None:
+        """Puts aside what the store will never take.
+
+        Raises:
+            SpoolError: the disk does not take it.
+        """
+        try:
+            with (self.folder / "refused.jsonl").open("a") as file:
+                file.write(json.dumps({"reason": reason, "record": record}) + "\n")
+        except OSError as error:
+            raise SpoolError(f"{self.folder}/refused.jsonl cannot be written: {error.strerror or error}") from error
+
+    def refused(self) -> int:
+        """How many records were put aside."""
+        path = self.folder / "refused.jsonl"
+        return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+    def close(self) -> None:
+        """Lets go of the journal; it stays."""
+        if self._file >= 0:
+            os.close(self._file)
+            unlock_folder(self.folder, self._lock)
+            self._file = -1
+
+    def remove(self) -> None:
+        """Deletes the journal with its files, and lets go of it."""
+        gone = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.done")
+        if self.folder.exists():
+            self.folder.rename(gone)  # at once: half a journal would look like a whole one
+        self.close()
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def _flush(self) -> None:
+        if self._file < 0:
+            raise SpoolError(f"{self.path} is closed")
+        if not os.fstat(self._file).st_nlink:
+            raise SpoolError(f"{self.path} has been deleted")
+        while self._unwritten:
+            line, size = self._unwritten[0], os.fstat(self._file).st_size
+            try:
+                while line:
+                    line = line[os.write(self._file, line) :]
+            except OSError as error:
+                os.ftruncate(self._file, size)
+                raise SpoolError(f"{self.path} cannot be written: {error.strerror}") from error
+            self._unwritten.popleft()
+
+    def _read_position(self) -> tuple[int, str]:
+        try:
+            position = json.loads((self.folder / "position.json").read_text())
+            offset, store_id = int(position["offset"]), str(position["store_id"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # then all of it is sent again
+            return 0, ""
+        return (offset, store_id) if 0 < offset <= self.path.stat().st_size else (0, "")
+
+
+def folders(spool_dir: Path) -> list[Path]:
+    """The runs of a spool, oldest first, so that a parent comes before its children."""
+    found = [path.parent for path in spool_dir.glob("[!.]*/journal.jsonl")]
+    return sorted(found, key=lambda folder: (first_record(folder).get("time", 0), folder.name))
+
+
+def first_record(folder: Path) -> Record:
+    """What a journal starts with; empty when it has no complete line."""
+    with (folder / "journal.jsonl").open("rb") as file:
+        line = file.readline()
+    return _parse(line) if line.endswith(b"\n") else {}
+
+
+def is_open(folder: Path) -> bool:
+    """Whether somebody records or uploads this run."""
+    try:
+        unlock_folder(folder, lock_folder(folder))
+    except Locked:
+        return True
+    return False
+
+
+def _parse(line: bytes) -> Record:
+    try:
+        record = json.loads(line)
+        if FIELDS[record["kind"]] <= record.keys():
+            return record
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return {"kind": "broken", "line": line.decode(errors="replace").rstrip("\n")}
+
+
+def _cut_broken_end(path: Path) -> bytes:
+    """Cuts off what a killed process left after the last complete line -> what it was."""
+    if not path.exists():
+        return b""
+    with path.open("r+b") as file:
+        end = start = file.seek(0, os.SEEK_END)
+        tail = b""
+        while start and b"\n" not in tail:
+            start = max(0, start - 2**16)
+            file.seek(start)
+            tail = file.read(end - start)
+        tail = tail.rpartition(b"\n")[2]
+        file.truncate(end - len(tail))
+    if tail:
+        log.warning("%s ended in a broken line, which is cut off: %r", path, tail[:200])
+    return tail
