@@ -1,0 +1,38 @@
+"""Peers that do not look at the image: `nearest`, `bilinear`, `bicubic`."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from experiments.peers import Peer, register_peer
+
+
+class Interpolation(Peer):
+    """PyTorch's interpolation, with cell i of h centred at (i + 0.5) / h (`align_corners=False`), not antialiased."""
+
+    mode = ""
+
+    def forward(self, image: Tensor, features: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+        """Contract: `Peer.forward`."""
+        size = tuple(image.shape[-2:]) if output_size is None else output_size
+        return F.interpolate(features, size, mode=self.mode)  # (B,C,Qh,Qw)
+
+
+@register_peer("nearest")
+class Nearest(Interpolation):
+    """Every output takes the cell that its centre lies in."""
+
+    mode = "nearest-exact"
+
+
+@register_peer("bilinear")
+class Bilinear(Interpolation):
+    """Linear in both directions: what every difference is measured against."""
+
+    mode = "bilinear"
+
+
+@register_peer("bicubic")
+class Bicubic(Interpolation):
+    """Cubic convolution with a = -0.75; has negative weights, so that outputs may leave the features' hull."""
+
+    mode = "bicubic"
