@@ -302,6 +302,13 @@ def test_sampled_fingerprint_reads_blocks_of_large_files(tmp_path, monkeypatch):
     assert of(files.BLOCK) == of(files.BLOCK + 1)  # between blocks: not seen, as documented
 
 
+def test_files_that_cannot_be_opened_are_named(tmp_path):
+    build("camvid", tmp_path)
+    (tmp_path / "train/b.png").unlink()
+    (tmp_path / "train/b.png").symlink_to(tmp_path / "moved away")
+    assert refusal("camvid", tmp_path) == f"{tmp_path / 'train/b.png'}: no such file or directory"
+
+
 def test_fingerprint_tells_names_order_and_settings_apart(tmp_path):
     build("ade20k", tmp_path)
     node = {"name": "ade20k", "path": str(tmp_path)}

@@ -95,10 +95,9 @@ class FileSet(DataSet):
             )
         return found
 
-    def _choose(self, key: str, value: str, known: Iterable[str]) -> str:
+    def _choose(self, key: str, value: str, known: Iterable[str]) -> None:
         if value not in known:
             raise DataError(f"data={self.choice} has no {key} {value!r}; there are: {', '.join(known)}")
-        return value
 
     def _find(self, folder: Path, suffixes: Iterable[str], ending: str = "", nested: bool = False) -> dict[str, Path]:
         """Files below a folder: path without suffix and `ending`, relative to the folder -> file, in natural order."""
@@ -170,19 +169,28 @@ def fingerprint(choice: str, settings: Mapping[str, object], records: Iterable[R
     parts = [(name, part, path) for name, part, path in parts if path is not None]
     try:
         sizes = [path.stat().st_size for _, _, path in parts]
-        whole = sum(sizes) <= WHOLE
-        for (name, part, path), size in zip(parts, sizes, strict=True):
-            digest.update(f"\0{name}\0{part}\0{size}\0".encode())
-            with path.open("rb") as file:
-                if whole:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-                    continue
-                for start in [*range(0, size, STRIDE), max(0, size - BLOCK)]:
-                    file.seek(start)
-                    digest.update(file.read(BLOCK))
     except OSError as error:
         raise DataError(f"{error.filename}: {why(error)}") from error
+    whole = sum(sizes) <= WHOLE
+    for (name, part, path), size in zip(parts, sizes, strict=True):
+        digest.update(f"\0{name}\0{part}\0{size}\0".encode())
+        digest.update(_content(path, size, whole))
     return digest.hexdigest()
+
+
+def _content(path: Path, size: int, whole: bool) -> bytes:
+    """Digest of a file, or of the blocks of it that stand for it."""
+    try:
+        with path.open("rb") as file:
+            if whole:
+                return hashlib.file_digest(file, "sha256").digest()
+            digest = hashlib.sha256()
+            for start in [*range(0, size, STRIDE), max(0, size - BLOCK)]:
+                file.seek(start)
+                digest.update(file.read(BLOCK))
+            return digest.digest()
+    except OSError as error:
+        raise DataError(f"{path}: {why(error)}") from error
 
 
 def natural(name: str) -> list[tuple[str, int]]:
