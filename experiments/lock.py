@@ -21,6 +21,7 @@ def lock_folder(folder: Path) -> int:
         Locked: another process has it, or this one has it already.
         OSError: the folder cannot be written.
     """
+    folder = folder.resolve()
     if folder in _held:
         raise Locked(f"{folder} is in use by this process")
     path = folder / "lock"
@@ -44,5 +45,5 @@ def lock_folder(folder: Path) -> int:
 
 def unlock_folder(folder: Path, lock: int) -> None:
     """Lets go of a folder."""
-    _held.discard(folder)
+    _held.discard(folder.resolve())
     os.close(lock)

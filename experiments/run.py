@@ -5,6 +5,7 @@ import platform
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -147,8 +148,11 @@ def _gpu(index: int) -> dict[str, float]:
 def process_tags() -> dict[str, str]:
     """Which process records a run, so that a later one can tell whether it still lives."""
     process = psutil.Process()
+    boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")  # Linux
     return {
-        "process.host": platform.node(),
+        "process.host": f"{platform.node()} {uuid.getnode():012x}",
+        "process.boot": boot.read_text().strip() if boot.exists() else "",
+        "process.space": str(space.stat().st_ino) if space.exists() else "",
         "process.user": process.username(),
         "process.pid": str(process.pid),
         "process.started": f"{process.create_time():.2f}",
@@ -156,7 +160,14 @@ def process_tags() -> dict[str, str]:
 
 
 def is_alive(tags: Mapping[str, str]) -> bool:
-    """Whether the process of `process_tags` runs, on this machine."""
+    """Whether the process of `process_tags` still runs; where that cannot be known, as in another container, yes."""
+    mine = process_tags()
+    if tags["process.host"] != mine["process.host"]:
+        return True
+    if tags["process.boot"] != mine["process.boot"]:
+        return False
+    if tags["process.space"] != mine["process.space"]:
+        return True
     try:
         process = psutil.Process(int(tags["process.pid"]))
         same = abs(process.create_time() - float(tags["process.started"])) < 2  # else the number was given again

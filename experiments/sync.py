@@ -13,7 +13,6 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.table import Table
 
 from experiments.lock import Locked
 from experiments.spool import Journal, Record, SpoolError, first_record, folders
@@ -137,13 +136,13 @@ def _comparable(point: Point) -> tuple[str, int, int]:
 
 
 def _report(outcomes: list[Outcome], console: Console) -> None:
-    table = Table("run", "in the store", "ended", "records", "", title=f"{len(outcomes)} runs to {store_uri()}")
+    done = [outcome for outcome in outcomes if not outcome.left]
     for outcome in outcomes:
-        remark = outcome.left or "uploaded"
+        name = f"{outcome.run_id} ({outcome.status or 'no end'}, {outcome.records} records)"
+        console.print(f"{name}: {outcome.left or f'uploaded as {outcome.store_id}'}", soft_wrap=True, markup=False)
         if outcome.broken:
-            remark += "; its last line was cut short when it was killed"
-        table.add_row(outcome.run_id, outcome.store_id or "-", outcome.status, str(outcome.records), remark)
-    console.print(table)
+            console.print("  its last line was cut short when it was killed, and is left out", soft_wrap=True)
+    console.print(f"{len(done)} of {len(outcomes)} runs uploaded to {store_uri()}.", soft_wrap=True, markup=False)
 
 
 @hydra.main(version_base=None, config_path="../configs", config_name="sync")
