@@ -52,7 +52,7 @@ def draw_material(rng: np.random.Generator, surface: str, shortest: float = 0.12
         pattern,
         tuple(_linear(np.array(colour) + shift) for colour, shift in zip((first, second), jitter, strict=True)),
         float(np.exp(rng.uniform(np.log(shortest), np.log(longest)))),
-        float(rng.uniform(0.03, 0.16)),
+        float(rng.uniform(0.04, 0.22)),
         float(rng.choice([0.0, 0.1, 0.5])),
         floats(rng.uniform(0, 64, 3)),
     )
@@ -160,7 +160,7 @@ def _chair(rng: np.random.Generator) -> list[Part]:
 
 def _tree(rng: np.random.Generator) -> list[Part]:
     height, radius = rng.uniform(0.6, 1.6), rng.uniform(0.3, 0.8)
-    bark, leaves = draw_material(rng, "trunk"), draw_material(rng, "leaves")
+    bark, leaves = draw_material(rng, "trunk"), draw_material(rng, "leaves", 0.06, 0.3)
     thick = rng.uniform(0.03, 0.1)
     half = (height + radius) / 2
     trunk = Part("tree", Frustum(half, thick, 0.6 * thick), bark, Pose.of((0, -half, 0)))

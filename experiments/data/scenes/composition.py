@@ -11,7 +11,7 @@ from experiments.data.scenes.world import Body, Light, Motion, Part, Scene
 
 def compose(rng: np.random.Generator, num_objects: int) -> Scene:
     """Draws a scene with at most `num_objects` bodies on its floor: fewer where no room for them is left."""
-    pitch = -rng.uniform(0.05, 0.42)
+    pitch = -rng.uniform(0.03, 0.36)
     camera = Pose.of((0.0, -rng.uniform(0.9, 2.2), 0.0), pitch=pitch, roll=rng.normal(0, 0.02))
     focal = 0.5 / math.tan(math.radians(rng.uniform(50, 75)) / 2)
     walls, depth = _walls(rng)
@@ -23,7 +23,7 @@ def compose(rng: np.random.Generator, num_objects: int) -> Scene:
         corners = np.concatenate([part.pose.apply(part.shape.corners) for part in parts], 1)
         radius = np.hypot(corners[0], corners[2]).max() + 2 * math.hypot(motion.sway[0], motion.sway[2])
         for _ in range(30):
-            z = math.exp(rng.uniform(math.log(1.8), math.log(min(depth, 11))))
+            z = math.exp(rng.uniform(math.log(1.7), math.log(min(depth, 9.5))))
             x = z * rng.uniform(-0.6, 0.6) / focal
             if _is_free(x, z, radius, taken, walls):
                 taken.append((x, z, radius))

@@ -16,6 +16,8 @@ from experiments.data.scenes.world import CLASSES, Frame, Light, Placed
 SKY = -1
 """Number of the part that a ray hits when it hits none."""
 _HAZE = 90.0  # metres after which 1/e of a colour is left
+_EXPOSURE = 1.5
+_BLOCK = 65536  # rays at a time, whose arrays stay in the cache
 _Outline = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
@@ -156,16 +158,19 @@ def colours(frame: Frame, size: Sequence[int], supersampling: int) -> np.ndarray
     for down, right in itertools.product(steps, steps):
         rays = image_points(size, frame.focal, (right, down), np.float32)
         sun = _point_of_sun(frame.light, (2 * right - 1, 2 * down - 1))
-        total += _shade(frame, look(frame, rays), rays, sun, 1 / (frame.focal * max(size)))
-    return np.clip(total / supersampling**2, 0, 1).reshape(3, *size) ** np.float32(1 / 2.2)
+        for start in range(0, rays.shape[1], _BLOCK):
+            block = slice(start, start + _BLOCK)
+            seen = look(frame, rays[:, block])
+            total[:, block] += _shade(frame, seen, rays[:, block], sun, 1 / (frame.focal * max(size)))
+    total *= np.float32(-_EXPOSURE / supersampling**2)
+    return (1 - np.exp(total)).reshape(3, *size) ** np.float32(1 / 2.2)  # bright light saturates, as on film
 
 
 def _by_part(part: np.ndarray) -> list[tuple[int, np.ndarray]]:
     """(number of a part, the rays that hit it), of all that are hit."""
     order = np.argsort(part, kind="stable")
-    numbers, starts = np.unique(part[order], return_index=True)
-    groups = zip(numbers.tolist(), np.split(order, starts[1:]), strict=True)
-    return [(number, at) for number, at in groups if number != SKY]
+    groups = np.split(order, np.flatnonzero(np.diff(part[order])) + 1)
+    return [(int(part[at[0]]), at) for at in groups if at.size and part[at[0]] != SKY]
 
 
 def _point_of_sun(light: Light, where: Sequence[float]) -> Pose:

@@ -150,5 +150,5 @@ def albedo(material: Material, points: np.ndarray, uv: np.ndarray, footprint: np
     keep = np.clip(1.5 - 1.5 * blur, 0, 1)  # beyond that a pixel shows the mean
     share = 0.5 + keep * (share - 0.5)
     first, second = (np.array(colour, points.dtype)[:, None] for colour in material.colours)
-    brightness = np.exp(material.mottle * (0.6 * keep * coarse + fine))
+    brightness = np.exp(material.mottle * (0.6 * keep * coarse + 1.3 * fine))
     return (first + share * (second - first)) * brightness
