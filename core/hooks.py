@@ -167,7 +167,11 @@ class Learner(Filler):
     def step(
         self, model: nn.Module, objective: Objective, batch: Batch, optimizer: torch.optim.Optimizer
     ) -> dict[str, Tensor]:
-        """Updates the weights of `model` once -> the detached losses of this step."""
+        """Updates the weights of `model` once -> the detached losses of this step.
+
+        Call `core.training.backward(loss, optimizer)` for the gradients that the update uses, so that half precision,
+        accumulation over steps and several processes work without the learner knowing of them.
+        """
 
 
 HOOK_POINTS: dict[str, type[Filler]] = {

@@ -99,9 +99,14 @@ class PlainStep(Learner):
     ) -> dict[str, Tensor]:
         losses = all_losses(model, objective, batch)
         optimizer.zero_grad()
-        sum(losses.values()).backward()
+        backward(sum(losses.values()), optimizer)
         optimizer.step()
         return {name: loss.detach() for name, loss in losses.items()}
+
+
+def backward(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Computes gradients; through `optimizer.backward` where it has one, to scale losses and gather from processes."""
+    getattr(optimizer, "backward", Tensor.backward)(loss)
 
 
 def all_losses(model: nn.Module, objective: Objective, batch: Batch) -> dict[str, Tensor]:

@@ -1,0 +1,147 @@
+"""Features of frozen encoders, kept on disk: one file for each image and view, found by what it was made from.
+
+The key is a digest of the encoder's weights and of the pixels it saw, so a stale entry cannot be found. Entries are
+written beside their place and renamed: concurrent runs may share a folder, and at worst compute the same entry twice.
+An entry carries a checksum; a damaged one is dropped and computed again.
+"""
+
+import hashlib
+import logging
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from core.backbones import Backbone
+from experiments.atomic import CannotWrite, replacing
+from experiments.settings import SettingError, check_writable
+
+log = logging.getLogger(__name__)
+
+_SWEEP_EVERY = 256  # entries written between two looks at the size of the folder
+
+
+class NotFinite(ValueError):
+    """NaN or infinite numbers where training or evaluation cannot go on with them."""
+
+
+class FeatureCache:
+    """A folder of features.
+
+    Args:
+        folder: where; made when missing. None: nothing is kept.
+        max_gb: the oldest entries (by use) are removed beyond this size.
+
+    Raises:
+        SettingError: the folder cannot be written to.
+    """
+
+    def __init__(self, folder: str | Path | None, max_gb: float = 10.0):
+        if max_gb <= 0:
+            raise SettingError(f"cache.max_gb must be positive, got {max_gb}")
+        self.folder = None if folder is None else Path(folder).expanduser()
+        self.max_bytes = int(max_gb * 1e9)
+        self.hits = self.misses = 0
+        self._written = 0
+        if self.folder is not None:
+            check_writable(self.folder)
+
+    def encode(self, backbone: Backbone, images: Tensor, names: list[str]) -> Tensor:
+        """(N,3,H,W) RGB in [0,1] -> (N,C,h,w) features, from the cache where they are there. Without gradients.
+
+        Entries are stored in half precision; computed ones are rounded to it too, so that it makes no difference
+        whether a feature was found or computed. Without a folder nothing is rounded.
+
+        Raises:
+            NotFinite: the encoder gave NaN or infinite values; names backbone and image.
+        """
+        if self.folder is None:
+            return self._compute(backbone, images, names)
+        identity = fingerprint(backbone)
+        places = [self._place(identity, image) for image in images]
+        found = [self._read(place) for place in places]
+        missing = [i for i, features in enumerate(found) if features is None]
+        self.hits, self.misses = self.hits + len(found) - len(missing), self.misses + len(missing)
+        if missing:
+            computed = self._compute(backbone, images[missing], [names[i] for i in missing]).half()
+            for i, features in zip(missing, computed, strict=True):
+                found[i] = features
+                self._write(places[i], features)
+        return torch.stack([features.to(images.device) for features in found]).float()  # (N,C,h,w)
+
+    def _compute(self, backbone: Backbone, images: Tensor, names: list[str]) -> Tensor:
+        with torch.no_grad():
+            features = backbone(images)  # (N,C,h,w)
+        bad = [name for name, one in zip(names, features, strict=True) if not torch.isfinite(one).all()]
+        if bad:
+            raise NotFinite(f"backbone {backbone.name} gives NaN or infinite features for {', '.join(bad[:5])}")
+        return features
+
+    def _place(self, identity: str, image: Tensor) -> Path:
+        pixels = image.detach().cpu().contiguous()
+        digest = hashlib.sha256(identity.encode() + repr(tuple(image.shape)).encode() + pixels.numpy().tobytes())
+        name = digest.hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def _read(self, place: Path) -> Tensor | None:
+        try:
+            with safe_open(place, "pt") as file:
+                features, checksum = file.get_tensor("features"), (file.metadata() or {}).get("crc32")
+            if checksum == _checksum(features):
+                place.touch()  # used now: removed later than others
+                return features
+            reason = "its checksum is wrong"
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError) as error:
+            reason = str(error)
+        log.warning("the cached features %s are damaged (%s): they are computed again", place, reason)
+        place.unlink(missing_ok=True)
+        return None
+
+    def _write(self, place: Path, features: Tensor) -> None:
+        features = features.cpu().contiguous()
+        try:
+            with replacing(place) as part:
+                save_file({"features": features}, part, {"crc32": _checksum(features)})
+        except CannotWrite as error:  # a full disk must not end a training that needs no cache
+            log.error("features are no longer cached: %s", error)
+            self.folder = None
+            return
+        self._written += 1
+        if self._written % _SWEEP_EVERY == 1:
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Removes the entries used longest ago until the folder is within its bound; other runs may do the same."""
+        entries = []
+        for path in self.folder.glob("*/*.safetensors"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue
+            entries.append((status.st_mtime_ns, status.st_size, path))
+        excess = sum(size for _, size, _ in entries) - self.max_bytes
+        for _, size, path in sorted(entries):
+            if excess <= 0:
+                return
+            path.unlink(missing_ok=True)
+            excess -= size
+
+
+def fingerprint(backbone: Backbone) -> str:
+    """Digest of a backbone: its name, geometry and every weight."""
+    known = backbone.__dict__.get("_fingerprint")
+    if known is None:
+        digest = hashlib.sha256(f"{backbone.name}/{backbone.default_layer}/{backbone.mean}/{backbone.std}".encode())
+        for name, tensor in sorted(backbone.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        known = backbone._fingerprint = digest.hexdigest()
+    return known
+
+
+def _checksum(features: Tensor) -> str:
+    return f"{zlib.crc32(features.contiguous().numpy().tobytes()):08x}"

@@ -1,0 +1,155 @@
+"""The optimiser that a learner is given: AdamW with schedule, accumulation, clipping and a moving average of weights.
+
+It has the three calls a learner makes, `zero_grad`, `backward` and `step`, and does at each of them what the settings
+and the number of processes ask for (through accelerate).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from experiments.settings import SettingError, check_choice
+
+SCHEDULES = ("cosine", "constant")
+
+
+@dataclass(frozen=True)
+class OptimiserSettings:
+    """How weights are updated.
+
+    Args:
+        lr: peak learning rate. weight_decay: of AdamW.
+        schedule: `cosine` to zero at the last step, or `constant`, both after the warm-up.
+        warmup: steps over which the rate rises linearly.
+        accumulate: steps whose gradients are averaged for one update.
+        clip: largest norm of the gradient; 0: not clipped.
+        ema: decay of the moving average of the weights, which is what is evaluated and kept; 0: none.
+    """
+
+    lr: float = 2e-4
+    weight_decay: float = 1e-5
+    schedule: str = "cosine"
+    warmup: int = 0
+    accumulate: int = 1
+    clip: float = 0.0
+    ema: float = 0.0
+
+    def __post_init__(self):
+        check_choice("optimiser.schedule", self.schedule, SCHEDULES)
+        for name in ("lr", "weight_decay", "warmup", "clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise SettingError(f"optimiser.{name} must not be negative, got {getattr(self, name)}")
+        if self.accumulate < 1 or not 0 <= self.ema < 1:
+            raise SettingError(
+                f"optimiser.accumulate must be at least 1 and 0 <= optimiser.ema < 1, got {self.accumulate}, {self.ema}"
+            )
+
+    def rate(self, step: int, num_steps: int) -> float:
+        """Learning rate of a step; a function of the step alone, so that resuming needs no state."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.lr
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, num_steps - self.warmup)))
+
+
+class Optimiser:
+    """AdamW over the trainable weights of `model`, as `settings` say.
+
+    Args:
+        model: as the accelerator prepared it. accelerator: scales losses, and knows the other processes.
+    """
+
+    def __init__(self, model: nn.Module, settings: OptimiserSettings, num_steps: int, accelerator: Accelerator):
+        self.settings, self.num_steps, self.accelerator, self.model = settings, num_steps, accelerator, model
+        inner = accelerator.unwrap_model(model)
+        self.weights = {name: weight for name, weight in inner.named_parameters() if weight.requires_grad}
+        if not self.weights:
+            raise SettingError("freeze leaves no weight to train")
+        adam = torch.optim.AdamW(self.weights.values(), lr=settings.lr, weight_decay=settings.weight_decay)
+        self.adam = accelerator.prepare_optimizer(adam)
+        self.step_number = 0
+        """Of the next call of `step`; decides on the learning rate and on when an accumulated update is due."""
+        self.ema = {name: weight.detach().clone() for name, weight in self.weights.items()} if settings.ema else {}
+        self.grad_norm = math.nan
+
+    @property
+    def updates(self) -> bool:
+        """Whether the current step ends a group of accumulated ones."""
+        return (self.step_number + 1) % self.settings.accumulate == 0 or self.step_number + 1 == self.num_steps
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients, unless they are being accumulated."""
+        if self.step_number % self.settings.accumulate == 0:
+            self.adam.optimizer.zero_grad()
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a loss, averaged over the processes and the steps of one update."""
+        first = self.step_number - self.step_number % self.settings.accumulate
+        together = min(self.settings.accumulate, self.num_steps - first)  # the last group may be smaller
+        loss = loss / together
+        scaler = self.accelerator.scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()
+
+    def step(self) -> None:
+        """Updates the weights with the rate of this step, where an update is due."""
+        if self.updates:
+            for group in self.adam.param_groups:
+                group["lr"] = self.settings.rate(self.step_number, self.num_steps)
+            clip = self.settings.clip or math.inf
+            self.grad_norm = float(self.accelerator.clip_grad_norm_(list(self.weights.values()), clip))
+            self.adam.step()
+            with torch.no_grad():
+                for name, average in self.ema.items():
+                    average.lerp_(self.weights[name], 1 - self.settings.ema)
+        self.step_number += 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything the next update depends on besides the weights: moments, moving averages, pending gradients."""
+        found = {f"ema/{name}": tensor for name, tensor in self.ema.items()}
+        for name, weight in self.weights.items():
+            for key, value in self.adam.optimizer.state.get(weight, {}).items():
+                found[f"adam/{key}/{name}"] = value
+            if weight.grad is not None and self.step_number % self.settings.accumulate:
+                found[f"grad/{name}"] = weight.grad
+        return found
+
+    def restore(self, tensors: dict[str, Tensor], step_number: int) -> None:
+        """Takes back what `tensors` gave."""
+        self.step_number = step_number
+        for name, weight in self.weights.items():
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam/{key}/{name}" in tensors]
+            if keys:
+                self.adam.optimizer.state[weight] = {
+                    key: tensors[f"adam/{key}/{name}"].to("cpu" if key == "step" else weight.device) for key in keys
+                }
+            if f"grad/{name}" in tensors:
+                weight.grad = tensors[f"grad/{name}"].to(weight.device)
+            if name in self.ema:
+                self.ema[name].copy_(tensors[f"ema/{name}"])
+
+    def averaged(self) -> "_Averaged":
+        """Within the block the model has its moving average for weights."""
+        return _Averaged(self)
+
+
+class _Averaged:
+    def __init__(self, optimiser: Optimiser):
+        self.optimiser = optimiser
+
+    def __enter__(self) -> None:
+        self._swap()
+
+    def __exit__(self, *_: object) -> None:
+        self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, average in self.optimiser.ema.items():
+            weight = self.optimiser.weights[name]
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)

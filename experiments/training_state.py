@@ -1,0 +1,79 @@
+"""A training's state on disk: one safetensors file that holds everything the next step depends on, or nothing."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from core.weight_files import WeightsError, read_weights
+from experiments.atomic import replacing
+from experiments.settings import SettingError
+
+STATE_NAME = "state.safetensors"
+
+
+class ChangedConfig(SettingError):
+    """A training would be resumed with other settings than it was started with."""
+
+
+@dataclass
+class State:
+    """Where a training stands, besides its tensors."""
+
+    step: int = 0
+    """Steps done."""
+    best: float | None = None
+    """Best validation result so far."""
+    run_id: str = ""
+    """Of the tracked run that a resumed training continues."""
+    seconds: float = 0.0
+    """Spent in steps so far, all sessions together."""
+    scaler: dict[str, Any] = field(default_factory=dict)
+    """Of half-precision training."""
+    losses: dict[str, float] = field(default_factory=dict)
+    """Of the latest step."""
+
+
+def save_state(path: Path, state: State, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Writes the state, atomically.
+
+    Raises:
+        CannotWrite: full disk or missing rights; the earlier state is untouched.
+    """
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as part:
+        save_file(kept, part, {"state": json.dumps(asdict(state)), "config": json.dumps(config, sort_keys=True)})
+
+
+def load_state(path: Path, config: dict[str, Any]) -> tuple[State, dict[str, Tensor]]:
+    """Reads the state of a training with these settings.
+
+    Raises:
+        WeightsError: the file is damaged, or no such state.
+        ChangedConfig: it was made with other settings; names them with both values.
+    """
+    tensors, metadata = read_weights(path)
+    if "state" not in metadata or "config" not in metadata:
+        raise WeightsError(f"{path} is no state of a training")
+    before, now = _flat(json.loads(metadata["config"])), _flat(json.loads(json.dumps(config)))
+    changed = [
+        f"{key}={now.get(key, 'absent')} (was {before.get(key, 'absent')})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, "absent") != now.get(key, "absent")
+    ]
+    if changed:
+        raise ChangedConfig(
+            f"{path} was made with other settings: {', '.join(changed[:8])}{', ...' if len(changed) > 8 else ''}. "
+            "Restore them, or start anew with resume=never or another out_dir; to continue from its weights alone, "
+            f"use init_from={path.with_name('last.safetensors')}"
+        )
+    return State(**json.loads(metadata["state"])), tensors
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict) or not values:
+        return {prefix.rstrip("."): values}
+    return {name: value for key, inner in values.items() for name, value in _flat(inner, f"{prefix}{key}.").items()}
