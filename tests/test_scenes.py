@@ -358,7 +358,7 @@ def moved_points(data: Scenes, index: int):
     """Where what each pixel shows is in the next frame's camera, (3,N) float64, with the parts that show it."""
     number, k = divmod(index, data.frames)
     now, then = data.scene(number).at(k), data.scene(number).at(k + 1)
-    rays = render.image_points(data.size, now.focal, (0.5, 0.5), np.float64)
+    rays = render.camera_rays(data.size, now.focal, (0.5, 0.5), np.float64)
     part = render.look(now, rays).part
     points = back_project(data, index, data[index].depth).flatten(1).numpy()
     ahead = np.full_like(points, np.nan)

@@ -27,8 +27,9 @@ class Scenes(DataSet):
     """Procedural scenes: sample i is a function of the settings and i alone, bit for bit on one machine.
 
     Labels, depth and normals are those of the surface at the centre of each pixel. The sky has depth 0 and normal 0
-    (there are none), and the flow of what is infinitely far. The scene does not depend on `size`: images of one
-    proportion show the same at any resolution, and the longer side always spans the same angle.
+    (there are none), and the flow of what is infinitely far. Flow is NaN where the point is occluded or outside the
+    image in the next frame. The scene does not depend on `size`: images of one proportion show the same at any
+    resolution, and the longer side always spans the same angle.
 
     Args:
         size: rows and columns of the images.
@@ -82,7 +83,7 @@ class Scenes(DataSet):
     def __getitem__(self, index: int) -> Sample:
         scene, number = self._locate(index)
         frame = scene.at(number)
-        rays = render.image_points(self.size, scene.focal, (0.5, 0.5), np.float64)
+        rays = render.camera_rays(self.size, scene.focal, (0.5, 0.5), np.float64)
         seen = render.look(frame, rays)
         flow = None
         if number + 1 < self.frames:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.data.scenes.geometry import NEAR, Pose
+from experiments.data.scenes.geometry import NEAR, Pose, turn
 from experiments.data.scenes.textures import albedo, noise
 from experiments.data.scenes.world import CLASSES, Frame, Light, Placed
 
@@ -33,11 +33,11 @@ class Geometry:
     """(3,N) in the world; for the sky NaN."""
 
 
-def image_points(size: Sequence[int], focal: float, offset: Sequence[float], dtype: type) -> np.ndarray:
+def camera_rays(size: Sequence[int], focal: float, offset: Sequence[float], dtype: type) -> np.ndarray:
     """(3,H*W) rays (x, y, 1) in the camera's frame through `offset` (right, down) in each pixel.
 
-    (0.5, 0.5) is a pixel's centre; `focal` is the focal length over the longer side, and the
-    principal point the image's centre.
+    (0.5, 0.5) is a pixel's centre; `focal` is the focal length over the longer side of the image, whose centre is the
+    principal point.
     """
     rows, columns = size
     x = (np.arange(columns) + offset[0] - columns / 2) / (focal * max(size))
@@ -156,7 +156,7 @@ def colours(frame: Frame, size: Sequence[int], supersampling: int) -> np.ndarray
     steps = (np.arange(supersampling) + 0.5) / supersampling
     total = np.zeros((3, size[0] * size[1]), np.float32)
     for down, right in itertools.product(steps, steps):
-        rays = image_points(size, frame.focal, (right, down), np.float32)
+        rays = camera_rays(size, frame.focal, (right, down), np.float32)
         sun = _point_of_sun(frame.light, (2 * right - 1, 2 * down - 1))
         for start in range(0, rays.shape[1], _BLOCK):
             block = slice(start, start + _BLOCK)
@@ -174,16 +174,12 @@ def _by_part(part: np.ndarray) -> list[tuple[int, np.ndarray]]:
 
 
 def _point_of_sun(light: Light, where: Sequence[float]) -> Pose:
-    """The frame of reference whose z axis points from a point of the sun's disc, `where` in [-1,1]², to the scene."""
+    """A frame of reference with its z axis from a point of the sun's disc, `where` in [-1,1]², to the scene."""
     forward = -np.array(light.direction)
     right = np.cross((0, 0, 1) if abs(forward[1]) > 0.9 else (0, 1, 0), forward)
     right /= np.linalg.norm(right)
-    down = np.cross(forward, right)
-    forward = forward + light.spread * (where[0] * right + where[1] * down)
-    forward /= np.linalg.norm(forward)
-    right -= (right @ forward) * forward
-    right /= np.linalg.norm(right)
-    return Pose(np.stack((right, np.cross(forward, right), forward), 1), np.zeros(3))
+    centre = np.stack((right, np.cross(forward, right), forward), 1)
+    return Pose(centre @ turn(light.spread * where[1], light.spread * where[0], 0.0), np.zeros(3))
 
 
 def _lit(frame: Frame, points: np.ndarray, sun: Pose) -> np.ndarray:

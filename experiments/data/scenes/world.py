@@ -76,7 +76,7 @@ class Light:
     direction: Vector
     """Unit vector towards the sun."""
     spread: float
-    """Tangent of the radius of the sun's disc, which softens shadows."""
+    """Radius of the sun's disc in radians, which softens shadows."""
     sun: Vector
     ambient: Vector
     zenith: Vector
