@@ -317,7 +317,7 @@ def test_fingerprint_tells_names_order_and_settings_apart(tmp_path):
     for kind in ("images", "annotations"):
         folder = tmp_path / kind / "training"
         suffix = ".jpg" if kind == "images" else ".png"
-        (folder / f"ADE_train_1{suffix}").rename(folder / f"ADE_train_3{suffix}")
+        (folder / f"ADE_train_2{suffix}").rename(folder / f"ADE_train_3{suffix}")
     assert open_data(node).fingerprint != first.fingerprint
     build("camvid", tmp_path / "c")
     (tmp_path / "c/val").mkdir()
@@ -338,6 +338,7 @@ def test_hidden_and_other_files_are_no_samples(tmp_path):
     build("camvid", tmp_path)
     (tmp_path / "train/._a.jpg").write_bytes(b"what macOS leaves behind")
     (tmp_path / "train/Thumbs.db").write_bytes(b"")
+    picture(tmp_path / "train/more/c.png")
     assert open_data({"name": "camvid", "path": str(tmp_path)}).names == ["a", "b"]
 
 
