@@ -1,0 +1,438 @@
+"""Feature fidelity: geometry, measures against slow loops, peers, ceilings and intervals."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize, nnls
+
+import core
+from core.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone
+from experiments import peers as registry
+from experiments.metrics import FidelityCase, FidelityError, fidelity, fidelity_case, image_edges
+from experiments.peers import Peer, make_peer, peers, register_peer
+from experiments.peers.ceilings import CEILINGS, oracle, whole_image
+from experiments.peers.joint_bilateral import JointBilateral
+from experiments.peers.windows import nearby
+from experiments.statistics import paired_difference, share_of_gap
+
+
+class Painter(Backbone):
+    """Features are the mean colour of each of h x w equal parts of the image, h = cells or H / stride."""
+
+    def __init__(self, stride=4, fewer=0):
+        super().__init__("painter", (3,), (stride,), (0.0,) * 3, (1.0,) * 3)
+        self.fewer = fewer
+
+    def features(self, image, layer):
+        size = [side // self.patch_size - self.fewer for side in image.shape[-2:]]
+        return F.interpolate(image, size, mode="area")
+
+
+def ramp(side):
+    """(1,3,side,side): column, row and their mean, each from 0 to 1 across the image."""
+    axis = (torch.arange(side) + 0.5) / side
+    x, y = axis.expand(side, side), axis[:, None].expand(side, side)
+    return torch.stack([x, y, (x + y) / 2])[None]
+
+
+def case_of(target, edges=None, features=None):
+    edges = torch.zeros(target.shape[-2:], dtype=torch.bool) if edges is None else edges
+    nothing = torch.empty(0)
+    return FidelityCase(nothing, nothing, nothing if features is None else features, target, edges)
+
+
+@pytest.mark.parametrize(
+    ("scale", "view", "stride", "fewer"), [(2, 16, 4, 0), (4, 16, 4, 0), (3, 18, 4, 0), (2, 16, 4, 1)]
+)
+def test_crops_lie_where_the_grid_says(scale, view, stride, fewer):
+    """Colours of a ramp are coordinates: each target cell must hold those of its centre in the unit square."""
+    case = fidelity_case(ramp(scale * view), Painter(stride, fewer), scale, view)
+    cells = int(view / stride + 0.5) - fewer
+    assert tuple(case.features.shape) == (1, 3, cells, cells)
+    assert case.output_size == (scale * cells,) * 2 == tuple(case.edges.shape)
+    # resizing to a multiple of the stride and shrinking to the view disturb the borders of a ramp a little
+    exact = 0.2 if view % stride or fewer else 1e-5
+    for grid, cells_off in ((case.features, 0.2), (case.target, exact)):
+        torch.testing.assert_close(grid, ramp(grid.shape[-1]), atol=cells_off / grid.shape[-1], rtol=0)
+
+
+def test_each_crop_is_encoded_by_itself_and_put_in_its_place():
+    image = torch.rand(1, 3, 24, 24)
+    seen = []
+
+    class Watching(Painter):
+        def features(self, image, layer):
+            seen.append(image.shape)
+            return super().features(image, layer) + image.mean((2, 3), keepdim=True)  # what else the crop holds
+
+    case = fidelity_case(image, Watching(4), scale=3, view=8)
+    assert seen == [(1, 3, 8, 8), (9, 3, 8, 8)]
+    for i in range(3):
+        for j in range(3):
+            crop = image[..., 8 * i : 8 * i + 8, 8 * j : 8 * j + 8]
+            expected = F.avg_pool2d(crop, 4) + crop.mean((2, 3), keepdim=True)
+            torch.testing.assert_close(case.target[..., 2 * i : 2 * i + 2, 2 * j : 2 * j + 2], expected)
+    torch.testing.assert_close(case.image, image)
+
+
+def test_many_crops_are_those_of_few():
+    image = torch.rand(1, 3, 40, 40)
+    case = fidelity_case(image, Painter(4), scale=5, view=8)  # 25 crops, more than are encoded at once
+    torch.testing.assert_close(case.target, F.avg_pool2d(image, 4))
+
+
+def test_guidance_is_the_normalised_image_of_the_size_asked_for():
+    image = torch.rand(1, 3, 32, 48)
+    for guidance, side in ((None, 16), (32, 32), (8, 8)):
+        case = fidelity_case(image, Painter(4), 2, 16, guidance)
+        rgb = image[..., 8:40]
+        if side != 32:
+            rgb = F.interpolate(rgb, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        torch.testing.assert_close(case.guidance, (rgb - mean) / std)
+    torch.testing.assert_close(fidelity_case(image[0], Painter(4), 2, 16, 8).guidance, case.guidance)
+
+
+def test_squeezenet_with_fewer_rows_and_a_network_that_shifts():
+    for name in ("squeezenet", "mobilenetv2_tf"):
+        backbone = core.load_backbone(name, "random")
+        case = fidelity_case(torch.rand(3, 128, 130), backbone, 2, 64)
+        cells = 3 if name == "squeezenet" else 4
+        assert case.features.shape[-2:] == (cells, cells)
+        assert case.output_size == (2 * cells, 2 * cells)
+        ceiling = CEILINGS["encoder"](case, backbone)
+        assert ceiling.shape == case.target.shape
+        own = backbone(case.image)
+        assert own.shape[-1] == (7 if name == "squeezenet" else 8)
+        if name != "squeezenet":
+            torch.testing.assert_close(ceiling, own)
+
+
+def test_whole_images_are_resampled_onto_the_grid_without_a_shift():
+    resampled = whole_image(Painter(4), ramp(60), (10, 10))  # from 15 x 15
+    torch.testing.assert_close(resampled[..., 1:-1, 1:-1], ramp(10)[..., 1:-1, 1:-1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 7])
+def test_measures_are_those_of_a_slow_loop(channels):
+    target, ours = torch.randn(1, channels, 5, 6) + 1, torch.randn(1, channels, 5, 6)
+    edges = torch.rand(5, 6) < 0.4
+    t, u = target[0].double().numpy(), ours[0].double().numpy()
+    mean = [t[c].mean() for c in range(channels)]
+    variance = sum((t[c, i, j] - mean[c]) ** 2 for c in range(channels) for i in range(5) for j in range(6)) / 30
+    cosines, errors = np.zeros((5, 6)), np.zeros((5, 6))
+    for i in range(5):
+        for j in range(6):
+            dot = sum(t[c, i, j] * u[c, i, j] for c in range(channels))
+            lengths = math.sqrt(sum(t[:, i, j] ** 2)) * math.sqrt(sum(u[:, i, j] ** 2))
+            cosines[i, j] = dot / lengths
+            errors[i, j] = sum((t[c, i, j] - u[c, i, j]) ** 2 for c in range(channels)) / variance
+    near = edges.numpy()
+    assert fidelity(ours, case_of(target, edges)) == pytest.approx(
+        {
+            "cosine": cosines.mean(),
+            "error": errors.mean(),
+            "edge_cosine": cosines[near].mean(),
+            "edge_error": errors[near].mean(),
+        },
+        rel=1e-12,
+    )
+
+
+def test_the_target_itself_is_perfect_and_its_mean_has_error_one():
+    target = torch.randn(1, 9, 6, 6)
+    edges = torch.eye(6, dtype=torch.bool)
+    perfect = fidelity(target.clone(), case_of(target, edges))
+    assert perfect == pytest.approx({"cosine": 1, "error": 0, "edge_cosine": 1, "edge_error": 0}, abs=1e-12)
+    mean = target.mean((2, 3), keepdim=True).expand_as(target)
+    assert fidelity(mean, case_of(target))["error"] == pytest.approx(1, rel=1e-5)
+    halved = fidelity(target / 2, case_of(target))
+    assert halved["cosine"] == pytest.approx(1)
+    assert halved["error"] > 0.1
+
+
+def test_sums_are_double():
+    """In float32 the mean of a million squares this far from zero is off in the third digit."""
+    target = torch.cat([torch.full((1, 1, 700, 700), 4096.0), torch.randn(1, 1, 700, 700)], 1)
+    measured = fidelity(target + 1, case_of(target))
+    assert measured["error"] == pytest.approx(2 / target[0, 1].double().var(correction=0).item(), rel=1e-4)
+
+
+def test_vectors_without_direction():
+    target = torch.ones(1, 2, 2, 2)
+    target[..., 0, 0] = 0  # no direction to agree with
+    ours = target.clone()
+    assert fidelity(ours, case_of(target))["cosine"] == pytest.approx(1)
+    ours[..., 1, 1] = 0
+    assert fidelity(ours, case_of(target))["cosine"] == pytest.approx(2 / 3)
+
+
+def test_only_images_with_edges_have_edge_measures():
+    target = torch.randn(1, 4, 3, 3)
+    assert set(fidelity(target, case_of(target))) == {"cosine", "error"}
+    assert not image_edges(torch.full((1, 3, 64, 64), 0.5), (8, 8)).any()
+
+
+def test_edges_are_found_where_the_image_changes():
+    image = torch.zeros(1, 3, 64, 64)
+    image[..., 24:] = 1  # between cells 5 and 6 of 16
+    edges = image_edges(image, (16, 16))
+    columns = edges.float().mean(0)
+    assert (columns[4:8].sum() >= 2) & (columns[5:7] == 1).any()
+    assert not edges[:, :3].any()
+    assert not edges[:, 9:].any()
+    wider = image_edges(image, (16, 16), within=3)
+    assert (wider | edges).equal(wider)
+    assert wider.sum() >= edges.sum() + 4 * 14
+    colour = torch.rand(1, 3, 64, 64) * 0.02
+    colour[:, 0, 32:] += 0.6  # a horizontal edge
+    rows = image_edges(colour, (8, 16)).float().mean(1)  # of a grid that is not square
+    assert rows[3:5].max() > 0.9
+    assert rows[[0, 7]].max() == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused(value):
+    target = torch.randn(1, 4, 3, 3)
+    ours = target.clone()
+    ours[0, 1, 2, 0] = value
+    with pytest.raises(FidelityError, match="1 of 36 values of the upsampled features are not finite"):
+        fidelity(ours, case_of(target))
+
+    class Broken(Painter):
+        def features(self, image, layer):
+            return super().features(image, layer) * value
+
+    with pytest.raises(FidelityError, match="backbone painter: the features of the image are not finite"):
+        fidelity_case(torch.rand(1, 3, 16, 16), Broken(), 2, 8)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    image = torch.rand(1, 3, 16, 16)
+    for wrong in ({"scale": 1}, {"view": 0}, {"guidance": 17}, {"guidance": 0}):
+        with pytest.raises(ValueError, match="fidelity needs scale >= 2"):
+            fidelity_case(image, Painter(), **{"scale": 2, "view": 8} | wrong)
+    with pytest.raises(ValueError, match="one image"):
+        fidelity_case(image.expand(2, -1, -1, -1), Painter(), 2, 8)
+    with pytest.raises(FidelityError, match="is the image blank"):
+        fidelity_case(torch.full((1, 3, 16, 16), 0.5), Painter(), 2, 8)
+    with pytest.raises(ValueError, match=r"\(1, 3, 4, 5\), the target is \(1, 3, 4, 4\)"):
+        fidelity(torch.rand(1, 3, 4, 5), case_of(torch.rand(1, 3, 4, 4)))
+
+
+def test_no_gradient_is_kept():
+    class Learned(Painter):
+        def __init__(self):
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.ones(()))
+
+        def features(self, image, layer):
+            return super().features(image, layer) * self.gain
+
+    case = fidelity_case(torch.rand(1, 3, 16, 16), Learned(), 2, 8)
+    assert not case.target.requires_grad
+    assert not case.target.is_inference()  # training may go on with it
+
+
+def test_peers_are_registered_by_name(monkeypatch):
+    assert list(peers()) == ["nearest", "bilinear", "bicubic", "joint_bilateral"]
+    monkeypatch.setattr(registry, "_peers", dict(registry._peers))
+    with pytest.raises(ValueError, match="already registered"):
+
+        @register_peer("bilinear")
+        class Other(Peer):
+            def forward(self, image, features, output_size=None):
+                return features
+
+    with pytest.raises(ValueError, match="no peer is called 'cubic'; there are: bicubic"):
+        make_peer("cubic")
+
+
+@pytest.mark.parametrize("name", list(peers()))
+def test_peers_take_what_anyup_takes(name):
+    peer = make_peer(name)
+    image, features = torch.randn(2, 3, 24, 32), torch.randn(2, 5, 3, 4)
+    assert peer(image, features, (7, 9)).shape == (2, 5, 7, 9)
+    assert peer(image, features).shape == (2, 5, 24, 32)
+    constant = torch.full((1, 1, 3, 4), 2.0)
+    torch.testing.assert_close(peer(image[:1], constant, (7, 9)), torch.full((1, 1, 7, 9), 2.0))
+    mirrored = peer(image.flip(-1), features.flip(-1), (6, 8)).flip(-1)  # no half-cell shift
+    torch.testing.assert_close(mirrored, peer(image, features, (6, 8)), atol=1e-5, rtol=1e-5)
+    double = peer(image.double(), features.double(), (7, 9))
+    assert double.dtype == torch.float64
+
+
+def slow_bilateral(image, features, size, window, space, colour):
+    (height, width), (channels, h, w) = size, features.shape[1:]
+    rgb = (image * torch.tensor(IMAGENET_STD).view(3, 1, 1)).double()
+    fine, coarse = F.interpolate(rgb, size, mode="area")[0], F.interpolate(rgb, (h, w), mode="area")[0]
+    output = torch.zeros(channels, height, width, dtype=torch.float64)
+    for i in range(height):
+        for j in range(width):
+            y, x = (i + 0.5) * h / height, (j + 0.5) * w / width
+            total = 0.0
+            for m in range(int(y) - window // 2, int(y) + window // 2 + 1):
+                for n in range(int(x) - window // 2, int(x) + window // 2 + 1):
+                    if not (0 <= m < h and 0 <= n < w):
+                        continue
+                    near = math.exp(-((m + 0.5 - y) ** 2 + (n + 0.5 - x) ** 2) / (2 * space**2))
+                    alike = math.exp(-(fine[:, i, j] - coarse[:, m, n]).square().sum().item() / (2 * colour**2))
+                    output[:, i, j] += near * alike * features[0, :, m, n].double()
+                    total += near * alike
+            output[:, i, j] /= total
+    return output[None]
+
+
+@pytest.mark.parametrize(("window", "space", "colour"), [(5, 0.7, 0.2), (3, 1.5, 0.05)])
+def test_joint_bilateral_is_its_definition(window, space, colour):
+    image, features = torch.randn(1, 3, 18, 24), torch.randn(1, 4, 3, 4)
+    ours = JointBilateral(window, space, colour)(image, features, (7, 9))
+    expected = slow_bilateral(image, features, (7, 9), window, space, colour)
+    torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_joint_bilateral_with_a_flat_image_is_a_gaussian_and_keeps_to_edges_with_another():
+    features = torch.randn(1, 4, 5, 5)
+    flat = torch.full((1, 3, 20, 20), 0.3)
+    filtered = JointBilateral(5, 0.7, 0.2)(flat, features, (10, 10))
+    axis = (torch.arange(10) + 0.5) / 2 - (torch.arange(5) + 0.5)[:, None]  # (5,10) distances in cells
+    inside = ((torch.arange(10) // 2) - torch.arange(5)[:, None]).abs() <= 2
+    weights = torch.exp(-(axis**2) / (2 * 0.49)) * inside
+    weights = weights / weights.sum(0)
+    torch.testing.assert_close(filtered, torch.einsum("bcij,iy,jx->bcyx", features, weights, weights))
+    halves = flat.clone()
+    halves[..., 10:] = -1.5
+    sides = (torch.arange(4) >= 2).float().expand(1, 1, 4, 4)
+    sharp = JointBilateral()(halves, sides, (8, 8))
+    torch.testing.assert_close(sharp, (torch.arange(8) >= 4).float().expand(1, 1, 8, 8), atol=2e-3, rtol=0)
+
+
+def test_joint_bilateral_refuses():
+    for wrong in ({"window": 4}, {"window": 0}, {"sigma_space": 0}, {"sigma_colour": -1}):
+        with pytest.raises(ValueError, match="an odd window and positive sigmas"):
+            JointBilateral(**wrong)
+
+
+def test_windows():
+    cells, inside, distance = nearby(4, 8, 3)
+    assert cells.tolist()[:2] == [[0, 0, 1], [0, 0, 1]]
+    assert inside.tolist()[0] == [False, True, True]
+    assert cells.tolist()[-1] == [2, 3, 3]
+    assert distance.tolist()[0] == [-0.75, 0.25, 1.25]
+    assert nearby(3, 3, 1)[0].tolist() == [[0], [1], [2]]
+    with pytest.raises(ValueError, match="odd"):
+        nearby(4, 8, 2)
+
+
+def neighbours(features, size, i, j, window=5):
+    """(n,C) vectors around output (i,j), each once."""
+    h, w = features.shape[-2:]
+    y, x = (2 * i + 1) * h // (2 * size[0]), (2 * j + 1) * w // (2 * size[1])
+    rows = range(max(0, y - window // 2), min(h, y + window // 2 + 1))
+    columns = range(max(0, x - window // 2), min(w, x + window // 2 + 1))
+    return np.array([features[0, :, m, n].double().numpy() for m in rows for n in columns])
+
+
+def test_the_oracles_reach_the_optimum_that_scipy_finds():
+    features, target = torch.randn(1, 6, 4, 3) + 0.4, torch.randn(1, 6, 6, 5)
+    target[0, :, 0, 0] = -features.mean((0, 2, 3))  # away from all of them
+    closest, nearest = oracle(features, target, "cosine"), oracle(features, target, "error")
+    for i in range(6):
+        for j in range(5):
+            near, t = neighbours(features, (6, 5), i, j), target[0, :, i, j].double().numpy()
+            weights, _ = nnls(near.T, t)
+            cosine = lambda v, t=t: v @ t / np.linalg.norm(v) / np.linalg.norm(t)  # noqa: E731
+            best = cosine(weights @ near) if weights.sum() > 1e-9 else max(map(cosine, near))
+            assert cosine(closest[0, :, i, j].double().numpy()) == pytest.approx(best, abs=2e-4)
+            start = np.full(len(near), 1 / len(near))
+            solved = minimize(
+                lambda w, near=near, t=t: ((w @ near - t) ** 2).sum(),
+                start,
+                jac=lambda w, near=near, t=t: 2 * near @ (w @ near - t),
+                bounds=[(0, 1)] * len(near),
+                constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
+                method="SLSQP",
+                options={"maxiter": 500, "ftol": 1e-12},
+            )
+            error = ((nearest[0, :, i, j].double().numpy() - t) ** 2).sum()
+            assert error == pytest.approx(solved.fun, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["nearest", "bilinear", "joint_bilateral"])
+def test_no_convex_peer_passes_the_oracles(name):
+    image = torch.nn.functional.interpolate(torch.rand(1, 3, 9, 9), (64, 64), mode="bicubic").clamp(0, 1)
+    case = fidelity_case(image, core.load_backbone("hog8"), 2, 32)
+    peer = fidelity(make_peer(name)(case.guidance, case.features, case.output_size), case)
+    assert fidelity(CEILINGS["oracle_cosine"](case, None), case)["cosine"] > peer["cosine"] + 1e-3
+    assert fidelity(CEILINGS["oracle_error"](case, None), case)["error"] < peer["error"] - 1e-3
+
+
+def test_oracles_are_convex_combinations_and_find_the_target_among_them():
+    features = torch.rand(1, 8, 6, 6)
+    shifted = features.roll((1, -2), (2, 3))[..., 2:-2, 2:-2]  # within the window of the cells in the middle
+    target = torch.zeros(1, 8, 6, 6) + features.mean((2, 3), keepdim=True)
+    target[..., 2:-2, 2:-2] = shifted
+    for goal in ("cosine", "error"):
+        found = oracle(features, target, goal, num_steps=2000)
+        torch.testing.assert_close(found[..., 2:-2, 2:-2], shifted, atol=2e-2, rtol=0)
+        ones = oracle(torch.cat([features, torch.ones(1, 1, 6, 6)], 1), torch.cat([target, target[:, :1]], 1), goal)
+        torch.testing.assert_close(ones[:, -1], torch.ones(1, 6, 6))
+        assert (ones[:, :-1] >= 0).all()
+
+
+def test_oracles_refuse():
+    features = torch.rand(1, 3, 4, 4)
+    with pytest.raises(ValueError, match="one of cosine, error, got 'best'"):
+        oracle(features, features, "best")
+    with pytest.raises(ValueError, match=r"\(1,C,h,w\) and \(1,C,Qh,Qw\)"):
+        oracle(features, torch.rand(1, 4, 4, 4))
+    with pytest.raises(ValueError, match="odd"):
+        oracle(features, features, window=4)
+
+
+def test_intervals_of_known_cases():
+    n, generator = 400, np.random.default_rng(1)
+    difference = generator.normal(0.3, 2.0, n)
+    common = generator.normal(0, 50, n)  # an image is hard for both: paired, it drops out
+    found = paired_difference(common + difference, common)
+    half = 1.96 * difference.std(ddof=1) / math.sqrt(n)
+    assert found.value == pytest.approx(difference.mean())
+    assert found.low == pytest.approx(difference.mean() - half, abs=0.1 * half)
+    assert found.high == pytest.approx(difference.mean() + half, abs=0.1 * half)
+    assert paired_difference(common + difference, common) == found  # seeded
+    assert paired_difference(common + difference, common, seed=1) != found
+    wide = paired_difference(common + difference, common, confidence=0.999)
+    assert wide.low < found.low < found.high < wide.high
+    half_way = share_of_gap(common + 1 + 0.01 * difference, common, common + 2)
+    assert half_way.value == pytest.approx((1 + 0.01 * difference.mean()) / 2)
+    assert half_way.low < half_way.value < half_way.high < half_way.low + 0.01
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    generator = np.random.default_rng(0)
+    samples = generator.exponential(1.0, (200, 40))  # skewed
+    covered = [
+        interval.low <= 1 <= interval.high
+        for interval in (paired_difference(row, np.zeros(40), num_resamples=500) for row in samples)
+    ]
+    assert 0.9 <= np.mean(covered) <= 0.99
+
+
+def test_intervals_where_nothing_varies_and_where_nothing_is_known():
+    same = paired_difference([1.0, 2.0, 4.0], [0.5, 1.5, 3.5])
+    assert (same.value, same.low, same.high) == (0.5, 0.5, 0.5)
+    assert same.above_zero
+    alone = paired_difference([1.0], [0.5])
+    assert (alone.value, alone.low, alone.high, alone.above_zero) == (0.5, None, None, False)
+    assert share_of_gap([1.0], [0.0], [2.0]).low is None
+    with pytest.raises(ValueError, match="columns of one length"):
+        paired_difference([1.0, 2.0], [1.0])
+    with pytest.raises(ValueError, match="columns of one length"):
+        paired_difference([], [])
+    with pytest.raises(ValueError, match="must be finite"):
+        paired_difference([1.0, float("nan")], [1.0, 1.0])
+    with pytest.raises(ValueError, match="no gap"):
+        share_of_gap([1.0, 2.0], [0.0, 1.0], [1.0, 0.0])
