@@ -22,7 +22,9 @@ from experiments.spool import Journal, SpoolError, first_record, folders, is_ope
 from experiments.uploader import Drain, StoreAway, StoreRefuses, Uploader
 
 CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["experiments.sync"])  # imported once, not by each
+CHILDREN.set_forkserver_preload(
+    ["experiments.sync", "mlflow.store.tracking.sqlalchemy_store"]
+)  # imported once, not by each
 
 START = {"kind": "start", "time": 1, "experiment": "e", "run_name": None, "parent": None, "resumed": False}
 START |= {"tags": process_tags(), "params": {"seed": "0"}}
@@ -390,7 +392,8 @@ def test_the_uploader_never_holds_the_run_up(tmp_path, caplog, sampled):
     uploader = Uploader(run, store, 0.1 if sampled else None)
     uploader.start()
     record_all(run)
-    time.sleep(0.3)
+    while "goes on without the tracking store" not in caplog.text:
+        time.sleep(0.05)
     away.clear()
     uploader.finish(patience_s=60)
     assert uploader.complete
