@@ -178,7 +178,7 @@ class Frustum(Shape):
         with np.errstate(invalid="ignore", over="ignore"):
             for t in sides:
                 y = oy + t * dy
-                valid = (b * b > a * c) & (np.abs(y) <= self.half_height) & (middle + slope * y >= 0)
+                valid = (b * b > a * c) & (np.abs(y) <= self.half_height)
                 nearest = np.where(valid & (t > NEAR) & (t < nearest), t, nearest)
             for t, r in zip(caps, (self.top, self.bottom), strict=True):
                 valid = np.square(ox + t * dx) + np.square(oz + t * dz) < r * r
