@@ -168,6 +168,8 @@ class Choice:
     patch_size: int = 0
     """Of the classical descriptors; networks declare their own."""
     aligned: bool | None = True
+    file: str = ""
+    """Name in `core/weights/` of pretrained weights that come with this package; empty: they are on the hub."""
     twins: Mapping[int, str] = field(default_factory=dict)
     """Number of classes in the head of a local file -> the choice with the same weights' names that it belongs to."""
 
@@ -186,6 +188,13 @@ _TENSORFLOW = {
     "pretrained_cfg_overlay": {"mean": (0.5,) * 3, "std": (0.5,) * 3, "num_classes": 1001, "hf_hub_id": None},
 }
 CHOICES: dict[str, Choice] = {
+    # four blocks of vit_tiny16, distilled from all of it (experiments/distill.py, docs/weights.md)
+    "embedded": Choice(
+        "timm",
+        "vit_tiny_patch16_224",
+        {"depth": 4, "pretrained_cfg_overlay": {"mean": (0.5,) * 3, "std": (0.5,) * 3}},
+        file="embedded.safetensors",
+    ),
     "dinov2_vits14": _timm("vit_small_patch14_dinov2.lvd142m"),
     "dinov2_vitb14": _timm("vit_base_patch14_dinov2.lvd142m"),
     "dinov2_vitl14": _timm("vit_large_patch14_dinov2.lvd142m"),

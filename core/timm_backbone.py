@@ -16,6 +16,8 @@ from core.backbones import CHOICES, Backbone, Choice, WeightsUnavailable
 from core.weight_files import WeightsError, read_weights
 
 RANDOM = "random"
+WEIGHTS = Path(__file__).parent / "weights"
+"""Weights that come with the package."""
 SHOWN_KEYS = 4
 
 
@@ -86,7 +88,7 @@ def load_timm(name: str, choice: Choice, weights: str | Path | None) -> Backbone
     if weights == RANDOM:
         return backbone
     if state is None:
-        weights = _download(name, config)
+        weights = WEIGHTS / choice.file if choice.file else _download(name, config)
         state, _ = read_weights(weights)
     heads = config.get("classifier") or ()
     load_strict(backbone.trunk, state, (heads,) if isinstance(heads, str) else heads, f"backbone {name}: {weights}")

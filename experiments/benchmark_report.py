@@ -18,7 +18,7 @@ from rich.table import Table
 
 from experiments.atomic import replacing
 from experiments.benchmark_cases import Case
-from experiments.tracking import git_state
+from experiments.provenance import git_state
 
 COLOURS = {"dense": "tab:gray", "ours": "tab:blue", "compiled": "tab:orange"}
 LINES = {"float32": "-", "bfloat16": "--", "float16": ":"}

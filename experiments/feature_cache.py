@@ -65,11 +65,9 @@ class FeatureCache:
         found = [self._read(place) for place in places]
         missing = [i for i, features in enumerate(found) if features is None]
         self.hits, self.misses = self.hits + len(found) - len(missing), self.misses + len(missing)
-        if missing:
-            computed = self._compute(backbone, images[missing], [names[i] for i in missing]).half()
-            for i, features in zip(missing, computed, strict=True):
-                found[i] = features
-                self._write(places[i], features)
+        for i in missing:  # one by one: together, the last bits of each would depend on which others were missing
+            found[i] = self._compute(backbone, images[i : i + 1], [names[i]])[0].half()
+            self._write(places[i], found[i])
         return torch.stack([features.to(images.device) for features in found]).float()  # (N,C,h,w)
 
     def _compute(self, backbone: Backbone, images: Tensor, names: list[str]) -> Tensor:
@@ -138,7 +136,7 @@ def fingerprint(backbone: Backbone) -> str:
     if known is None:
         digest = hashlib.sha256(f"{backbone.name}/{backbone.default_layer}/{backbone.mean}/{backbone.std}".encode())
         for name, tensor in sorted(backbone.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(name.encode() + tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         known = backbone._fingerprint = digest.hexdigest()
     return known
 

@@ -119,17 +119,17 @@ def upsamplers(config: DictConfig) -> dict[str, nn.Module]:
     names = list(peers()) if config.peers is None else list(config.peers)
     if BASELINE not in names:
         raise SettingError(f"peers={names} lacks {BASELINE}, which all others are compared with")
-    models: dict[str, nn.Module] = {}
+    files = _named(config.checkpoints)
+    for name in (*names, *files):
+        if [*names, *files, *CEILINGS].count(name) > 1:
+            raise _named_twice(name)
     try:
-        for name in names:
-            _add(models, name, make_peer(name))
-        for name, path in _named(config.checkpoints).items():
-            _add(models, name, core.load(Path(path).expanduser()))
+        models = {name: make_peer(name) for name in names}
+        return models | {name: core.load(Path(path).expanduser()) for name, path in files.items()}
     except (core.WeightsError, FileNotFoundError) as error:
         raise SettingError(f"checkpoints: {error}") from error
     except ValueError as error:
         raise SettingError(str(error)) from error
-    return models
 
 
 def check_settings(config: DictConfig) -> None:
@@ -160,22 +160,23 @@ def check_settings(config: DictConfig) -> None:
     check_writable(Path(config.out_dir))
 
 
-def _named(checkpoints: DictConfig | ListConfig) -> dict[str, str]:
+def _named(checkpoints: DictConfig | ListConfig | None) -> dict[str, str]:
     """Name of each checkpoint's arm -> its file."""
+    if checkpoints is None:
+        return {}
     if isinstance(checkpoints, DictConfig):
         return dict(checkpoints)
     if not isinstance(checkpoints, ListConfig):
-        raise SettingError(f"checkpoints must be [FILE, ...] or {{NAME: FILE, ...}}, got {checkpoints}")
-    named: dict[str, str] = {}
-    for path in checkpoints:
-        _add(named, Path(path).stem, path)
+        raise SettingError(f"checkpoints must be null, [FILE, ...] or {{NAME: FILE, ...}}, got {checkpoints}")
+    named = {Path(path).stem: path for path in checkpoints}
+    if len(named) < len(checkpoints):
+        stems = [Path(path).stem for path in checkpoints]
+        raise _named_twice(next(stem for stem in stems if stems.count(stem) > 1))
     return named
 
 
-def _add(arms: dict[str, object], name: str, arm: object) -> None:
-    if name in arms or name in CEILINGS:
-        raise SettingError(f"two arms are called {name}: give them names, checkpoints={{NAME: FILE, ...}}")
-    arms[name] = arm
+def _named_twice(name: str) -> SettingError:
+    return SettingError(f"two arms are called {name}: give them names, checkpoints={{NAME: FILE, ...}}")
 
 
 def _arm(model: nn.Module) -> Arm:

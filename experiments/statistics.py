@@ -1,5 +1,6 @@
 """Intervals for differences between methods that were measured on the same images."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,14 +37,11 @@ def paired_difference(
         ValueError: unequal lengths, no images, or values that are not finite.
     """
     ours, theirs = _checked(ours, theirs)
-    return _interval(
-        lambda a, b, axis: np.mean(a - b, axis),
-        (ours, theirs),
-        np.ptp(ours - theirs) == 0,
-        confidence,
-        num_resamples,
-        seed,
-    )
+
+    def mean(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
+        return np.mean(a - b, axis)
+
+    return _interval(mean, (ours, theirs), _constant(ours - theirs, ours), confidence, num_resamples, seed)
 
 
 def share_of_gap(
@@ -64,12 +62,12 @@ def share_of_gap(
     ours, baseline, ceiling = _checked(ours, baseline, ceiling)
     if np.mean(ceiling - baseline) == 0:
         raise ValueError("there is no gap between baseline and ceiling to close a share of")
-    ratios_equal = np.ptp(ours - baseline) == np.ptp(ceiling - baseline) == 0
+    constant = _constant(ours - baseline, ours) and _constant(ceiling - baseline, ceiling)
 
     def share(a: np.ndarray, b: np.ndarray, c: np.ndarray, axis: int) -> np.ndarray:
         return np.mean(a - b, axis) / np.mean(c - b, axis)
 
-    return _interval(share, (ours, baseline, ceiling), ratios_equal, confidence, num_resamples, seed)
+    return _interval(share, (ours, baseline, ceiling), constant, confidence, num_resamples, seed)
 
 
 def _checked(*columns: ArrayLike) -> list[np.ndarray]:
@@ -81,11 +79,24 @@ def _checked(*columns: ArrayLike) -> list[np.ndarray]:
     return arrays
 
 
-def _interval(statistic, columns, constant: bool, confidence: float, num_resamples: int, seed: int) -> Interval:
+def _constant(differences: np.ndarray, values: np.ndarray) -> bool:
+    """Whether differences of such values are equal up to rounding: every resample then has the same mean."""
+    return bool(np.ptp(differences) <= 1e-12 * np.abs(values).max())
+
+
+def _interval(
+    statistic: Callable[..., np.ndarray],
+    columns: Sequence[np.ndarray],
+    constant: bool,
+    confidence: float,
+    num_resamples: int,
+    seed: int,
+) -> Interval:
     value = float(statistic(*columns, axis=0))
+    if len(columns[0]) == 1:
+        return Interval(value, None, None)
     if constant:
-        # every resample gives the same
-        return Interval(value, value, value) if len(columns[0]) > 1 else Interval(value, None, None)
+        return Interval(value, value, value)
     result = bootstrap(
         columns,
         statistic,

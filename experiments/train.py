@@ -257,8 +257,8 @@ class Training:
         with replacing(path) as part:
             save_file(kept, part, {"names": "\n".join(views.names), "losses": str(losses)})
         return (
-            f"step {views.step}: the loss is not finite ({losses}) for {', '.join(views.names)}. The batch is in {path}, "
-            f"the training up to its last checkpoint in {self.out_dir / STATE_NAME}. A lower optimiser.lr, "
+            f"step {views.step}: the loss is not finite ({losses}) for {', '.join(views.names)}. The batch is in "
+            f"{path}, the training up to its last checkpoint in {self.out_dir / STATE_NAME}. A lower optimiser.lr, "
             "optimiser.clip=1 or mixed_precision=no may help"
         )
 

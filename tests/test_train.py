@@ -1,0 +1,520 @@
+"""Training: what each step sees, what an update is, and that a killed training ends as an undisturbed one."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from PIL import Image
+from safetensors.torch import load_file
+
+import core
+from core.registry import discover
+from experiments.data import DataError, open_data
+from experiments.feature_cache import FeatureCache, NotFinite
+from experiments.images import NoImages, centre_square
+from experiments.optimisation import Optimiser, OptimiserSettings
+from experiments.settings import SettingError
+from experiments.train import NonFiniteLoss, Training, train
+from experiments.training_state import STATE_NAME, ChangedConfig, load_state
+from experiments.views import Views, ViewSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    "embed_dim=16",
+    "attention.num_heads=2",
+    "unifier.num_basis=8",
+    "backbones=[{name: hog8}]",
+    "views.view=32",
+    "batch_size=2",
+    "views.crops=2",
+    "objective.self_consistency_size=8",
+    "steps=6",
+    "checkpoint_every=2",
+    "validate_every=0",
+    "log_every=1",
+    "tracking.enabled=false",
+    "device=cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    """Seven small pictures with edges and texture."""
+    folder = tmp_path_factory.mktemp("photographs")
+    numbers = np.random.default_rng(0)
+    for i in range(7):
+        rows, columns = 70 + 3 * i, 80 - 2 * i
+        picture = numbers.integers(0, 255, (5, 6, 3), np.uint8)
+        Image.fromarray(picture).resize((columns, rows), Image.Resampling.NEAREST).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def config(photographs, tmp_path):
+    """Overrides -> the configuration of a tiny training in tmp_path."""
+    discover()
+
+    def make(*overrides: str) -> DictConfig:
+        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+            return compose(
+                "train", [*TINY, f"data.path=[{photographs}]", f"val_data.path=[{photographs}]",
+                          f"out_dir={tmp_path / 'out'}", *overrides]
+            )  # fmt: skip
+
+    return make
+
+
+def state_of(config: DictConfig) -> dict[str, torch.Tensor]:
+    return load_file(Path(config.out_dir) / STATE_NAME)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+# What a step sees
+
+
+def views_of(photographs, shard=(0, 1), **settings) -> Views:
+    data = open_data({"name": "images", "path": [str(photographs)]})
+    settings = {"view": 32, "crops": 3, **settings}
+    return Views(data, ViewSettings(**settings), [8, 16], 5, 2, 20, shard)
+
+
+def test_a_step_sees_the_same_whenever_it_is_asked(photographs):
+    first, second = views_of(photographs), views_of(photographs)
+    later = [second[step] for step in (9, 3, 0)]
+    for views in later:
+        again = first[views.step]
+        assert again.names == views.names
+        assert again.backbone == views.backbone
+        for name in ("guidance", "augmented", "whole", "crops", "corners"):
+            assert torch.equal(getattr(again, name), getattr(views, name)), name
+    assert not torch.equal(later[0].corners, later[1].corners)
+    assert {views_of(photographs)[step].backbone for step in range(20)} == {0, 1}
+
+
+def test_every_pass_shows_every_image_once_in_another_order(photographs):
+    views = views_of(photographs)
+    names = [name for step in range(7) for name in views[step].names]
+    assert sorted(names[:7]) == sorted(names[7:]) == sorted(views.data.names)
+    assert names[:7] != names[7:]
+
+
+@pytest.mark.parametrize("backbone", [0, 1])
+def test_crops_lie_on_the_grid_of_the_whole(photographs, backbone):
+    """Each crop is, pixel by pixel, the square image from its corner on; and the whole is that square, shrunk."""
+    views = views_of(photographs)
+    patch, seen = views.patch_sizes[backbone], set()
+    for step in range(10):
+        one = views.of_backbone(step, backbone)
+        for at, name in enumerate(one.names):
+            square = centre_square(views.data[views.data.names.index(name)].image[None], 64)[0]
+            for i in range(3):
+                row, column = one.corners[3 * at + i].tolist()
+                seen |= {row, column}
+                expected = square[:, row * patch : row * patch + 32, column * patch : column * patch + 32]
+                assert torch.equal(one.crops[3 * at + i], expected)
+    assert seen == set(range(32 // patch + 1))
+    assert one.whole.shape == one.guidance.shape == (2, 3, 32, 32)
+
+
+def test_processes_share_a_batch(photographs):
+    together = views_of(photographs)[4]
+    halves = [views_of(photographs, shard=(rank, 2))[4] for rank in range(2)]
+    for name in ("guidance", "augmented", "whole", "crops", "corners"):
+        assert torch.equal(torch.cat([getattr(half, name) for half in halves]), getattr(together, name)), name
+
+
+def test_crops_of_a_pool_repeat(photographs):
+    views = views_of(photographs, crop_pool=4)
+    corners: dict[str, set] = {}
+    for step in range(20):
+        one = views.of_backbone(step, 0)
+        for at, name in enumerate(one.names):
+            three = {tuple(corner) for corner in one.corners[3 * at : 3 * at + 3].tolist()}
+            corners[name] = corners.get(name, set()) | three
+    assert all(len(found) <= 4 for found in corners.values())
+    assert max(len(found) for found in corners.values()) == 4
+
+
+def test_no_crops_means_the_whole_image_at_the_higher_resolution(photographs):
+    one = views_of(photographs, crops=0, guidance=16, augment=0)[0]
+    assert one.crops.shape == (2, 3, 64, 64)
+    assert one.corners is None
+    assert one.guidance.shape[-1] == 16
+    assert torch.equal(one.augmented, one.guidance)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"view": 8}, "views.view must be at least 16"),
+        ({"scale": 1}, "views.scale"),
+        ({"crops": 5, "crop_pool": 3}, "views.crop_pool=3 has fewer"),
+        ({"augment": 2}, "views.augment"),
+        ({"guidance": 4}, "views.guidance"),
+        ({"view": 36}, "views.view=36 is no multiple of the backbone's stride 8"),
+    ],
+)
+def test_views_that_cannot_be_cut_are_refused(photographs, settings, message):
+    with pytest.raises(SettingError, match=message):
+        views_of(photographs, **settings)
+
+
+# What an update is
+
+
+def optimiser_of(weight: torch.nn.Module, num_steps=10, **settings) -> Optimiser:
+    return Optimiser(weight, OptimiserSettings(**settings), num_steps, Accelerator(cpu=True))
+
+
+def test_rates_rise_linearly_and_fall_as_a_cosine():
+    settings = OptimiserSettings(lr=2.0, warmup=4)
+    rates = [settings.rate(step, 12) for step in range(12)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[4] == 2
+    assert rates[8] == pytest.approx(1)
+    assert rates[11] == pytest.approx(1 + math.cos(math.pi * 7 / 8))
+    assert [OptimiserSettings(lr=2.0, schedule="constant").rate(step, 12) for step in (0, 11)] == [2, 2]
+
+
+def test_accumulated_steps_are_one_step_on_their_mean():
+    torch.manual_seed(0)
+    inputs = torch.randn(6, 3)
+    results = []
+    for accumulate, groups in ((1, [inputs[:4], inputs[4:]]), (2, list(inputs.split(2)))):
+        layer = torch.nn.Linear(3, 1)
+        torch.nn.init.constant_(layer.weight, 0.5)
+        torch.nn.init.zeros_(layer.bias)
+        optimiser = optimiser_of(layer, len(groups), lr=0.1, accumulate=accumulate, schedule="constant")
+        for group in groups:
+            optimiser.zero_grad()
+            optimiser.backward(layer(group).square().mean())
+            optimiser.step()
+        results.append(layer.weight.detach())
+    torch.testing.assert_close(*results)  # the last group of the second is a single step: its mean is over itself
+
+
+def test_gradients_are_clipped_and_weights_averaged():
+    layer = torch.nn.Linear(2, 1, bias=False)
+    optimiser = optimiser_of(layer, lr=0.1, clip=0.5, ema=0.75, weight_decay=0)
+    start = layer.weight.detach().clone()
+    optimiser.backward((layer.weight * torch.tensor([[30.0, 40.0]])).sum())
+    optimiser.step()
+    assert optimiser.grad_norm == pytest.approx(50)
+    assert layer.weight.grad.norm() == pytest.approx(0.5, rel=1e-4)
+    moved = layer.weight.detach().clone()
+    with optimiser.averaged():
+        torch.testing.assert_close(layer.weight.detach(), 0.75 * start + 0.25 * moved)
+    assert torch.equal(layer.weight, moved)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": "linear"}, "optimiser.schedule must be one of cosine, constant"),
+        ({"lr": -1}, "optimiser.lr"),
+        ({"lr": math.nan}, "optimiser.lr"),
+        ({"ema": 1}, "optimiser.ema"),
+        ({"accumulate": 0}, "optimiser.accumulate"),
+    ],
+)
+def test_updates_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(SettingError, match=message):
+        OptimiserSettings(**settings)
+
+
+# Training
+
+
+def test_training_lowers_the_loss_and_keeps_the_best(config):
+    made = config(
+        "steps=40", "validate_every=20", "val_images=3", "optimiser.lr=3e-3", "objective.self_consistency=0",
+        "views.crops=0", "data.last=2", "val_data.last=2",
+    )  # fmt: skip
+    training = Training(made)
+    losses = [training._step(training.views[step]) for step in range(40)]
+    means = [sum(sum(loss.values()) for loss in part) / 5 for part in (losses[:5], losses[-5:])]
+    assert means[1] < 0.95 * means[0]
+    trained = train(made)
+    assert trained.state.step == 40
+    assert trained.state.best > 0
+    assert core.load(trained.best).config == core.load(trained.checkpoint).config
+    assert not core.load(trained.checkpoint).training
+
+
+def test_the_same_configuration_gives_the_same_weights(config, tmp_path):
+    first, second = config(f"out_dir={tmp_path / 'a'}"), config(f"out_dir={tmp_path / 'b'}", "num_workers=1")
+    assert train(first).state.losses == train(second).state.losses
+    same(state_of(first), state_of(second))
+    third = config(f"out_dir={tmp_path / 'c'}", "seed=1")
+    assert train(third).state.losses != train(first).state.losses
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_stopped_training_goes_on_bit_for_bit(config, tmp_path, stop):
+    """In the middle of accumulated steps too, with a moving average, a cache, and two backbones a step."""
+    more = [
+        "optimiser.accumulate=2", "optimiser.ema=0.9", "optimiser.warmup=2", "optimiser.clip=1",
+        "backbones=[{name: hog8}, {name: daisy8}]", "backbones_per_step=2", "views.crop_pool=3",
+    ]  # fmt: skip
+    undisturbed = config(*more, f"out_dir={tmp_path / 'a'}", f"cache.folder={tmp_path / 'cache_a'}")
+    expected = train(undisturbed)
+    stopped = [*more, f"out_dir={tmp_path / 'b'}", f"cache.folder={tmp_path / 'cache_b'}"]
+    assert train(config(*stopped, f"stop_after={stop}")).state.step == stop
+    finished = train(config(*stopped, "resume=must"))
+    assert finished.state.losses == expected.state.losses
+    same(state_of(undisturbed), state_of(config(*stopped)))
+    same(load_file(expected.checkpoint), load_file(finished.checkpoint))
+
+
+def test_a_training_with_other_settings_is_not_resumed(config):
+    train(config("stop_after=2"))
+    with pytest.raises(ChangedConfig, match=r"optimiser\.lr=0\.5 \(was 0\.0002\)"):
+        train(config("optimiser.lr=0.5"))
+    with pytest.raises(ChangedConfig, match="data_fingerprint"):
+        train(config("data.last=3"))
+    assert train(config("resume=never", "optimiser.lr=0.5")).state.step == 6
+    with pytest.raises(ChangedConfig):
+        train(config())
+
+
+def test_resume_must_needs_a_state_and_a_damaged_one_is_named(config):
+    with pytest.raises(SettingError, match="resume=must"):
+        train(config("resume=must"))
+    path = train(config()).checkpoint.with_name(STATE_NAME)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(core.WeightsError, match=STATE_NAME):
+        train(config())
+
+
+def test_warm_start_and_freezing(config, tmp_path):
+    source = train(config(f"out_dir={tmp_path / 'a'}")).checkpoint
+    wider = config(
+        f"out_dir={tmp_path / 'b'}", f"init_from={source}", "unifier=none", "freeze=[image_encoder, attention]"
+    )
+    trained, before = core.load(train(wider).checkpoint).state_dict(), core.load(source).state_dict()
+    for name, weight in trained.items():
+        frozen = name.startswith(("image_encoder.", "attention."))
+        assert torch.equal(weight, before[name]) == frozen, name
+    with pytest.raises(SettingError, match="freeze=head: the model has no such part; there are: image_encoder"):
+        train(config("freeze=[head]"))
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_batch_saved(config, monkeypatch):
+    made = config()
+    calls = []
+    measure = core.training.cosine_mse
+
+    def breaks_in_step_2(prediction, target):
+        calls.append(1)
+        return measure(prediction, target) * (math.nan if len(calls) > 2 * 3 else 1)
+
+    monkeypatch.setattr(core.training, "cosine_mse", breaks_in_step_2)
+    with pytest.raises(NonFiniteLoss, match="step 2: the loss is not finite") as raised:
+        train(made)
+    (saved,) = Path(made.out_dir).glob("non_finite_step_2.safetensors")
+    assert saved.name in str(raised.value)
+    assert load_file(saved)["target"].shape == (4, *load_file(saved)["features"].shape[1:])
+    assert load_state(Path(made.out_dir) / STATE_NAME, Training(made)._identity())[0].step == 2
+    monkeypatch.undo()
+    assert train(made).state.step == 6
+
+
+def test_features_that_are_not_finite_are_named(config, monkeypatch):
+    training = Training(config())
+    monkeypatch.setattr(
+        training.backbones[0], "features", lambda image, layer: torch.full((len(image), 87, 4, 4), math.nan)
+    )
+    with pytest.raises(NotFinite, match="backbone hog8 gives NaN or infinite features for "):
+        training._step(training.views[0])
+
+
+def test_bfloat16(config):
+    assert math.isfinite(sum(train(config("mixed_precision=bf16")).state.losses.values()))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["mixed_precision=fp16"], SettingError, "fp16 needs a GPU"),
+        (["mixed_precision=fp8"], SettingError, "mixed_precision must be"),
+        (["steps=0"], SettingError, "steps must be at least 1"),
+        (["resume=maybe"], SettingError, "resume must be one of auto, never, must"),
+        (["backbones=[]"], SettingError, "backbones is empty"),
+        (["backbones_per_step=2"], SettingError, "but there are 1 backbones"),
+        (["backbones=[{name: hog8}, {name: hog16}]", "backbones_per_step=2"], SettingError, "hog8 8, hog16 16"),
+        (["backbones=[{name: squeezenet, weights: random}]", "views.view=64"], SettingError, "squeezenet gives 3x3"),
+        (["backbones=[{name: hog9}]"], ValueError, "no backbone is called 'hog9'"),
+        (["data.min_size=500"], DataError, "at least 500 pixels"),
+        (["data.path=[/nowhere/at/all]"], NoImages, "no such file or folder"),
+        (["init_from=/nowhere.safetensors"], FileNotFoundError, "there is no such file"),
+        (["val_images=0", "validate_every=1"], SettingError, "val_images"),
+        (["cache.max_gb=0"], SettingError, "cache.max_gb"),
+    ],
+)
+def test_trainings_that_cannot_be_are_refused(config, overrides, error, message):
+    with pytest.raises(error, match=message):
+        train(config(*overrides))
+
+
+def test_an_empty_folder_and_an_unwritable_one(config, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NoImages, match="holds no image"):
+        train(config(f"data.path=[{tmp_path / 'empty'}]"))
+    (tmp_path / "file").write_text("")
+    for key in ("cache.folder", "out_dir"):
+        with pytest.raises(SettingError, match="cannot be written to"):
+            train(config(f"{key}={tmp_path / 'file' / 'below'}"))
+
+
+# The cache
+
+
+@pytest.fixture
+def encoder():
+    return core.load_backbone("hog8")
+
+
+def test_cached_features_are_the_computed_ones(encoder, tmp_path):
+    images = torch.rand(3, 3, 16, 24)
+    cache = FeatureCache(tmp_path)
+    first = cache.encode(encoder, images, ["a", "b", "c"])
+    torch.testing.assert_close(first, encoder(images), rtol=1e-3, atol=1e-3)
+    again = FeatureCache(tmp_path)
+    assert torch.equal(again.encode(encoder, images.flip(0), ["c", "b", "a"]).flip(0), first)
+    assert (again.hits, again.misses) == (3, 0)
+    other = core.load_backbone("daisy8")
+    assert again.encode(other, images, ["a", "b", "c"]).shape[1] == other.channels
+
+
+def test_a_damaged_entry_is_computed_again(encoder, tmp_path, caplog):
+    image = torch.rand(1, 3, 16, 16)
+    expected = FeatureCache(tmp_path).encode(encoder, image, ["a"])
+    (entry,) = tmp_path.glob("*/*.safetensors")
+    whole = entry.read_bytes()
+    for damaged in (whole[:40], whole[:-7], b"", whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]):
+        entry.write_bytes(damaged)
+        caplog.clear()
+        assert torch.equal(FeatureCache(tmp_path).encode(encoder, image, ["a"]), expected)
+        assert "damaged" in caplog.text
+        assert entry.read_bytes() == whole
+
+
+def test_the_cache_stays_within_its_bound(encoder, tmp_path):
+    cache = FeatureCache(tmp_path, max_gb=1e-5)
+    for i in range(20):
+        cache.encode(encoder, torch.rand(1, 3, 16, 16), [str(i)])
+    newest = max(tmp_path.glob("*/*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+    cache.sweep()
+    left = list(tmp_path.glob("*/*.safetensors"))
+    assert 0 < sum(path.stat().st_size for path in left) <= 1e4
+    assert newest in left
+
+
+def test_a_full_disk_ends_caching_and_nothing_else(encoder, tmp_path, caplog, monkeypatch):
+    cache = FeatureCache(tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("experiments.feature_cache.save_file", full)
+    image = torch.rand(1, 3, 16, 16)
+    features = cache.encode(encoder, image, ["a"])
+    assert features.shape == (1, encoder.channels, 2, 2)
+    assert "no longer cached" in caplog.text
+    assert "No space left" in caplog.text
+    assert not list(tmp_path.glob("*/*"))
+    cache.encode(encoder, image, ["a"])
+
+
+# Processes
+
+
+def command(config: DictConfig, *launcher: str) -> tuple[list[str], dict[str, str]]:
+    from omegaconf import OmegaConf
+
+    overrides = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    path = Path(config.out_dir).parent / f"{Path(config.out_dir).name}.json"
+    path.write_text(json.dumps(overrides))
+    code = (
+        "import json, sys; from omegaconf import OmegaConf; from experiments.train import train;"
+        "train(OmegaConf.create(json.load(open(sys.argv[1]))))"
+    )
+    script = path.with_suffix(".py")
+    script.write_text(
+        f"if __name__ == '__main__':\n    {code.replace('; ', chr(10) + '    ').replace(';', chr(10) + '    ')}\n"
+    )
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    return [*(launcher or (sys.executable,)), str(script), str(path)], env
+
+
+def test_two_processes_train_as_one(config, tmp_path):
+    """Real processes, gloo: the same losses and weights as one process with the whole batch, to rounding."""
+    more = ["steps=3", "views.crops=2", "optimiser.ema=0.5"]
+    alone = config(*more, f"out_dir={tmp_path / 'one'}")
+    expected = train(alone)
+    shared = config(*more, f"out_dir={tmp_path / 'two'}")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines",
+                "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    arguments, env = command(shared, *launcher)
+    done = subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    together = json.loads(metadata_of(tmp_path / "two" / STATE_NAME)["state"])
+    assert together["losses"] == pytest.approx(expected.state.losses, rel=1e-5)
+    ours, theirs = load_file(expected.checkpoint), load_file(tmp_path / "two" / "last.safetensors")
+    for name in ours:
+        torch.testing.assert_close(theirs[name], ours[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    from core.weight_files import read_weights
+
+    return read_weights(path)[1]
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_any_moment_change_nothing(config, tmp_path, kills):
+    """-9 at random moments, then started again: the same weights bit for bit, and no broken file on the way."""
+    more = ["steps=40", "checkpoint_every=1", "optimiser.ema=0.9", "views.crop_pool=3"]
+    undisturbed = config(*more, f"out_dir={tmp_path / 'a'}")
+    expected = train(undisturbed)
+    disturbed = config(*more, f"out_dir={tmp_path / 'b'}", f"cache.folder={tmp_path / 'cache'}")
+    cached = config(*more, f"out_dir={tmp_path / 'c'}", f"cache.folder={tmp_path / 'cache_c'}")
+    expected = train(cached)  # the cache rounds: compare with a training that has one too
+    arguments, env = command(disturbed)
+    state = tmp_path / "b" / STATE_NAME
+    draw = random.Random(1)
+    for kill in range(kills):
+        process = subprocess.Popen(arguments, env=env, stderr=subprocess.PIPE, text=True)
+        before = step_of(state)
+        deadline = time.monotonic() + 120
+        while step_of(state) < before + 1 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.15))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert step_of(state) >= before, f"kill {kill}"
+    done = subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    same(state_of(cached), state_of(disturbed))
+    same(load_file(expected.checkpoint), load_file(tmp_path / "b" / "last.safetensors"))
+
+
+def step_of(path: Path) -> int:
+    return json.loads(metadata_of(path)["state"])["step"] if path.exists() else 0
