@@ -216,6 +216,22 @@ def test_supersampling_approaches_the_mean_over_the_pixel():
     assert error[2] < 0.7 * error[1]
 
 
+@pytest.mark.parametrize("supersampling", [1, 2, 3])
+@pytest.mark.parametrize("axis", ["columns", "rows"])
+def test_image_and_labels_lie_on_one_grid(monkeypatch, supersampling, axis):
+    """What is symmetric about the optical axis is so in all that is sampled; half a pixel of shift would show."""
+    ball = Body((Part("sphere", Ellipsoid((0.6, 0.6, 0.6)), GREY),), Pose.of((0.0, -1.0, 4.0)))
+    post = Body((Part("pole", Box((0.07, 1.0, 0.07)), GREY),), Pose.of((0.0, -1.0, 2.5)))
+    camera = Pose.of((0.0, -1.3, 0.0), roll=0.0 if axis == "columns" else math.pi / 2)
+    scene = Scene((ball, post), camera, Motion(), 1.0, dataclasses.replace(NOON, clouds=-9.0))
+    sample = with_scene(monkeypatch, small(size=[45, 45], supersampling=supersampling), lambda _: scene)[0]
+    flip = -1 if axis == "columns" else -2
+    torch.testing.assert_close(sample.image.flip(flip), sample.image, atol=1e-3, rtol=0)
+    assert torch.equal(sample.labels.flip(flip), sample.labels)
+    torch.testing.assert_close(sample.depth.flip(flip), sample.depth)
+    assert len(sample.labels.unique()) == 3
+
+
 # --- geometry ---
 
 
@@ -343,11 +359,15 @@ def test_normals_are_those_of_the_back_projected_depth():
     assert checked > 100_000
 
 
-def test_shadows_fall_where_the_sun_is_hidden(monkeypatch):
+def under_a_plate(light: Light) -> Scene:
+    """A square plate that hangs in the air."""
     plate = Body((Part("box", Box((0.5, 0.02, 0.5)), GREY),), Pose.of((0.0, -1.0, 3.0)))
     floor = Body((Part("floor", Box((20.0, 1.0, 20.0)), GREY, Pose.of((0, 1, 0))),))
-    scene = Scene((floor, plate), Pose.of((0.0, -2.0, 0.0), pitch=-0.4), Motion(), 0.8, NOON)
-    data = with_scene(monkeypatch, small(size=[96, 96]), lambda _: scene)
+    return Scene((floor, plate), Pose.of((0.0, -2.0, 0.0), pitch=-0.4), Motion(), 0.8, light)
+
+
+def test_shadows_fall_where_the_sun_is_hidden(monkeypatch):
+    data = with_scene(monkeypatch, small(size=[96, 96]), lambda _: under_a_plate(NOON))
     sample, (_, pose) = data[0], data.camera(0)
     points = back_project(data, 0, sample.depth)
     x, _, z = torch.einsum("ij,jhw->ihw", pose[:3, :3], points) + pose[:3, 3, None, None]
@@ -356,6 +376,20 @@ def test_shadows_fall_where_the_sun_is_hidden(monkeypatch):
     shadow, light = grey[on_floor & (off_centre < 0.45)], grey[on_floor & (off_centre > 0.55)]
     assert len(shadow) > 50
     assert shadow.max() + 0.1 < light.min()
+
+
+def test_a_larger_sun_makes_softer_shadows(monkeypatch):
+    def between(spread: float) -> int:
+        scene = under_a_plate(dataclasses.replace(NOON, spread=spread))
+        data = small(size=[96, 96], supersampling=4)
+        monkeypatch.setattr(data, "scene", lambda _: scene)
+        sample = data[0]
+        floor = (sample.labels == CLASSES.index("floor")) & (sample.depth < 6)
+        grey = sample.image.mean(0)[floor]
+        dark, bright = grey.min(), grey.quantile(0.9)
+        return ((grey - dark > 0.2 * (bright - dark)) & (bright - grey > 0.2 * (bright - dark))).sum()
+
+    assert between(0.1) > 1.5 * between(0.0)
 
 
 # --- motion ---
@@ -490,21 +524,23 @@ def test_motion_is_rigid_and_bounded_over_any_number_of_frames():
 
 @pytest.mark.parametrize("frame", [0, 7, 15])
 def test_the_camera_is_never_inside_a_solid_and_bodies_stay_apart(frame):
+    data = small(num=40)
     for number in range(40):
-        world = small(num=40).scene(number).at(frame)
+        scene = data.scene(number)
+        world = scene.at(frame)
         eye = world.camera.translation[:, None]
         assert eye[1] < -0.5
         assert not any(contains(placed.part.shape, placed.pose.undo(eye), -0.3).any() for placed in world.parts)
+        walls = [placed.pose for placed in world.parts if placed.part.label == "wall"]
         discs = []
-        for body in world.bodies:
-            if body[0].part.label not in ("floor", "wall"):
-                corners = np.concatenate([placed.pose.apply(placed.part.shape.corners) for placed in body], 1)
-                discs.append((corners.min(1)[[0, 2]], corners.max(1)[[0, 2]]))
-                assert abs(corners[1].max()) < 0.7
-        centres = np.array([(low + high) / 2 for low, high in discs])
-        for i, a in enumerate(centres):
-            for b in centres[:i]:
-                assert np.hypot(*(a - b)) > 0.1
+        for body in scene.bodies:
+            if body.parts[0].label not in ("floor", "wall"):
+                corners = np.concatenate([part.pose.apply(part.shape.corners) for part in body.parts], 1)
+                pose = body.motion.move(body.pose, frame)
+                assert all(wall.undo(pose.apply(corners))[2].max() < -0.15 for wall in walls)
+                discs.append((*pose.translation[[0, 2]], np.hypot(corners[0], corners[2]).max()))
+        for i, (x, z, radius) in enumerate(discs):
+            assert all(math.hypot(x - u, z - v) > radius + other for u, v, other in discs[:i])
 
 
 # --- what the pictures are like ---

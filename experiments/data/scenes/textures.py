@@ -35,7 +35,7 @@ class Material:
 @cache
 def _lattice() -> np.ndarray:
     """(_SIDE³,) float32 periodic noise with amplitude falling as frequency^-1.9 (in three dimensions), about N(0,1)."""
-    frequency = np.fft.fftfreq(_SIDE) * _SIDE
+    frequency = np.fft.fftfreq(_SIDE)
     squared = sum(np.square(np.meshgrid(frequency, frequency, frequency, indexing="ij")))
     squared[0, 0, 0] = np.inf
     spectrum = np.fft.fftn(np.random.default_rng(0).standard_normal((_SIDE,) * 3)) * squared**-0.95
