@@ -5,18 +5,18 @@ import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from test_spool import CHILDREN, spawned
 
-from experiments import tracking
+from experiments import recording, tracking
 from experiments.spool import folders
-from experiments.sync import sync
+from experiments.sync import main, sync
 from experiments.tracking import TrackingUnavailable, open_store, track
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +48,7 @@ def store(database, tmp_path, monkeypatch):
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recording, "git_state", lambda source: ("0" * 40, ""))
     shutil.copy(database, "mlflow.db")
     return MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
 
@@ -94,19 +95,31 @@ def test_a_parent_and_its_children_offline_and_in_other_processes(store):
     assert store.get_run(later.run_id).data.tags["mlflow.parentRunId"] == top.info.run_id
 
 
-def test_the_command(store):
+def run_command(folder, *arguments):
+    os.chdir(folder)
+    sys.argv = ["experiments.sync", *arguments]
+    with Path("said.txt").open("w") as said, redirect_stdout(said):
+        main()
+
+
+def test_the_command(store, tmp_path):
     with track(config(OFFLINE, "tracking.spool_dir=elsewhere")) as run:
         run.metrics({"loss": 1.0})
     with (Path("elsewhere") / run.run_id / "journal.jsonl").open("a") as file:
         file.write('{"kind": "metr')
-    command = [sys.executable, "-m", "experiments.sync", "spool_dir=elsewhere"]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    with spawned(run_command, tmp_path, "spool_dir=elsewhere") as child:
+        child.join()
+        said = Path("said.txt").read_text()
+        assert child.exitcode == 0
     (found,) = all_runs(store)
-    assert f"{run.run_id} (FINISHED, 6 records): uploaded as {found.info.run_id}" in done.stdout
-    assert "its last line was cut short" in done.stdout
-    assert "1 of 1 runs uploaded to sqlite:///mlflow.db" in done.stdout
+    assert f"{run.run_id} (FINISHED, 6 records): uploaded as {found.info.run_id}" in said
+    assert "its last line was cut short" in said
+    assert "1 of 1 runs uploaded to sqlite:///mlflow.db" in said
     assert not list(Path("elsewhere").iterdir())
+    with track(config(OFFLINE)), spawned(run_command, tmp_path) as child:
+        child.join()
+        assert "it is still being recorded" in Path("said.txt").read_text()
+        assert child.exitcode == 1
 
 
 def test_what_did_not_arrive_stays(store, monkeypatch):
@@ -138,9 +151,9 @@ def test_uploads_killed_at_random_moments(store, tmp_path):
     with track(config(OFFLINE)) as parent:
         for number in range(3):
             with track(config(OFFLINE, f"seed={number}"), parent=parent) as run:
-                for step in range(1200):
+                for step in range(800):
                     run.metrics({"loss": step / 7, "cosine": number}, step)
-                    if step % 300 == 0:
+                    if step % 200 == 0:
                         run.text(f"{number} {step}", f"texts/{step}.txt")
                 run.tag("number", str(number))
     dice, kills = random.Random(0), 0
@@ -157,11 +170,11 @@ def test_uploads_killed_at_random_moments(store, tmp_path):
     children = {run.data.tags["number"]: run for run in runs if "number" in run.data.tags}
     for number, run in children.items():
         assert run.data.params["seed"] == number
-        assert steps(store, run.info.run_id) == list(range(1200))
+        assert steps(store, run.info.run_id) == list(range(800))
         assert {point.value for point in store.get_metric_history(run.info.run_id, "cosine")} == {int(number)}
-        assert [text(store, run.info.run_id, f"texts/{step}.txt") for step in (0, 900)] == [
+        assert [text(store, run.info.run_id, f"texts/{step}.txt") for step in (0, 600)] == [
             f"{number} 0",
-            f"{number} 900",
+            f"{number} 600",
         ]
 
 
@@ -204,7 +217,8 @@ def killed_training(folder, seconds, *overrides):
 def test_runs_killed_at_random_moments_are_no_orphans(store, tmp_path, caplog):
     dice = random.Random(1)
     killed = dict(killed_training(tmp_path, dice.uniform(0, 2.5)) for _ in range(4))
-    assert {store.get_run(run_id).info.status for run_id in killed} == {"RUNNING"}
+    # Each start has found the one before it.
+    assert [store.get_run(run_id).info.status for run_id in killed] == ["KILLED"] * 3 + ["RUNNING"]
     with track(config()) as run:
         assert {store.get_run(run_id).info.status for run_id in killed} == {"KILLED"}
         assert store.get_run(run.run_id).info.status == "RUNNING"

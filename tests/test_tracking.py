@@ -19,11 +19,16 @@ from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 from PIL import Image
 
+import experiments.run
 from experiments import recording, tracking
 from experiments.images import bundled
 from experiments.provenance import git_state
+from experiments.sync import sync
 from experiments.tracking import TrackingUnavailable, scalars, track
 from experiments.upsample import upsample
+
+tracking._import_mlflow()
+from mlflow import MlflowClient  # noqa: E402  (after the warnings of its import are silenced)
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,32 +44,51 @@ def free_port():
         return probe.getsockname()[1]
 
 
+class Server:
+    """A real MLflow server in a process of its own, which can be killed with all its workers and started again."""
+
+    def __init__(self, folder):
+        self.folder, self.port = folder, free_port()
+        self.uri, self.artifacts = f"http://127.0.0.1:{self.port}", folder / "artifacts"
+
+    def start(self):
+        where = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        stores = ["--backend-store-uri", f"sqlite:///{self.folder}/db", "--artifacts-destination", str(self.artifacts)]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", "server", *where, *stores],
+                cwd=self.folder,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            )
+        wait_for(f"{self.uri}/health", self.process, self.folder / "log")
+
+    def stop(self, how=signal.SIGTERM):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, how)
+            self.process.wait(30)
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """A real MLflow server in a process of its own, stopped with all its workers."""
-    folder, port = tmp_path_factory.mktemp("server"), free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    stores = ["--backend-store-uri", f"sqlite:///{folder}/db", "--artifacts-destination", f"{folder}/artifacts"]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [*command, *stores],
-            cwd=folder,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        )
-    uri = f"http://127.0.0.1:{port}"
+def running(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
     try:
-        wait_for(f"{uri}/health", process, folder / "log")
-        yield uri, folder / "artifacts"
+        server.start()
+        yield server
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
+        server.stop()
+
+
+@pytest.fixture
+def server(running):
+    return running.uri, running.artifacts
 
 
 def wait_for(url, process, log):
-    for _ in range(600):
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
         try:
             with urllib.request.urlopen(url, timeout=2):
@@ -83,8 +107,6 @@ def over_http(server, monkeypatch, tmp_path):
 
 def recorded(run_id, uri, artifacts):
     """(run as the server tells it, its artifacts by name as they lie on the server's disk)."""
-    from mlflow import MlflowClient
-
     run = MlflowClient(tracking_uri=uri).get_run(run_id)
     folder = artifacts / run.info.experiment_id / run_id / "artifacts"
     return run, {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
@@ -160,6 +182,98 @@ def test_upsampling_is_recorded_over_http(over_http):
     assert "pictures/deep/ä b_1_20.png" in artifacts
 
 
+def test_a_server_goes_away_and_comes_back(over_http, running, caplog):
+    with track(config("tracking.system_metrics_s=0.5")) as run:
+        run.metrics({"loss": -1.0}, step=0)
+        running.stop(signal.SIGKILL)
+        started = time.perf_counter()
+        for step in range(1, 200):
+            run.metrics({"loss": step / 7}, step)
+            if step % 50 == 0:
+                run.text(f"at {step}", f"texts/{step}.txt")
+        assert time.perf_counter() - started < 5, "nobody waits for the server"
+        while "goes on without the tracking store" not in caplog.text:
+            time.sleep(0.1)
+        running.start()
+        run.metrics({"loss": 200 / 7}, 200)
+    found, artifacts = recorded(run.run_id, *over_http)
+    assert found.info.status == "FINISHED"
+    points = MlflowClient(over_http[0]).get_metric_history(run.run_id, "loss")
+    assert [(point.step, point.value) for point in points] == [(0, -1.0)] + [(step, step / 7) for step in range(1, 201)]
+    assert {artifacts[f"texts/{step}.txt"].read_text() for step in (50, 100, 150)} == {"at 50", "at 100", "at 150"}
+    assert found.data.metrics["system/process_memory_usage_megabytes"] > 50
+    assert not list(Path("outputs/spool").iterdir())
+    assert caplog.text.count("goes on without the tracking store") == 1
+
+
+def test_a_server_that_stays_away_is_brought_the_rest_later(over_http, running, caplog):
+    with track(config("tracking.patience_s=1")) as run:
+        running.stop(signal.SIGKILL)
+        run.metrics({"loss": 1.0}, step=3)
+        ending = time.time()
+    assert time.time() - ending < 20
+    assert f"run {run.run_id} is kept in" in caplog.text
+    assert "upload it with: python -m experiments.sync" in caplog.text
+    running.start()
+    deadline = time.monotonic() + 60  # the last request may still wait for its answer
+    while [outcome.left for outcome in sync(Path("outputs/spool"))] == ["it is still being recorded"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert not list(Path("outputs/spool").iterdir())
+    found, _ = recorded(run.run_id, *over_http)
+    assert found.info.status == "FINISHED"
+    assert abs(found.info.end_time / 1000 - ending) < 10, "when it ended, not when it was uploaded"
+    assert found.data.metrics["loss"] == 1
+
+
+def everything(offline):
+    with track(config(f"tracking.offline={offline}", "tracking.system_metrics_s=null", "tracking.run_name=x")) as run:
+        for step in range(30):
+            run.metrics({"loss": 1 / (1 + step), "odd/name": float("nan"), "inf": -float("inf")}, step)
+        run.tag("claim", "ä" * 3000)
+        run.data("train", "0123")
+        run.picture(Image.new("RGB", (5, 4), "red"), "pictures/ä b#.png")
+        run.text("a,b", "a/b/c.csv")
+        with track(config(f"tracking.offline={offline}", "tracking.system_metrics_s=null"), parent=run):
+            pass
+    return run.run_id
+
+
+def test_offline_and_uploaded_is_as_online(over_http, monkeypatch):
+    def clock():
+        return next(times)
+
+    client, ids = MlflowClient(over_http[0]), {}
+    monkeypatch.setattr(recording, "peak_memory_mb", lambda: 1.0)
+    monkeypatch.setattr(recording.time, "perf_counter", lambda: 0.0)
+    for module in (recording, experiments.run):
+        monkeypatch.setattr(module, "now_ms", clock)
+    for offline in (False, True):
+        times = iter(range(10**12, 10**12 + 1000))
+        ids[offline] = everything(offline)
+    assert [outcome.left for outcome in sync(Path("outputs/spool"))] == ["", ""]
+    experiment = client.get_experiment_by_name("upsample").experiment_id
+    (uploaded,) = client.search_runs([experiment], f"tags.`spool.id` = '{ids[True]}'")
+    online, files = recorded(ids[False], *over_http)
+    offline, same_files = recorded(uploaded.info.run_id, *over_http)
+    for name in ("status", "start_time", "end_time", "run_name"):
+        assert getattr(online.info, name) == getattr(offline.info, name), name
+    assert online.info.start_time == 10**12
+    assert offline.data.params == online.data.params | {"tracking.offline": "True"}
+    assert offline.data.tags == online.data.tags | {"spool.id": ids[True]}
+    assert online.data.tags["claim"] == "ä" * 3000
+    assert offline.data.metrics.keys() == online.data.metrics.keys()
+    for key in online.data.metrics:
+        both = [client.get_metric_history(run.info.run_id, key) for run in (online, offline)]
+        first, second = ([(point.timestamp, point.step, repr(point.value)) for point in points] for points in both)
+        assert first == second, key
+    assert files.keys() == same_files.keys() >= {"pictures/ä b_.png", "a/b/c.csv", "run/config.yaml"}
+    different = {name for name in files if files[name].read_bytes() != same_files[name].read_bytes()}
+    assert different == {"run/config.yaml"}  # offline: true
+    children = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{uploaded.info.run_id}'")
+    assert len(children) == 1
+
+
 @pytest.mark.parametrize("folder", ["one", "another"])  # in one process: each working directory has its own
 def test_the_default_store_is_a_database_beside_its_artifacts(tmp_path, monkeypatch, folder):
     (tmp_path / folder).mkdir()
@@ -221,7 +335,7 @@ def test_an_unreachable_server_is_told_before_anything_is_computed(monkeypatch, 
     uri = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     before = dict(os.environ)
-    refuses_at_once(uri, seconds=5)
+    refuses_at_once(uri, seconds=30)
     assert dict(os.environ) == before
     with pytest.raises(TrackingUnavailable):
         upsample(config("images=coffee", "max_size=48", "backbone=hog8", "out_dir=made"))
@@ -234,7 +348,7 @@ def test_a_server_that_never_answers(monkeypatch):
     listener, uri = silent_server()
     with listener:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        refuses_at_once(uri, seconds=5)
+        refuses_at_once(uri, seconds=30)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +360,7 @@ def test_a_store_that_cannot_be_one(monkeypatch, tmp_path, uri):
     (tmp_path / "broken.db").write_bytes(b"no database" * 100)
     (tmp_path / "folder").mkdir()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    refuses_at_once(uri, seconds=5)
+    refuses_at_once(uri, seconds=30)
 
 
 def test_an_idea_that_is_not_committed_yet_is_kept(tmp_path):
