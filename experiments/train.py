@@ -84,7 +84,10 @@ def train(config: DictConfig) -> Trained:
     run_id = training.state.run_id or None
     with track(config, training.device, run_id=run_id) if training.leads else track(_untracked(config)) as run:
         training.state.run_id = run.run_id
-        return training.run(run)
+        trained = training.run(run)
+    if training.shard[1] > 1:
+        training.accelerator.end_training()  # or the other processes' threads abort at exit
+    return trained
 
 
 class Training:
