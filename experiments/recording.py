@@ -5,7 +5,7 @@ import logging
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -83,12 +83,16 @@ def _begin(config: DictConfig, device: str, store: LiveStore | None, run_id: str
         "tags": tags,
         "params": {clean_key(key): clean_text(str(value)) for key, value in flat.items()},
     }
+    texts = {
+        "config.yaml": OmegaConf.to_yaml(config, resolve=True),
+        "environment.json": json.dumps(environment(), indent=1),
+    }
+    if changes:
+        texts["uncommitted.diff"] = changes
     run = _open(config, start, store, run_id)
     folder = f"run/resumed_{time.strftime('%Y%m%d_%H%M%S', time.gmtime(start['time'] / 1000))}" if run_id else "run"
-    run.text(OmegaConf.to_yaml(config, resolve=True), f"{folder}/config.yaml")
-    run.text(json.dumps(environment(), indent=1), f"{folder}/environment.json")
-    if changes:
-        run.text(changes, f"{folder}/uncommitted.diff")
+    for name, text in texts.items():
+        run.text(text, f"{folder}/{name}")
     return run
 
 
@@ -110,7 +114,8 @@ def _open(config: DictConfig, start: Record, store: LiveStore | None, run_id: st
         journal.append(start)
     except OSError as error:
         if store is not None and not start["resumed"]:
-            store.end(run_id, {"status": "FAILED", "time": now_ms()})
+            with suppress(StoreAway, StoreRefuses):
+                store.end(run_id, {"status": "FAILED", "time": now_ms()})
         raise TrackingUnavailable(f"{error}. Change tracking.spool_dir, or add tracking.enabled=false") from error
     return Run(journal, run_id)
 

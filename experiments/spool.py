@@ -214,17 +214,20 @@ def folders(spool_dir: Path) -> list[Path]:
 
 
 def first_record(folder: Path) -> Record:
-    """What a journal starts with; empty when it has no complete line."""
-    with (folder / "journal.jsonl").open("rb") as file:
-        line = file.readline()
+    """What a journal starts with; empty when it has no complete line, or is not ours to read."""
+    try:
+        with (folder / "journal.jsonl").open("rb") as file:
+            line = file.readline()
+    except (PermissionError, FileNotFoundError):
+        return {}
     return _parse(line) if line.endswith(b"\n") else {}
 
 
 def is_open(folder: Path) -> bool:
-    """Whether somebody records or uploads this run."""
+    """Whether somebody records or uploads this run, or only another user may."""
     try:
         unlock_folder(folder, lock_folder(folder))
-    except Locked:
+    except (Locked, PermissionError):
         return True
     return False
 

@@ -18,6 +18,7 @@ from typing import Any
 import hydra
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
@@ -280,6 +281,7 @@ def _accelerator(config: DictConfig) -> Accelerator:
         raise SettingError(f"mixed_precision must be no, bf16 or fp16, got {config.mixed_precision}")
     if config.mixed_precision == "fp16" and device.type == "cpu":
         raise SettingError("mixed_precision=fp16 needs a GPU: take bf16 or no")
+    AcceleratorState._reset_state()  # it allows one precision a process; a sweep or a notebook trains with several
     return Accelerator(cpu=device.type == "cpu", mixed_precision=config.mixed_precision)
 
 

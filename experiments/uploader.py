@@ -111,21 +111,28 @@ class Drain:
         """Sends one record -> whether the store has taken it."""
         kind = record["kind"]
         if kind == "start":
-            self.ended = False
-            self.store_id = self.store.begin(self.journal.folder.name, record)
+            self._begin(record)
         elif self.store_id is None or kind == "broken":
             return self._refuse(record, "the line is broken" if kind == "broken" else "the start is missing")
-        elif kind == "file":
+        elif kind in ("metrics", "tag"):
+            self._log([record])
+        else:
+            self.ended = kind == "end"
             try:
-                self.store.upload(self.store_id, self.journal.folder / record["copy"], record["name"])
+                if kind == "end":
+                    self.store.end(self.store_id, record)
+                else:
+                    self.store.upload(self.store_id, self.journal.folder / record["copy"], record["name"])
             except StoreRefuses as error:
                 return self._refuse(record, str(error))
-        elif kind == "end":
-            self.store.end(self.store_id, record)
-            self.ended = True
-        else:
-            self._log([record])
         return True
+
+    def _begin(self, start: Record) -> None:
+        self.ended = False
+        try:
+            self.store_id = self.store.begin(self.journal.folder.name, start)
+        except StoreRefuses as error:  # a run that somebody has deleted, say: it can be restored
+            raise StoreAway(f"the run cannot be begun: {error}") from error
 
     def _log(self, records: list[Record]) -> list[Record]:
         """Sends metrics and tags in one go; what is refused, one by one -> what is left to send: nothing."""
@@ -189,7 +196,7 @@ class Uploader(threading.Thread):
             self.complete = self._drain is not None and self._drain.ended and not self._away
             if self.complete and not self._journal.refused():
                 self._journal.remove()
-            else:
+            elif self._ending.is_set():  # else the run goes on writing
                 self._journal.close()
 
     def finish(self, patience_s: float) -> None:
@@ -201,6 +208,8 @@ class Uploader(threading.Thread):
             if self._journal.offset != progress:
                 progress, since = self._journal.offset, time.monotonic()
         self._abandoned.set()
+        if not self.is_alive():
+            self._journal.close()
 
     def _try(self, drain: Drain) -> None:
         try:

@@ -52,6 +52,8 @@ class MemoryStore:
             return run_id if self.begun else None
 
     def begin(self, run_id, start):
+        if "begin" in self.refuses:
+            raise StoreRefuses("it has been deleted")
         with self.request("begin"):
             self.begun.append(start)
         return f"at-store-{run_id}"
@@ -71,6 +73,8 @@ class MemoryStore:
             self.files[name] = file.read_bytes()
 
     def end(self, store_id, end):
+        if "end" in self.refuses:
+            raise StoreRefuses("it has been deleted")
         with self.request("end"):
             self.ends.append(end)
 
@@ -350,6 +354,22 @@ def test_what_the_store_refuses_is_put_aside_and_the_rest_goes_on(tmp_path, capl
     assert aside[2]["record"]["line"] == "no record"
     assert caplog.text.count("is not taken by the store") == 3
     journal.close()
+
+
+@pytest.mark.parametrize("what", ["begin", "end"])
+def test_a_run_deleted_in_the_store_goes_on(tmp_path, what, caplog):
+    journal, run = open_run(tmp_path)
+    uploader = Uploader(run, MemoryStore(refuses=(what,)), None)
+    uploader.start()
+    record_all(run)
+    while "it has been deleted" not in caplog.text:
+        time.sleep(0.05)
+    run.metrics({"late": 1.0})
+    uploader.finish(patience_s=0.5)
+    uploader.join()
+    assert uploader.complete == (what == "end")
+    assert "late" in journal.path.read_text()
+    assert journal.refused() == (what == "end")
 
 
 def test_odd_names_do_not_stop_a_training(tmp_path):
