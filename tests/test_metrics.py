@@ -263,7 +263,7 @@ def test_interpolation_between_cell_centres():
     expected = {
         "nearest": [0, 0, 1, 1],
         "bilinear": [0, 0.25, 0.75, 1],
-        "bicubic": [-0.10546875, 0.22265625, 0.77734375, 1.10546875],  # cubic convolution with a = -0.75, by hand
+        "bicubic": [-0.10546875, 0.2265625, 0.7734375, 1.10546875],  # cubic convolution with a = -0.75, by hand
     }
     for name, row in expected.items():
         torch.testing.assert_close(
