@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import re
+import runpy
 import shutil
 import sys
 import time
@@ -16,7 +17,7 @@ from test_spool import CHILDREN, spawned
 
 from experiments import recording, tracking
 from experiments.spool import folders
-from experiments.sync import main, sync
+from experiments.sync import sync
 from experiments.tracking import TrackingUnavailable, open_store, track
 
 ROOT = Path(__file__).parent.parent
@@ -99,7 +100,7 @@ def run_command(folder, *arguments):
     os.chdir(folder)
     sys.argv = ["experiments.sync", *arguments]
     with Path("said.txt").open("w") as said, redirect_stdout(said):
-        main()
+        runpy.run_module("experiments.sync", run_name="__main__")
 
 
 def test_the_command(store, tmp_path):
