@@ -359,6 +359,7 @@ def test_what_the_store_refuses_is_put_aside_and_the_rest_goes_on(tmp_path, capl
 @pytest.mark.parametrize("what", ["begin", "end"])
 def test_a_run_deleted_in_the_store_goes_on(tmp_path, what, caplog):
     journal, run = open_run(tmp_path)
+    journal.append(START)
     uploader = Uploader(run, MemoryStore(refuses=(what,)), None)
     uploader.start()
     record_all(run)
@@ -409,6 +410,7 @@ def test_the_uploader_never_holds_the_run_up(tmp_path, caplog, sampled):
     away.set()
     store = MemoryStore(fails=lambda: "request" if away.is_set() else None)
     journal, run = open_run(tmp_path)
+    journal.append(START)
     uploader = Uploader(run, store, 0.1 if sampled else None)
     uploader.start()
     record_all(run)
