@@ -201,7 +201,7 @@ class AnyUp(nn.Module, ModelHubMixin):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | Path,
+        pretrained_model_name_or_path: str | Path | None = None,
         *,
         force_download: bool = False,
         token: str | bool | None = None,
@@ -211,10 +211,14 @@ class AnyUp(nn.Module, ModelHubMixin):
     ) -> "AnyUp":
         """A model saved with `save_pretrained` or `push_to_hub`, from a local folder or the hub, in eval mode.
 
+        Without arguments it is the trained baseline that comes with this package (docs/weights.md).
+
         Raises:
             OSError: no such folder, and nothing from the hub. WeightsError: as `core.load`.
         """
         where = pretrained_model_name_or_path
+        if where is None:
+            return checkpoint.load(checkpoint.PRETRAINED)
         try:
             return super().from_pretrained(
                 where,

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from core.anyup import AnyUp
 
 WEIGHTS_NAME = "model.safetensors"
+PRETRAINED = Path(__file__).parent / "weights" / "anyup_paper.safetensors"
+"""The trained baseline that comes with the package (docs/weights.md)."""
 FORMAT = "anyup_lab/1"
 
 # Published name -> ours. The value and output projections and the key bias of the published attention do not
@@ -30,8 +32,8 @@ _IN_PROJECTION = "cross_decode.cross_attn.attention.in_proj_"
 _OUT_PROJECTION = "cross_decode.cross_attn.attention.out_proj."
 
 
-def save(model: "AnyUp", path: str | Path) -> None:
-    """Writes weights and configuration to `path` (.safetensors), atomically.
+def save(model: "AnyUp", path: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Writes weights and configuration to `path` (.safetensors), atomically; weights in `dtype` if one is given.
 
     Raises:
         ValueError: `path` does not end in .safetensors.
@@ -39,7 +41,7 @@ def save(model: "AnyUp", path: str | Path) -> None:
         CannotWrite: the file cannot be written; an earlier file at `path` is untouched.
     """
     metadata = {"format": FORMAT, "config": json.dumps(model.config)}
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"{path}: checkpoints are written as .safetensors")
     with replacing(Path(path)) as part:

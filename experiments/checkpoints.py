@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 import core
+from core.checkpoint import PRETRAINED
 from core.compose import BASELINE, MODEL_KEYS
 from core.hooks import MODEL_HOOKS
 from core.registry import choices, signature_fields
@@ -21,7 +22,8 @@ def load_model(config: DictConfig) -> tuple[core.AnyUp, DictConfig]:
     """The model of `config`, on the CPU, and the configuration with the model it really is.
 
     With `config.checkpoint` the checkpoint decides; a model choice beside it that says otherwise is an error, never
-    ignored. Without one the weights are random, and a warning says so.
+    ignored. `pretrained` is the baseline that comes with this package: there the choices decide, and a warning names
+    the weights that are new for them. With null the weights are random, and a warning says so.
 
     Raises:
         FileNotFoundError, core.WeightsError: the checkpoint cannot be used.
@@ -34,6 +36,12 @@ def load_model(config: DictConfig) -> tuple[core.AnyUp, DictConfig]:
             config.seed,
         )
         return core.from_config(config), config
+    if config.checkpoint == "pretrained":
+        model = core.from_config(config)
+        new = core.warm_start(model, PRETRAINED)
+        if new:
+            log.warning("%s are UNTRAINED: the trained baseline that comes with this package has none", ", ".join(new))
+        return model.eval(), config
     model = core.load(Path(config.checkpoint).expanduser())
     asked = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     wrong = []

@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("ANYUP_SHARED", ROOT.parent / "shared"))
 
 DECLARED = {  # name -> channels, stride, layers, aligned
+    "embedded": (192, 16, 4, True),
     "dinov2_vits14": (384, 14, 12, True),
     "dinov2_vitb14": (768, 14, 12, True),
     "dinov2_vitl14": (1024, 14, 24, True),
@@ -97,7 +98,7 @@ def test_every_choice_has_a_row_here():
 
 def test_every_pretrained_tag_is_known_to_timm():
     for name, choice in CHOICES.items():
-        if choice.kind == "timm" and name not in ("timm", "mobilenetv2_tf"):
+        if choice.kind == "timm" and name not in ("timm", "mobilenetv2_tf", "embedded"):
             assert "." in choice.model, name
             assert timm.is_model_pretrained(choice.model), name
 
@@ -454,7 +455,8 @@ def test_imagenet_normalize_refuses(rgb, error, message):
 
 
 def test_unknown_name_lists_all():
-    with pytest.raises(ValueError, match=r"no backbone is called 'dinov2'; there are: dinov2_vits14, .*daisy16, timm"):
+    listed = r"no backbone is called 'dinov2'; there are: embedded, dinov2_vits14, .*daisy16, timm"
+    with pytest.raises(ValueError, match=listed):
         load_backbone("dinov2")
 
 

@@ -25,7 +25,7 @@ from experiments.settings import SettingError, output_grid
 from experiments.upsample import upsample
 
 ROOT = Path(__file__).parent.parent
-QUICK = ("tracking.enabled=false", "backbone=hog8", "max_size=48")
+QUICK = ("tracking.enabled=false", "backbone=hog8", "max_size=48", "checkpoint=null")
 
 
 def config(*overrides, command_line=False):
@@ -325,3 +325,16 @@ def test_an_error_on_the_command_line_is_one_line_and_exit_code_2(tmp_path):
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1].startswith("ERROR 'nothing-here': no such file")
     assert "Traceback" not in result.stderr
+
+
+def test_the_trained_baseline_is_the_default_and_goes_into_variants(photos, caplog):
+    (trained,) = upsample(config(f"images={photos}/a.png", "checkpoint=pretrained")).done
+    assert trained
+    assert "UNTRAINED" not in caplog.text
+    upsample(config(f"images={photos}/a.png", "checkpoint=pretrained", "attention.window_ratio=0.03"))
+    assert "UNTRAINED" not in caplog.text
+    upsample(config(f"images={photos}/a.png", "checkpoint=pretrained", "unifier.num_basis=8"))
+    assert "unifier.encoder.0.basis, " in caplog.text
+    assert "are UNTRAINED" in caplog.text
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        assert compose("upsample").checkpoint == "pretrained"

@@ -43,7 +43,7 @@ class Sample:
     normals: Tensor | None = None
     """(3,H,W) float32 unit vectors in the camera's frame (x right, y down, z forward), 0 where unknown."""
     flow: Tensor | None = None
-    """(2,H,W) float32 displacement in pixels (x, y) to the next frame of the same video; NaN where it is hidden there."""
+    """(2,H,W) float32 displacement in pixels (x, y) to the video's next frame; NaN where it is hidden there."""
 
 
 class DataSet(ABC):
