@@ -262,7 +262,7 @@ def test_a_full_disk_is_told_once_and_nothing_small_is_lost(tmp_path, caplog):
 
 
 def test_what_a_full_disk_does_not_take_goes_to_the_store(tmp_path):
-    lost = iter(["request", None, None])
+    lost = iter([None, None, "request"])  # the start, what the disk took, the first of what it did not
     store = MemoryStore(fails=lambda: next(lost, None))
     journal, run = open_run(tmp_path)
     journal.append(START)
@@ -326,9 +326,24 @@ def test_many_metrics_are_few_requests(tmp_path):
     for step in range(1000):
         run.metrics({"loss": step}, step)
     store = MemoryStore()
-    Drain(journal, store)()
+    drain = Drain(journal, store)
+    drain()
     assert len(store.points) == 1000
-    assert len(store.requests) <= 4
+    assert store.requests == ["begin", "log", "log", "log"]
+    drain()
+    assert len(store.requests) == 4, "nothing new, nothing to send"
+    journal.close()
+
+
+def test_another_store_gets_all_of_it(tmp_path):
+    journal, run = open_run(tmp_path)
+    expected = record_all(run)
+    first, second = MemoryStore(), MemoryStore()
+    Drain(journal, first, keep_copies=True)()
+    run.metrics({"late": 1.0}, 5)
+    Drain(journal, second, keep_copies=True)()
+    assert {(key, value, step) for key, value, _, step in second.points} == expected | {("late", 1.0, 5)}
+    assert second.files == first.files
     journal.close()
 
 

@@ -250,6 +250,7 @@ def test_a_killed_run_that_goes_on_is_one_run(store, tmp_path, caplog):
                 break
             time.sleep(0.1)
         assert found.data.tags["process.pid"] == str(os.getpid())
+        assert found.info.status == "RUNNING"
     (found,) = all_runs(store)
     assert found.info.status == "FINISHED"
     arrived = steps(store, run_id)
