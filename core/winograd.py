@@ -28,10 +28,19 @@ class Winograd:
         width, in_channels = images.shape[2:]
         pairs, down = -(-width // 2), ROWS // 2
         self.padded = images.new_zeros(ROWS + 2, 2 * pairs + 2, in_channels)
-        self.across_rows = images.new_empty(4, down, pairs + 1, 2, in_channels)
-        self.inputs = images.new_empty(4, 4, down, pairs, in_channels)
-        self.products = images.new_empty(4, 4, down, pairs, len(weight))
-        self.outputs = images.new_empty(down, 2, pairs, 2, len(weight))
+        across_rows = images.new_empty(4, down, pairs + 1, 2, in_channels)
+        inputs = images.new_empty(4, 4, down, pairs, in_channels)
+        products = images.new_empty(4, 4, down, pairs, len(weight))
+        summed = images.new_empty(2, 4, down, pairs, len(weight))
+        outputs = images.new_empty(down, 2, pairs, 2, len(weight))
+        # Views, made once: a block is so little work that making them each time would show.
+        blocks = self.padded.view(down + 1, 2, pairs + 1, 2, in_channels)
+        self.spread_rows = _spread_views(blocks[:, 0], blocks[:, 1], 0, across_rows)
+        self.spread_columns = _spread_views(across_rows[:, :, :, 0], across_rows[:, :, :, 1], 2, inputs.transpose(0, 1))
+        self.product = inputs.flatten(2, 3).flatten(0, 1), products.flatten(2, 3).flatten(0, 1)  # (16,down·pairs,·)
+        self.collect_rows = (*products, *summed)
+        self.collect_columns = (*summed.transpose(0, 1), *outputs.permute(3, 1, 0, 2, 4))
+        self.outputs = outputs.flatten(2, 3).flatten(0, 1)  # (ROWS,2·pairs,out)
 
     def rows(self, rows: slice) -> Tensor:
         """Those rows of the convolved images: (B,rows,W,out)."""
@@ -41,9 +50,8 @@ class Winograd:
             for start in range(rows.start, rows.stop, ROWS):
                 stop = min(start + ROWS, rows.stop)
                 self._load(image, start)
-                target[start - rows.start : stop - rows.start] = (
-                    self._block().flatten(2, 3).flatten(0, 1)[: stop - start, :width]
-                )
+                self._convolve()
+                target[start - rows.start : stop - rows.start] = self.outputs[: stop - start, :width]
         return result
 
     def _load(self, image: Tensor, start: int) -> None:
@@ -54,36 +62,35 @@ class Winograd:
         self.padded[inside.stop :] = 0
         self.padded[inside, 1 : image.shape[1] + 1] = image[first:last]
 
-    def _block(self) -> Tensor:
-        """The padded block's convolution: (down,2,pairs,2,out)."""
-        down, columns = self.inputs.shape[2:4]
-        pairs = self.padded.view(down + 1, 2, columns + 1, 2, -1)
-        _spread(pairs[:, 0], pairs[:, 1], 0, self.across_rows)
-        for rows, target in zip(self.across_rows, self.inputs, strict=True):
-            _spread(rows[:, :, 0], rows[:, :, 1], 1, target)
-        flat_inputs, flat_products = self.inputs.flatten(2, 3).flatten(0, 1), self.products.flatten(2, 3).flatten(0, 1)
-        torch.bmm(flat_inputs, self.filters, out=flat_products)  # (16,down·pairs,out)
-        above, below = _collect(*self.products)  # (4,down,pairs,out) each
-        for row, products in enumerate((above, below)):
-            _collect(*products, out=(self.outputs[:, row, :, 0], self.outputs[:, row, :, 1]))
-        return self.outputs
+    def _convolve(self) -> None:
+        """The padded block -> `outputs`."""
+        _spread(*self.spread_rows)
+        _spread(*self.spread_columns)
+        inputs, products = self.product
+        torch.bmm(inputs, self.filters, out=products)
+        _collect(*self.collect_rows)
+        _collect(*self.collect_columns)
 
 
-def _spread(even: Tensor, odd: Tensor, dim: int, out: Tensor) -> None:
-    """Input transform along one axis: n + 1 pairs of values -> 4 x n."""
+def _spread_views(even: Tensor, odd: Tensor, dim: int, out: Tensor) -> tuple[Tensor, ...]:
+    """n + 1 pairs of values along `dim` -> what `_spread` needs to make 4 x n of them."""
     n = even.shape[dim] - 1
-    torch.sub(even.narrow(dim, 0, n), even.narrow(dim, 1, n), out=out[0])
-    torch.add(odd.narrow(dim, 0, n), even.narrow(dim, 1, n), out=out[1])
-    torch.sub(even.narrow(dim, 1, n), odd.narrow(dim, 0, n), out=out[2])
-    torch.sub(odd.narrow(dim, 0, n), odd.narrow(dim, 1, n), out=out[3])
+    return *(values.narrow(dim, first, n) for values in (even, odd) for first in (0, 1)), *out
 
 
-def _collect(a: Tensor, b: Tensor, c: Tensor, d: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple:
-    """Output transform along one axis: a + b + c and b - c - d."""
-    first, second = (torch.empty_like(a), torch.empty_like(a)) if out is None else out
-    torch.add(torch.add(b, c), a, out=first)
-    torch.sub(torch.sub(b, c), d, out=second)
-    return first, second
+def _spread(even: Tensor, even_next: Tensor, odd: Tensor, odd_next: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor):
+    """Input transform along one axis, into the last four."""
+    torch.sub(even, even_next, out=a)
+    torch.add(odd, even_next, out=b)
+    torch.sub(even_next, odd, out=c)
+    torch.sub(odd, odd_next, out=d)
+
+
+def _collect(a: Tensor, b: Tensor, c: Tensor, d: Tensor, first: Tensor, second: Tensor) -> None:
+    """Output transform along one axis: a + b + c and b - c - d, into the last two; writes over b and c."""
+    torch.add(a, b, out=first)
+    first.add_(c)
+    torch.sub(b.sub_(c), d, out=second)
 
 
 def usable(images: Tensor) -> bool:
