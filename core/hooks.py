@@ -48,6 +48,14 @@ class Filler(nn.Module, ABC):
         """Scalar losses of the filler's own, named `*_loss`, about its latest forward; the objective adds them."""
         return {}
 
+    def pictures(self) -> dict[str, Tensor]:
+        """What the filler learnt, of the first image of its latest forward: title -> (3,height,width) RGB in [0,1].
+
+        A forward with gradients or under a compiler need keep nothing for it. Training logs the pictures with each
+        validation's own; in a notebook: `model(image, features)` without gradients, then `model.unifier.pictures()`.
+        """
+        return {}
+
 
 class Unifier(Filler):
     """Turns features of any width into the D channels that the keys are made of.

@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from core import AnyUp
 from core.backbones import Backbone
+from core.hooks import MODEL_HOOKS
 from experiments.data import open_data
 from experiments.metrics import FidelityCase, fidelity, fidelity_case
 from experiments.pictures import fit_colours, panel
@@ -52,7 +53,8 @@ class Validation:
 
     @torch.no_grad()
     def pictures(self, model: AnyUp, run: Run, step: int) -> None:
-        """For each backbone the image on which the model does worst: PCA of features, target and result, and error."""
+        """For each backbone the image on which the model does worst: PCA of features, target and result, and error;
+        and what each filler shows of itself there."""
         for name, cases in self.cases.items():
             results = [_upsample(model, case) for case in cases]
             cosines = [fidelity(result, case)["cosine"] for result, case in zip(results, cases, strict=True)]
@@ -67,7 +69,18 @@ class Validation:
                 f"upsampled {cosines[worst]:.3f}": colours.paint(result),
                 "1 - cosine": error.expand(3, -1, -1),
             }
-            run.picture(panel(columns), f"validation/{name.replace('/', '_')}/{step:06d}.png")
+            path = f"validation/{name.replace('/', '_')}/{step:06d}"
+            run.picture(panel(columns), f"{path}.png")
+            for hook, learnt in _learnt(model, case).items():
+                run.picture(panel(learnt), f"{path}_{hook}.png")
+
+
+def _learnt(model: AnyUp, case: FidelityCase) -> dict[str, dict[str, torch.Tensor]]:
+    """What each filler shows of itself on this image; the baseline's fillers have nothing to show."""
+    showing = [hook for hook in MODEL_HOOKS if getattr(model, hook).pictures()]
+    if showing:
+        _upsample(model, case)  # pictures are of the latest forward
+    return {hook: getattr(model, hook).pictures() for hook in showing}
 
 
 def _upsample(model: AnyUp, case: FidelityCase) -> torch.Tensor:
