@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from core import winograd
+from core import points, winograd
 from core.hooks import Attention
 from core.norm_act_conv import under_autocast
 from core.registry import register
@@ -60,17 +60,28 @@ class CrossAttention(Attention):
     def bands(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[slice, Tensor]]:
         return self._bands(query, key, value, None)
 
+    def at(self, query: Tensor, key: Tensor, value: Tensor, coords: Tensor) -> Tensor:
+        """As `Attention.at`, with a window around each point itself."""
+        convolved = self.convolved_rows(query)(slice(0, query.shape[2])).permute(0, 3, 1, 2)  # (B,D,Qh,Qw)
+        queries = self.project_query(normed(self.norm_query, points.sample(convolved, coords)))  # (B,N,D)
+        values = under_autocast(value).permute(0, 2, 3, 1)  # (B,h,w,C)
+        return points.attend(queries, self._keys(key), values, coords, self.window_ratio, self.num_heads)
+
+    def _keys(self, key: Tensor) -> Tensor:
+        """(B,D,h,w) -> (B,h,w,D), projected, and scaled so that a head's logits are plain products."""
+        head_scale = (self.num_heads / key.shape[1]) ** 0.5
+        return self.project_key(normed(self.norm_key, key.permute(0, 2, 3, 1))) * head_scale
+
     def _bands(self, query, key, value, output):
         height, width = query.shape[-2:]
         down = tiles(height, key.shape[-2], self.window_ratio)
         across = tiles(width, key.shape[-1], self.window_ratio)
-        head_scale = (self.num_heads / key.shape[1]) ** 0.5
-        keys = self.project_key(_normed(self.norm_key, key.permute(0, 2, 3, 1))) * head_scale  # (B,h,w,D)
+        keys = self._keys(key)  # (B,h,w,D)
         values = value.permute(0, 2, 3, 1)  # (B,h,w,C)
         logits = len(key) * self.num_heads * down.size * across.size * down.keys.shape[1] * across.keys.shape[1]
         at_once = max(1, MAX_LOGITS.get(query.device.type, 2**20) // logits)  # tiles
         recompute = torch.is_grad_enabled() and at_once < len(down) * len(across)
-        convolve = self._convolution(query)
+        convolve = self.convolved_rows(query)
         for some, rows, size in down.blocks(max(1, at_once // len(across))):
             target = None if output is None else output[:, rows]
             band = partial(self._band, convolve, rows, across=across, at_once=at_once, target=target)
@@ -81,15 +92,15 @@ class CrossAttention(Attention):
                 band = band(*arguments)
             yield rows, band.permute(0, 3, 1, 2)  # (B,C,rows,Qw)
 
-    def _convolution(self, query: Tensor) -> Callable[[slice], Tensor]:
-        """rows -> (B,rows,Qw,D) of the convolved query."""
+    def convolved_rows(self, query: Tensor) -> Callable[[slice], Tensor]:
+        """A function of rows -> (B,rows,Qw,D) of the convolved query."""
         if winograd.usable(query):
             return winograd.Winograd(self.conv.weight, query.permute(0, 2, 3, 1).contiguous()).rows
         return partial(winograd.direct_rows, self.conv.weight, query)
 
     def _band(self, convolve, rows, keys, values, key_rows, rows_visible, across: Tiles, at_once, target):
         """Rows of queries, m tiles of them -> (B,rows,Qw,C), written to `target` if there is one."""
-        query = _normed(self.norm_query, convolve(rows))  # (B,rows,Qw,D)
+        query = normed(self.norm_query, convolve(rows))  # (B,rows,Qw,D)
         query = query.unflatten(1, rows_visible.shape[:2])  # (B,m,R,Qw,D)
         keys, values = (grid[:, key_rows].transpose(2, 3).contiguous() for grid in (keys, values))  # (B,m,w,Kh,·)
         parts = []
@@ -132,7 +143,7 @@ def empty_output(value: Tensor, size: tuple[int, int]) -> Tensor:
     return value.new_empty(len(value), *size, value.shape[1]).permute(0, 3, 1, 2)
 
 
-def _normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+def normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     """The norm in the dtype of x, which under autocast is not the weight's."""
     return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 

@@ -5,6 +5,7 @@ It runs as plain PyTorch operations where they are wanted (export, compilation, 
 `core/norm_act_conv.py`, exact, streamed and with little memory, everywhere else.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from core import norm_act_conv as stream
 from core.norm_act_conv import NUM_GROUPS
+
+Stem = Callable[[Tensor], Tensor]
 
 
 class ResBlock(nn.Module):
@@ -50,25 +53,34 @@ class Encoder(nn.Sequential):
         self.compiled = None
 
     def forward(
-        self, x: Tensor, output_size: tuple[int, int] | None = None, buffers: stream.Buffers | None = None
+        self,
+        x: Tensor,
+        output_size: tuple[int, int] | None = None,
+        buffers: stream.Buffers | None = None,
+        stem: Stem | None = None,
     ) -> Tensor:
-        """Encodes, then averages over the cells of `output_size` (adaptive average pooling) if one is given."""
-        if self.twice_differentiable or torch.compiler.is_compiling():
-            return self.plain(x, output_size)
-        if self.compiled is not None:
-            return self.compiled(x, output_size)
-        return self.streamed(x, output_size, buffers or stream.Buffers())
+        """Encodes, then averages over the cells of `output_size` (adaptive average pooling) if one is given.
 
-    def plain(self, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+        `stem` runs in place of the first layer: that layer with more inputs bound to it than x, say.
+        """
+        if self.twice_differentiable or torch.compiler.is_compiling():
+            return self.plain(x, output_size, stem)
+        if self.compiled is not None and stem is None:
+            return self.compiled(x, output_size)
+        return self.streamed(x, output_size, buffers or stream.Buffers(), stem)
+
+    def plain(self, x: Tensor, output_size: tuple[int, int] | None = None, stem: Stem | None = None) -> Tensor:
         """The definition, in operations that differentiate any number of times."""
-        for layer in self:
+        for layer in (stem or self[0], self[1], self[2]):
             x = layer(x.contiguous())  # PyTorch's GroupNorm loses digits in channels-last memory
         return x if output_size is None else F.adaptive_avg_pool2d(x, output_size)  # (B,D,h,w)
 
-    def streamed(self, x: Tensor, output_size: tuple[int, int] | None, buffers: stream.Buffers) -> Tensor:
+    def streamed(
+        self, x: Tensor, output_size: tuple[int, int] | None, buffers: stream.Buffers, stem: Stem | None = None
+    ) -> Tensor:
         """The same numbers with two image-sized buffers, or (with gradients) by recomputing what is cheap."""
-        stem, first, last = self
-        pixels, moments = stream.stem(stem, x, buffers)  # (B,H,W,D)
+        _, first, last = self
+        pixels, moments = stream.stem(stem or self[0], x, buffers)  # (B,H,W,D)
         hidden, hidden_moments = _first_half(first, pixels, moments, buffers)
         shortcut = pixels
         if not isinstance(first.shortcut, nn.Identity):

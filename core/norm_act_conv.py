@@ -7,7 +7,7 @@ recomputes the rest in `backward`, which is therefore not differentiable itself;
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -66,7 +66,7 @@ class Buffers:
             self.free.append(buffer)
 
 
-def stem(layer: nn.Module, x: Tensor, buffers: Buffers) -> tuple[Tensor, Moments]:
+def stem(layer: Callable[[Tensor], Tensor], x: Tensor, buffers: Buffers) -> tuple[Tensor, Moments]:
     """(B,in,H,W) -> pixel-major (B,H,W,D) of an encoder's first layer, with its moments."""
     if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
         return linear(x.permute(0, 2, 3, 1).contiguous(), layer, buffers)

@@ -36,9 +36,11 @@ class BasisConvolution(nn.Module):
         self.basis = nn.Parameter(torch.randn(num_basis, 1, kernel_size, kernel_size))
         self.twice_differentiable = False
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, basis: Tensor | None = None) -> Tensor:
+        """`basis`: filters for this call, (num_basis,1,k,k), in place of the learned ones."""
+        basis = self.basis if basis is None else basis
         batch, channels, height, width = features.shape
-        num_basis, _, kernel_size, _ = self.basis.shape
+        num_basis, _, kernel_size, _ = basis.shape
         padding = kernel_size // 2
         taps = features.new_ones(1, 1, kernel_size, kernel_size)
         inside = F.conv2d(features.new_ones(1, 1, height, width), taps, padding=padding)  # (1,1,h,w)
@@ -49,7 +51,7 @@ class BasisConvolution(nn.Module):
         bands = []
         for top in range(0, height, step):
             bottom = min(top + step, height)
-            band = padded[:, :, top : bottom + 2 * padding], inside[:, :, top:bottom], self.basis, budget
+            band = padded[:, :, top : bottom + 2 * padding], inside[:, :, top:bottom], basis, budget
             bands.append(checkpoint(self._band, *band, use_reentrant=False) if keep_little else self._band(*band))
         return torch.cat(bands, 2)  # (B,M,h,w)
 

@@ -65,15 +65,20 @@ class Tiles:
             yield slice(short + whole, short + whole + 1), slice(self.num_queries - rest, self.num_queries), rest
 
 
-def tiles(num_queries: int, num_keys: int, window_ratio: float) -> Tiles:
+def tiles(num_queries: int, num_keys: int, window_ratio: float, like: Tiles | None = None) -> Tiles:
     """Groups the queries of one axis into tiles of one key cell (several where cells hold few queries).
 
-    Tiles may start anywhere in a cell; the start that needs the fewest keys is taken.
+    Tiles may start anywhere in a cell; the start that needs the fewest keys is taken. With `like` the queries are
+    grouped as they are there, so that one tile of queries can look at several key grids.
     """
     first, last = window_bounds(num_queries, num_keys, window_ratio)
-    cell = max(1, round(num_queries / num_keys))
-    size = min(num_queries, cell * -(-MIN_TILE // cell))
-    offset, width = _best_offset(first, last, size)
+    if like is None:
+        cell = max(1, round(num_queries / num_keys))
+        size = min(num_queries, cell * -(-MIN_TILE // cell))
+        offset, width = _best_offset(first, last, size)
+    else:
+        size, offset = like.size, like.offset
+        width = int(_keys_needed(first, last, size)[offset])
     starts = np.arange(offset - size if offset else 0, num_queries, size)
     members = starts[:, None] + np.arange(size)  # (tiles,T)
     if offset:
@@ -85,11 +90,17 @@ def tiles(num_queries: int, num_keys: int, window_ratio: float) -> Tiles:
 
 
 def _best_offset(first: np.ndarray, last: np.ndarray, size: int) -> tuple[int, int]:
-    """(offset of the first whole tile, keys that the widest tile then needs); bounds never decrease along an axis."""
+    """(offset of the first whole tile, keys that the widest tile then needs)."""
+    width = _keys_needed(first, last, size)
+    best = int(width.argmin())
+    return best, int(width[best])
+
+
+def _keys_needed(first: np.ndarray, last: np.ndarray, size: int) -> np.ndarray:
+    """(offsets,): keys that the widest tile needs with each offset; bounds never decrease along an axis."""
     num_queries = len(first)
     ends = np.arange(size - 1, size - 1 + num_queries).clip(max=num_queries - 1)
     needed = np.pad(last[ends] - first, (0, -num_queries % size))  # by a tile from each query on
     width = needed.reshape(-1, size).max(0)  # (offsets,)
     width[1:] = np.maximum(width[1:], last[: size - 1] - first[0])
-    best = int(width.argmin())
-    return best, int(width[best])
+    return width
