@@ -7,7 +7,9 @@ An entry carries a checksum; a damaged one is dropped and computed again.
 
 import hashlib
 import logging
+import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from experiments.settings import SettingError, check_writable
 log = logging.getLogger(__name__)
 
 _SWEEP_EVERY = 256  # entries written between two looks at the size of the folder
+_ABANDONED_S = 3600  # after which a half-written entry is of a process that was killed
 
 
 class NotFinite(ValueError):
@@ -114,7 +117,14 @@ class FeatureCache:
             self.sweep()
 
     def sweep(self) -> None:
-        """Removes the entries used longest ago until the folder is within its bound; other runs may do the same."""
+        """Removes the entries used longest ago until the folder is within its bound; other runs may do the same.
+
+        What killed processes left half-written goes too.
+        """
+        for part in self.folder.glob("*/.*.part"):
+            with suppress(FileNotFoundError):
+                if time.time() - part.stat().st_mtime > _ABANDONED_S:
+                    part.unlink()
         entries = []
         for path in self.folder.glob("*/*.safetensors"):
             try:
@@ -128,6 +138,21 @@ class FeatureCache:
                 return
             path.unlink(missing_ok=True)
             excess -= size
+
+
+class CachedBackbone:
+    """A backbone whose features come from a cache; called as the backbone is, without gradients.
+
+    Args:
+        shown: what the images are called in errors.
+    """
+
+    def __init__(self, backbone: Backbone, cache: FeatureCache, shown: str):
+        self.name = backbone.name
+        self._backbone, self._cache, self._shown = backbone, cache, shown
+
+    def __call__(self, rgb: Tensor) -> Tensor:
+        return self._cache.encode(self._backbone, rgb, [self._shown] * len(rgb))  # (N,C,h,w)
 
 
 def fingerprint(backbone: Backbone) -> str:

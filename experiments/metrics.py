@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.backbones import Backbone, imagenet_normalize
+from experiments.feature_cache import CachedBackbone
 from experiments.images import centre_square
 
 EDGE_WITHIN = 1.0
@@ -56,7 +57,7 @@ class FidelityCase:
 
 @torch.no_grad()
 def fidelity_case(
-    image: Tensor, backbone: Backbone, scale: int = 2, view: int = 224, guidance: int | None = None
+    image: Tensor, backbone: Backbone | CachedBackbone, scale: int = 2, view: int = 224, guidance: int | None = None
 ) -> FidelityCase:
     """Encodes an image at low resolution, and crop by crop at high resolution.
 
@@ -152,7 +153,7 @@ def _resized(image: Tensor, side: int) -> Tensor:
     return F.interpolate(image, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def _features_of_crops(image: Tensor, backbone: Backbone, scale: int, view: int) -> Tensor:
+def _features_of_crops(image: Tensor, backbone: Backbone | CachedBackbone, scale: int, view: int) -> Tensor:
     """(1,3,s·v,s·v) -> (1,C,s·h,s·w): the features of the crops, each in its place."""
     crops = image.unflatten(-2, (scale, view)).unflatten(-1, (scale, view))  # (1,3,s,v,s,v)
     crops = crops.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)  # (s·s,3,v,v), row by row

@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Run", "TrackingUnavailable", "open_store", "scalars", "store_uri", "track"]
+__all__ = ["Run", "TrackingUnavailable", "open_store", "read_metrics", "scalars", "store_uri", "track"]
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 _FIRST_CALL_S = 5  # seconds until a silent server counts as unreachable
@@ -81,6 +82,30 @@ def open_store() -> "MlflowStore":
             f"or unset MLFLOW_TRACKING_URI to record into {DEFAULT_URI} here, or add tracking.offline=true to bring "
             "it there later, or tracking.enabled=false"
         ) from error
+
+
+def read_metrics(run_id: str) -> list[Point] | None:
+    """Every point (key, value, milliseconds, step) of every metric of a run but those of the machine's load.
+
+    None: the store has no such run.
+
+    Raises:
+        TrackingUnavailable: the store cannot be reached or read.
+    """
+    store = open_store()
+    try:
+        return store.histories(run_id)
+    except (StoreAway, StoreRefuses) as error:
+        raise TrackingUnavailable(f"run {run_id} cannot be read from {store.uri}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a store knows of a run."""
+
+    run_id: str
+    status: str
+    tags: dict[str, str]
 
 
 class MlflowStore:
@@ -145,6 +170,41 @@ class MlflowStore:
             history = self._client.get_metric_history(store_id, key)
             return [(point.key, point.value, point.timestamp, point.step) for point in history]
 
+    def histories(self, run_id: str) -> list[Point] | None:
+        with _translated():
+            found = self._run(run_id)
+            if found is None:
+                return None
+            keys = [key for key in found.data.metrics if not key.startswith("system/")]
+            return [point for key in keys for point in self.points(found.info.run_id, key)]
+
+    def found(self, run_id: str) -> Found | None:
+        """What is kept of a run; None: there is no such run."""
+        with _translated():
+            run = self._run(run_id)
+            return None if run is None else _found(run)
+
+    def latest(self, experiment: str, tag: str) -> Found | None:
+        """The run of an experiment that was begun last, of those that have the tag."""
+        with _translated():
+            known = self._client.get_experiment_by_name(experiment)
+            if known is None:
+                return None
+            order = ["attributes.start_time DESC"]
+            runs = self._client.search_runs([known.experiment_id], f"tags.`{tag}` != ''", order_by=order)
+            return _found(runs[0]) if runs else None
+
+    def children(self, run_id: str) -> list[Found]:
+        """The runs below a run, oldest first."""
+        with _translated():
+            runs = self._search(f"tags.`mlflow.parentRunId` = '{run_id}'")
+            return [_found(run) for run in sorted(runs, key=lambda run: run.info.start_time)]
+
+    def artifact(self, run_id: str, name: str, folder: Path) -> Path:
+        """Brings an artifact of a run into a folder -> its path there."""
+        with _translated():
+            return Path(self._client.download_artifacts(run_id, name, str(folder)))
+
     def sizes(self, store_id: str, folder: str) -> dict[str, int | None]:
         with _translated():
             return {file.path: file.file_size for file in self._client.list_artifacts(store_id, folder or None)}
@@ -188,6 +248,10 @@ class MlflowStore:
             return known.experiment_id
         folder = Path("mlruns").resolve().as_uri() if self.uri.startswith("sqlite:") else None
         return self._client.create_experiment(name, artifact_location=folder)
+
+
+def _found(run: "mlflow.entities.Run") -> Found:
+    return Found(run.info.run_id, run.info.status, dict(run.data.tags))
 
 
 @contextmanager

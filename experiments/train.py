@@ -6,55 +6,50 @@ A training is a function of its configuration. What step n sees and draws depend
 weights, bit for bit, as if it had not been.
 """
 
-import copy
 import logging
 import math
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import save_file
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import core
-from core.backbones import Backbone, backbone_from_config
 from core.hooks import Batch
 from core.registry import discover
-from experiments.atomic import replacing
+from experiments.atomic import CannotWrite
+from experiments.curves import CURVES_NAME, Curves, plot
 from experiments.data import DataError, open_data
 from experiments.feature_cache import FeatureCache, NotFinite
 from experiments.images import NoImages
 from experiments.optimisation import Optimiser, OptimiserSettings
-from experiments.settings import SettingError, check_writable, pick_device
+from experiments.settings import SettingError, check_writable
 from experiments.tracking import Run, TrackingUnavailable, track
-from experiments.training_state import STATE_NAME, State, load_state, save_state
+from experiments.training_setup import (
+    alone_in,
+    check_settings,
+    deciding_settings,
+    make_accelerator,
+    make_model,
+    open_encoders,
+    untracked,
+)
+from experiments.training_state import STATE_NAME, State, load_state, save_batch, save_state
 from experiments.validation import Validation
 from experiments.views import StepViews, Views, ViewSettings, stream
 
 log = logging.getLogger(__name__)
 
 EXPECTED_ERRORS = (SettingError, DataError, NoImages, NotFinite, TrackingUnavailable, core.WeightsError, OSError)
-RESUME = ("auto", "never", "must")
-_FREE_KEYS = (
-    "tracking",
-    "out_dir",
-    "resume",
-    "device",
-    "num_workers",
-    "checkpoint_every",
-    "log_every",
-    "stop_after",
-    "cache",
-)
-"""Settings that a resumed training may change: they do not change its result."""
 
 
 class NonFiniteLoss(NotFinite):
@@ -69,45 +64,61 @@ class Trained:
     """Of the last step: the moving average of the weights where there is one."""
     best: Path | None
     """Of the best validation; None without validation."""
+    curves: Path
+    """Every logged value: columns step, name, value (`experiments.curves.read_table`)."""
     state: State
+    """Steps, time, losses of the last step, and `state.validation`: what the last validation measured."""
     run_id: str
 
 
-def train(config: DictConfig) -> Trained:
+def train(config: DictConfig, parent: Run | str | None = None) -> Trained:
     """Runs the training of `config` (configs/train.yaml) to its last step, from where it was left.
+
+    May be called any number of times in a process; trainings after the first find encoders loaded and files checked.
+
+    Args:
+        parent: a tracked run, or its identifier, below which the training's is listed.
 
     Raises:
         SettingError: settings that cannot work, a folder that cannot be written, a resumed training with other
             settings. DataError, NoImages, WeightsError, OSError, TrackingUnavailable: what they name cannot be used.
         NonFiniteLoss, NotFinite: a loss or a feature is NaN or infinite.
+        CannotWrite: the disk is full, say; the training goes on from its last checkpoint once there is room.
     """
     training = Training(config)
-    run_id = training.state.run_id or None
-    with track(config, training.device, run_id=run_id) if training.leads else track(_untracked(config)) as run:
-        training.state.run_id = run.run_id
-        trained = training.run(run)
+    recorded = config if training.leads else untracked(config)
+    with alone_in(training.out_dir) if training.leads else nullcontext():
+        training.resume()
+        with track(recorded, training.device, training.state.run_id or None, parent) as run:
+            training.state.run_id = run.run_id
+            trained = training.run(run)
     if training.shard[1] > 1:
         training.accelerator.end_training()  # or the other processes' threads abort at exit
     return trained
 
 
 class Training:
-    """One training: everything opened and checked, ready to run."""
+    """One training: everything opened and checked, ready to run.
 
-    def __init__(self, config: DictConfig):
+    Args:
+        config: see configs/train.yaml.
+        replaced_by: makes of the model another one to be trained in its place, such as the dense reference.
+    """
+
+    def __init__(self, config: DictConfig, replaced_by: Callable[[core.AnyUp], nn.Module] = lambda model: model):
         self.config = config
         self.out_dir = Path(config.out_dir).expanduser()
-        self.accelerator = _accelerator(config)
-        self.device, self.leads = self.accelerator.device, self.accelerator.is_main_process
+        check_settings(config)
         self.views_settings = ViewSettings(**OmegaConf.to_container(config.views))
         settings = OptimiserSettings(**OmegaConf.to_container(config.optimiser))
-        _check_counts(config)
+        self.accelerator = make_accelerator(config)
+        self.device, self.leads = self.accelerator.device, self.accelerator.is_main_process
         if self.leads:
             check_writable(self.out_dir)
         self.data = open_data(config.data)
-        self.backbones = _backbones(config, self.views_settings.view, self.device)
+        self.backbones = open_encoders(config, self.views_settings.view, self.device)
         self.cache = FeatureCache(config.cache.folder, config.cache.max_gb)
-        model = _model(config).to(self.device).train()
+        model = replaced_by(make_model(config)).to(self.device).train()
         self.model = self.accelerator.prepare_model(model)
         self.micro_steps = config.backbones_per_step
         settings = replace(
@@ -117,25 +128,19 @@ class Training:
         self.objective = core.build_filler("objective", config.objective)
         self.learner = core.build_filler("learner", config.learner)
         self.shard = (self.accelerator.process_index, self.accelerator.num_processes)
-        self.views = Views(
-            self.data,
-            self.views_settings,
-            [backbone.patch_size for backbone in self.backbones],
-            config.seed,
-            config.batch_size,
-            config.steps,
-            self.shard,
-        )
-        self.state = self._resume()
+        patch_sizes = [backbone.patch_size for backbone in self.backbones]
+        how = (config.seed, config.batch_size, config.steps, self.shard)
+        self.views = Views(self.data, self.views_settings, patch_sizes, *how)
+        self.state, self.curves = State(), Curves(self.out_dir / CURVES_NAME)
 
     def run(self, run: Run) -> Trained:
         """Goes on to the last step (or `stop_after`)."""
         config, state = self.config, self.state
         run.tag("data.fingerprint", self.data.fingerprint)
-        validation = (
-            Validation(config, self.backbones, self.views_settings) if self.leads and config.validate_every else None
-        )
         last = min(config.steps, config.stop_after or config.steps)
+        validation = None
+        if self.leads and config.validate_every and state.step < last:
+            validation = Validation(config, self.backbones, self.views_settings, self.cache)
         loader = DataLoader(
             self.views, None, sampler=range(state.step, last), num_workers=config.num_workers, persistent_workers=False
         )
@@ -144,7 +149,7 @@ class Training:
         progress = tqdm(total=config.steps, initial=state.step, desc="training", disable=None if self.leads else True)
         for views in loader:
             started = time.perf_counter()
-            losses = self._step(views)
+            losses = self.step(views)
             state.seconds += time.perf_counter() - started
             state.step, state.losses = views.step + 1, losses
             progress.set_postfix(loss=f"{sum(losses.values()):.4f}", refresh=False)
@@ -159,8 +164,12 @@ class Training:
         progress.close()
         return self._finish(run)
 
-    def _step(self, views: StepViews) -> dict[str, float]:
-        """All micro-steps of one step -> their mean losses, of all processes."""
+    def step(self, views: StepViews) -> dict[str, float]:
+        """Encodes the views and updates the weights, once per backbone of the step -> mean losses of all processes.
+
+        Raises:
+            NonFiniteLoss, NotFinite: the batch of a loss that is NaN or infinite is saved first.
+        """
         torch.manual_seed(stream(self.config.seed, "step", views.step, self.shard[0]).initial_seed())
         sums: dict[str, float] = {}
         for one in self._of_each_backbone(views):
@@ -195,71 +204,73 @@ class Training:
             augmented_image=normalised(views.augmented.to(self.device)),
         )
 
-    def _resume(self) -> State:
+    def resume(self) -> None:
+        """Takes back what an earlier start left in `out_dir`, as the setting `resume` says.
+
+        Raises:
+            SettingError: `must`, but there is nothing; other settings, or a damaged table of curves. WeightsError: a
+                damaged state.
+        """
         path = self.out_dir / STATE_NAME
         if self.config.resume == "never" or not path.exists():
             if self.config.resume == "must":
                 raise SettingError(f"resume=must, but {path} does not exist")
-            return State()
-        state, tensors = load_state(path, self._identity())
+            return
+        self.state, tensors = load_state(path, self._identity())
+        self.curves = Curves(self.out_dir / CURVES_NAME, until=self.state.step)
         inner = self.accelerator.unwrap_model(self.model)
         inner.load_state_dict({name.removeprefix("model/"): tensors[name] for name in tensors if name[:6] == "model/"})
-        self.optimiser.restore(tensors, state.step * self.micro_steps)
-        if self.accelerator.scaler is not None and state.scaler:
-            self.accelerator.scaler.load_state_dict(state.scaler)
-        log.info("going on from step %d of %s", state.step, path)
-        return state
+        self.optimiser.restore(tensors, self.state.step * self.micro_steps)
+        if self.accelerator.scaler is not None and self.state.scaler:
+            self.accelerator.scaler.load_state_dict(self.state.scaler)
+        log.info("going on from step %d of %s", self.state.step, path)
 
     def _save(self) -> None:
+        """The curves, then the state that goes on from there, then the weights alone."""
         if not self.leads:
             return
-        inner = self.accelerator.unwrap_model(self.model)
+        inner, path = self.accelerator.unwrap_model(self.model), self.out_dir / STATE_NAME
         tensors = {f"model/{name}": tensor for name, tensor in inner.state_dict().items()}
         scaler = self.accelerator.scaler
         self.state.scaler = {} if scaler is None else scaler.state_dict()
-        save_state(self.out_dir / STATE_NAME, self.state, tensors | self.optimiser.tensors(), self._identity())
-        with self.optimiser.averaged():
-            core.save(inner, self.out_dir / "last.safetensors")
+        try:
+            self.curves.save()
+            save_state(path, self.state, tensors | self.optimiser.tensors(), self._identity())
+            with self.optimiser.averaged():
+                core.save(inner, self.out_dir / "last.safetensors")
+        except CannotWrite as error:
+            raise CannotWrite(f"{error}. Make room; the same command then goes on from what {path} holds") from error
 
     def _identity(self) -> dict[str, Any]:
         """The settings on which the result depends, and the data."""
-        settings = OmegaConf.to_container(self.config, resolve=True, enum_to_str=True)
-        settings = {key: value for key, value in settings.items() if key not in _FREE_KEYS}
-        return settings | {"data_fingerprint": self.data.fingerprint, "processes": self.accelerator.num_processes}
+        more = {"data_fingerprint": self.data.fingerprint, "processes": self.accelerator.num_processes}
+        return deciding_settings(self.config) | more
 
     def _log(self, losses: dict[str, float], run: Run) -> None:
         values = dict(losses) | {"loss": sum(losses.values()), "grad_norm": self.optimiser.grad_norm}
         values["lr"] = self.optimiser.adam.param_groups[0]["lr"]
-        values["steps_per_s"] = self.state.step / max(self.state.seconds, 1e-9)
-        run.metrics({key: value for key, value in values.items() if math.isfinite(value)}, self.state.step)
+        values = {key: value for key, value in values.items() if math.isfinite(value)}
+        self.curves.add(self.state.step, values)
+        run.metrics(values | {"steps_per_s": self.state.step / max(self.state.seconds, 1e-9)}, self.state.step)
         log.debug("step %d: %s", self.state.step, values)
 
     def _validate(self, validation: Validation, run: Run) -> None:
-        inner = self.accelerator.unwrap_model(self.model)
+        inner, state = self.accelerator.unwrap_model(self.model), self.state
         with self.optimiser.averaged():
             inner.eval()
-            measured = validation.measure(inner)
-            validation.pictures(inner, run, self.state.step)
+            state.validation = validation.measure(inner, run, state.step)
             inner.train()
-            run.metrics(measured, self.state.step)
-            log.info("step %d: %s", self.state.step, ", ".join(f"{k} {v:.4f}" for k, v in sorted(measured.items())))
-            result = measured["val/cosine"]
-            if self.state.best is None or result > self.state.best:
-                self.state.best = result
+            self.curves.add(state.step, state.validation)
+            run.metrics(state.validation, state.step)
+            log.info("step %d: %s", state.step, ", ".join(f"{k} {v:.4f}" for k, v in sorted(state.validation.items())))
+            result = state.validation["val/cosine"]
+            if state.best is None or result > state.best:
+                state.best = result
                 core.save(inner, self.out_dir / "best.safetensors")
 
     def _report_non_finite(self, views: StepViews, batch: Batch, losses: dict[str, float]) -> str:
         path = self.out_dir / f"non_finite_step_{views.step}.safetensors"
-        tensors = {
-            "image": batch.image,
-            "augmented_image": batch.augmented_image,
-            "features": batch.features,
-            "target": batch.target,
-            "corners": batch.corners,
-        }
-        kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
-        with replacing(path) as part:
-            save_file(kept, part, {"names": "\n".join(views.names), "losses": str(losses)})
+        save_batch(path, batch, views.names, losses)
         return (
             f"step {views.step}: the loss is not finite ({losses}) for {', '.join(views.names)}. The batch is in "
             f"{path}, the training up to its last checkpoint in {self.out_dir / STATE_NAME}. A lower optimiser.lr, "
@@ -268,74 +279,12 @@ class Training:
 
     def _finish(self, run: Run) -> Trained:
         checkpoint, best = self.out_dir / "last.safetensors", self.out_dir / "best.safetensors"
-        if self.leads and checkpoint.exists():
-            run.file(checkpoint)
-            if best.exists():
-                run.file(best)
-        return Trained(checkpoint, best if best.exists() else None, self.state, run.run_id)
-
-
-def _accelerator(config: DictConfig) -> Accelerator:
-    device = pick_device(config.device)
-    if config.mixed_precision not in ("no", "bf16", "fp16"):
-        raise SettingError(f"mixed_precision must be no, bf16 or fp16, got {config.mixed_precision}")
-    if config.mixed_precision == "fp16" and device.type == "cpu":
-        raise SettingError("mixed_precision=fp16 needs a GPU: take bf16 or no")
-    AcceleratorState._reset_state()  # it allows one precision a process; a sweep or a notebook trains with several
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=config.mixed_precision)
-
-
-def _check_counts(config: DictConfig) -> None:
-    for key in ("steps", "batch_size", "backbones_per_step", "checkpoint_every", "log_every"):
-        if config[key] < 1:
-            raise SettingError(f"{key} must be at least 1, got {config[key]}")
-    if config.resume not in RESUME:
-        raise SettingError(f"resume must be one of {', '.join(RESUME)}, got {config.resume}")
-
-
-def _backbones(config: DictConfig, view: int, device: torch.device) -> list[Backbone]:
-    """The encoders, each checked to give the grid that its stride promises: crops are cut on it."""
-    nodes = OmegaConf.to_container(config.backbones, resolve=True)
-    if not nodes:
-        raise SettingError("backbones is empty: give at least one, such as backbones=[{name: embedded}]")
-    found = [backbone_from_config(node).to(device) for node in nodes]
-    for backbone in found:
-        with torch.no_grad():
-            grid = tuple(backbone(torch.full((1, 3, view, view), 0.5, device=device)).shape[-2:])
-        if grid != (view // backbone.patch_size,) * 2:
-            raise SettingError(
-                f"backbone {backbone.name} gives {grid[0]}x{grid[1]} features for views.view={view}, not one for each "
-                f"{backbone.patch_size} pixels: crops cannot be cut on its grid; choose another view or backbone"
-            )
-    strides = {backbone.name: backbone.patch_size for backbone in found}
-    if config.backbones_per_step > len(found):
-        raise SettingError(f"backbones_per_step={config.backbones_per_step}, but there are {len(found)} backbones")
-    if config.backbones_per_step > 1 and len(set(strides.values())) > 1:
-        named = ", ".join(f"{name} {stride}" for name, stride in strides.items())
-        raise SettingError(f"backbones of one step must have one stride (their crops are the same), got {named}")
-    return found
-
-
-def _model(config: DictConfig) -> core.AnyUp:
-    """New, or warm-started from `init_from`; without gradients for what `freeze` names."""
-    model = core.from_config({**config, "compile": False})
-    if config.init_from:
-        new = core.warm_start(model, Path(config.init_from).expanduser())
-        log.info("weights of %s; new: %s", config.init_from, ", ".join(new) or "none")
-    parts = dict(model.named_children())
-    for name in config.freeze:
-        if name not in parts:
-            raise SettingError(f"freeze={name}: the model has no such part; there are: {', '.join(parts)}")
-        parts[name].requires_grad_(False)
-    if config.compile:
-        model.compile_encoders()
-    return model
-
-
-def _untracked(config: DictConfig) -> DictConfig:
-    quiet = copy.deepcopy(config)
-    quiet.tracking.enabled = False
-    return quiet
+        if self.leads and run.run_id and checkpoint.exists():
+            for file in (checkpoint, best, self.curves.path):
+                if file.exists():
+                    run.file(file)
+            run.figure(plot({"training": self.curves.points}), "plots/curves.png")
+        return Trained(checkpoint, best if best.exists() else None, self.curves.path, self.state, run.run_id)
 
 
 discover()

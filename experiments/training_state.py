@@ -8,6 +8,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from core.hooks import Batch
 from core.weight_files import WeightsError, read_weights
 from experiments.atomic import replacing
 from experiments.settings import SettingError
@@ -35,6 +36,8 @@ class State:
     """Of half-precision training."""
     losses: dict[str, float] = field(default_factory=dict)
     """Of the latest step."""
+    validation: dict[str, float] = field(default_factory=dict)
+    """Of the latest validation; empty without any."""
 
 
 def save_state(path: Path, state: State, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -55,10 +58,8 @@ def load_state(path: Path, config: dict[str, Any]) -> tuple[State, dict[str, Ten
         WeightsError: the file is damaged, or no such state.
         ChangedConfig: it was made with other settings; names them with both values.
     """
-    tensors, metadata = read_weights(path)
-    if "state" not in metadata or "config" not in metadata:
-        raise WeightsError(f"{path} is no state of a training")
-    before, now = _flat(json.loads(metadata["config"])), _flat(json.loads(json.dumps(config)))
+    state, made_with, tensors = read_state(path)
+    before, now = _flat(made_with), _flat(json.loads(json.dumps(config)))
     changed = [
         f"{key}={now.get(key, 'absent')} (was {before.get(key, 'absent')})"
         for key in sorted(before.keys() | now.keys())
@@ -70,7 +71,37 @@ def load_state(path: Path, config: dict[str, Any]) -> tuple[State, dict[str, Ten
             "Restore them, or start anew with resume=never or another out_dir; to continue from its weights alone, "
             f"use init_from={path.with_name('last.safetensors')}"
         )
-    return State(**json.loads(metadata["state"])), tensors
+    return state, tensors
+
+
+def read_state(path: Path) -> tuple[State, dict[str, Any], dict[str, Tensor]]:
+    """Reads any training's state -> where it stands, the settings it was made with, and its tensors.
+
+    Raises:
+        WeightsError: the file is damaged, or no such state.
+    """
+    tensors, metadata = read_weights(path)
+    if "state" not in metadata or "config" not in metadata:
+        raise WeightsError(f"{path} is no state of a training")
+    return State(**json.loads(metadata["state"])), json.loads(metadata["config"]), tensors
+
+
+def save_batch(path: Path, batch: Batch, names: list[str], losses: dict[str, float]) -> None:
+    """Keeps the batch on which a training failed, atomically: its tensors, and names and losses as metadata.
+
+    Raises:
+        CannotWrite: full disk or missing rights.
+    """
+    tensors = {
+        "image": batch.image,
+        "augmented_image": batch.augmented_image,
+        "features": batch.features,
+        "target": batch.target,
+        "corners": batch.corners,
+    }
+    kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
+    with replacing(path) as part:
+        save_file(kept, part, {"names": "\n".join(names), "losses": str(losses)})
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -9,8 +9,10 @@ from core import AnyUp
 from core.backbones import Backbone
 from core.hooks import MODEL_HOOKS
 from experiments.data import open_data
+from experiments.feature_cache import CachedBackbone, FeatureCache
+from experiments.fidelity_pictures import comparison
 from experiments.metrics import FidelityCase, fidelity, fidelity_case
-from experiments.pictures import fit_colours, panel
+from experiments.pictures import panel
 from experiments.settings import SettingError
 from experiments.tracking import Run
 from experiments.views import ViewSettings
@@ -22,65 +24,57 @@ class Validation:
     Args:
         config: has `val_data`, and `val_images`, the number of photographs to use.
         backbones: those of the training. views: sizes and scale of the training.
+        cache: where features are looked for, and kept.
     """
 
-    def __init__(self, config: DictConfig, backbones: list[Backbone], views: ViewSettings):
+    def __init__(self, config: DictConfig, backbones: list[Backbone], views: ViewSettings, cache: FeatureCache):
         data = open_data(config.val_data)
         if config.val_images < 1:
             raise SettingError(f"val_images must be at least 1, got {config.val_images}")
         count = min(config.val_images, len(data))
-        self.cases: dict[str, list[FidelityCase]] = {backbone.name: [] for backbone in backbones}
+        names = [backbone.name for backbone in backbones]  # two models of timm are both called timm
+        labels = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
+        self.cases: dict[str, list[FidelityCase]] = {label: [] for label in labels}
         for index in tqdm(range(count), desc="validation images", disable=None, leave=False):
-            image = data[index].image
-            for backbone in backbones:
+            image, name = data[index].image, data.names[index]
+            for label, backbone in zip(labels, backbones, strict=True):
                 device = next(backbone.parameters(), torch.empty(0)).device
-                case = fidelity_case(image.to(device), backbone, views.scale, views.view, views.guidance)
-                self.cases[backbone.name].append(case)
+                encoder = CachedBackbone(backbone, cache, f"validation image {name}")
+                case = fidelity_case(image.to(device), encoder, views.scale, views.view, views.guidance)
+                self.cases[label].append(case)
         self.names = [data.names[index] for index in range(count)]
         self.bilinear = {name: _mean([_bilinear(case) for case in cases]) for name, cases in self.cases.items()}
 
     @torch.no_grad()
-    def measure(self, model: AnyUp) -> dict[str, float]:
+    def measure(self, model: AnyUp, run: Run, step: int) -> dict[str, float]:
         """`val/BACKBONE/cosine` and so on, means over images; `val/cosine` is the mean over backbones, and
-        `val/BACKBONE/gain` the cosine above bilinear upsampling's."""
+        `val/BACKBONE/gain` the cosine above bilinear upsampling's. A tracked run gets pictures of the worst images."""
         measured = {}
         for name, cases in self.cases.items():
-            means = _mean([fidelity(_upsample(model, case), case) for case in cases])
+            results = [fidelity(_upsample(model, case), case) for case in cases]
+            means = _mean(results)
             measured |= {f"val/{name}/{key}": value for key, value in means.items()}
             measured[f"val/{name}/gain"] = means["cosine"] - self.bilinear[name]["cosine"]
+            if run.run_id:
+                worst = min(range(len(cases)), key=lambda index: results[index]["cosine"])
+                self._show(
+                    model, run, f"validation/{name.replace('/', '_')}/{step:06d}", cases[worst], self.names[worst]
+                )
         measured["val/cosine"] = sum(measured[f"val/{name}/cosine"] for name in self.cases) / len(self.cases)
         return measured
 
-    @torch.no_grad()
-    def pictures(self, model: AnyUp, run: Run, step: int) -> None:
-        """For each backbone the image on which the model does worst: PCA of features, target and result, and error;
-        and what each filler shows of itself there."""
-        for name, cases in self.cases.items():
-            results = [_upsample(model, case) for case in cases]
-            cosines = [fidelity(result, case)["cosine"] for result, case in zip(results, cases, strict=True)]
-            worst = min(range(len(cases)), key=cosines.__getitem__)
-            case, result = cases[worst], results[worst]
-            colours = fit_colours([case.features, case.target])
-            error = (1 - F.cosine_similarity(result, case.target, dim=1)).clamp(0, 1)  # (1,H,W)
-            columns = {
-                self.names[worst][:24]: case.image,
-                "features": colours.paint(case.features),
-                "target": colours.paint(case.target),
-                f"upsampled {cosines[worst]:.3f}": colours.paint(result),
-                "1 - cosine": error.expand(3, -1, -1),
-            }
-            path = f"validation/{name.replace('/', '_')}/{step:06d}"
-            run.picture(panel(columns), f"{path}.png")
-            for hook, learnt in _learnt(model, case).items():
-                run.picture(panel(learnt), f"{path}_{hook}.png")
+    def _show(self, model: AnyUp, run: Run, path: str, case: FidelityCase, name: str) -> None:
+        """The image on which the model does worst, and what each filler shows of itself there."""
+        result = _upsample(model, case)
+        run.picture(comparison(case, result, name, f"upsampled {fidelity(result, case)['cosine']:.3f}"), f"{path}.png")
+        for hook, learnt in _learnt(model).items():
+            run.picture(panel(learnt), f"{path}_{hook}.png")
 
 
-def _learnt(model: AnyUp, case: FidelityCase) -> dict[str, dict[str, torch.Tensor]]:
-    """What each filler shows of itself on this image; the baseline's fillers have nothing to show."""
-    showing = [hook for hook in MODEL_HOOKS if getattr(model, hook).pictures()]
-    if showing:
-        _upsample(model, case)  # pictures are of the latest forward
-    return {hook: getattr(model, hook).pictures() for hook in showing}
+def _learnt(model: AnyUp) -> dict[str, dict[str, torch.Tensor]]:
+    """What each filler shows of itself in its latest forward; the baseline's fillers have nothing to show."""
+    shown = {hook: getattr(model, hook).pictures() for hook in MODEL_HOOKS}
+    return {hook: pictures for hook, pictures in shown.items() if pictures}
 
 
 def _upsample(model: AnyUp, case: FidelityCase) -> torch.Tensor:

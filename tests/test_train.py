@@ -249,7 +249,7 @@ def test_training_lowers_the_loss_and_keeps_the_best(config):
         "views.crops=0", "data.last=2", "val_data.last=2",
     )  # fmt: skip
     training = Training(made)
-    losses = [training._step(training.views[step]) for step in range(40)]
+    losses = [training.step(training.views[step]) for step in range(40)]
     means = [sum(sum(loss.values()) for loss in part) / 5 for part in (losses[:5], losses[-5:])]
     assert means[1] < 0.95 * means[0]
     trained = train(made)
@@ -343,7 +343,7 @@ def test_features_that_are_not_finite_are_named(config, monkeypatch):
         training.backbones[0], "features", lambda image, layer: torch.full((len(image), 87, 4, 4), math.nan)
     )
     with pytest.raises(NotFinite, match="backbone hog8 gives NaN or infinite features for "):
-        training._step(training.views[0])
+        training.step(training.views[0])
 
 
 def test_bfloat16(config):

@@ -2,6 +2,8 @@
 
 import hashlib
 import logging
+from functools import lru_cache
+from pathlib import Path
 
 from experiments.data import DataError, DataSet, Sample, register_data
 from experiments.images import UnreadableImage, collect, read
@@ -39,14 +41,14 @@ class ImageFolder(DataSet):
         kept, damaged, small = [], [], []
         for file in self.files:
             try:
-                side = min(read(file.path).shape[-2:])
+                side, content = _examined(file.path, *_stamp(file.path))
             except UnreadableImage as error:
                 damaged.append(str(error))
                 continue
             if side < min_size:
                 small.append(f"{file.path} (shorter side {side})")
                 continue
-            digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.path.read_bytes()).digest())
+            digest.update(file.name.encode() + b"\0" + content)
             kept.append(file)
         if damaged and not skip_damaged:
             raise DataError(
@@ -73,3 +75,17 @@ class ImageFolder(DataSet):
             return Sample(self.names[index], read(self.files[index].path)[0])
         except UnreadableImage as error:
             raise DataError(str(error)) from error
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """What changes when a file does."""
+    if not path.exists():
+        return 0, 0
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+@lru_cache(1 << 20)
+def _examined(path: Path, *_stamp: int) -> tuple[int, bytes]:
+    """(shorter side in pixels, digest) of an image that can be decoded; once a process for each file as it stands."""
+    return min(read(path).shape[-2:]), hashlib.sha256(path.read_bytes()).digest()
