@@ -16,6 +16,7 @@ from core.hooks import Attention, Decoder, Refiner, Temporal, Unifier
 from core.memory import keep_temporaries
 from core.norm_act_conv import Buffers, autocast_dtype
 from core.passthrough import NoDecoder, NoRefiner, NoTemporal
+from core.points import pixel_centres
 from core.registry import describe
 from core.rotary import Rotary
 from core.streams import named_stream
@@ -126,12 +127,7 @@ class AnyUp(nn.Module, ModelHubMixin):
             ValueError: as `forward`; or the refiner or temporal filler needs to see the whole output.
         """
         output_size = validation.check_inputs(self, image, features, output_size)
-        for hook in ("refiner", "temporal"):
-            if getattr(self, hook).needs_whole_output:
-                raise ValueError(
-                    f"{hook}={type(getattr(self, hook)).__name__} needs the whole output, so it cannot be streamed "
-                    f"or written to out=; call the model without out=, or use {hook}=none"
-                )
+        validation.check_no_whole_output(self, "be streamed or written to out=; call the model without out=")
         return self._stream(image, features, output_size)
 
     def _stream(self, image, features, output_size):
@@ -144,6 +140,45 @@ class AnyUp(nn.Module, ModelHubMixin):
             band = self._checked("refiner", self.refiner(band, image, features), features, size)
             band, _ = validation.check_pair(self.temporal, self.temporal(band, image, None))
             yield rows, self._checked("temporal", band, features, size)
+
+    def query(
+        self, image: Tensor, features: Tensor, coords: Tensor, output_size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Upsampled features at arbitrary points: of a rotated crop, say, or at a zoom that is no whole number.
+
+        Queries are encoded, pooled and convolved on the grid of `output_size`, then interpolated bilinearly at the
+        points; windows lie around the points themselves, and the decoder sees their exact coordinates. So at that
+        grid's pixel centres, (i + 0.5)/n along each axis, the answer is `forward`'s.
+
+        Args:
+            image, features, output_size: as for `forward`.
+            coords: (N,2), or (B,N,2) where each image has its own: (row, column) in the unit square of the image.
+
+        Returns:
+            (B,C,N).
+
+        Raises:
+            ValueError: as `forward`; points outside the image; or the refiner or temporal filler needs to see the
+                whole output.
+        """
+        output_size = validation.check_inputs(self, image, features, output_size)
+        coords = validation.check_coords(coords, features)
+        validation.check_no_whole_output(self, "answer single points; call the model on a grid")
+        guidance, query, key = self._guide(image, features, output_size, Buffers())
+        if coords.dim() == 2:
+            return self._at(image, features, guidance, query, key, coords)
+        alone = [None] * len(features) if guidance is None else guidance.split(1)
+        split = image.split(1), features.split(1), alone, query.split(1), key.split(1), coords
+        return torch.cat([self._at(*of_one_image) for of_one_image in zip(*split, strict=True)])
+
+    def _at(self, image, features, guidance, query, key, coords):
+        points = (len(coords),)
+        output = self._checked("attention", self.attention.at(query, key, features, coords), features, points)
+        output, size = output[:, :, None], (1, *points)  # one row of pixels
+        output = self._checked("decoder", self.decoder(output, features, guidance, coords[None]), features, size)
+        output = self._checked("refiner", self.refiner(output, image, features), features, size)
+        output, _ = validation.check_pair(self.temporal, self.temporal(output, image, None))
+        return self._checked("temporal", output, features, size)[:, :, 0]  # (B,C,N)
 
     def _output_memory(self, features, output_size):
         """Memory for attention's output, which the encoders may use before; None where that cannot be."""
@@ -259,12 +294,6 @@ class AnyUp(nn.Module, ModelHubMixin):
                 local_files_only=local_files_only,
             )
         return checkpoint.load(path)
-
-
-def pixel_centres(size: tuple[int, int], like: Tensor) -> Tensor:
-    """(Qh,Qw,2): (row, column) of each output pixel's centre in the unit square."""
-    axes = [(torch.arange(n, device=like.device, dtype=torch.float32) + 0.5) / n for n in size]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).to(like.dtype)
 
 
 def _encoder(in_channels: int, embed_dim: int, kernel_size: int = 1) -> Encoder:

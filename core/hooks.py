@@ -35,6 +35,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from core.points import sample_rows
+
 
 class Filler(nn.Module, ABC):
     """Base of all hook points. Subclass one of the classes below, never this one."""
@@ -92,6 +94,17 @@ class Attention(Filler):
         An attention that can work in bounded memory overrides this; by default there is one band.
         """
         yield slice(0, query.shape[-2]), self(query, key, value)
+
+    def at(self, query: Tensor, key: Tensor, value: Tensor, coords: Tensor) -> Tensor:
+        """(N,2) points in the unit square of the image, (row, column), the same for all images -> (B,C,N).
+
+        For `AnyUp.query`. At the centres of the query grid's pixels it must be what `forward` gives there. By default
+        the output of that grid is interpolated bilinearly; an attention that can look from a point itself overrides
+        this.
+        """
+        height = query.shape[-2]
+        shares = (sample_rows(band, rows, height, coords) for rows, band in self.bands(query, key, value))
+        return sum(shares).transpose(1, 2)  # (B,C,N)
 
 
 class Decoder(Filler):

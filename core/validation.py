@@ -51,6 +51,45 @@ def check_size(output_size: tuple[int, int]) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def check_coords(coords: Tensor, features: Tensor) -> Tensor:
+    """Points of the image as float32 (float64 if they are): (N,2), or (B,N,2) with the batch of the features.
+
+    Raises:
+        TypeError, ValueError: no such points; the message says what is wrong with them.
+    """
+    if not isinstance(coords, Tensor):
+        raise TypeError(f"coords must be a torch tensor, got {type(coords).__name__}")
+    if coords.dim() not in (2, 3) or coords.shape[-1] != 2:
+        raise ValueError(f"coords must be (points, 2) or (batch, points, 2) of (row, column), got {_shape(coords)}")
+    if coords.dim() == 3 and len(coords) != len(features):
+        raise ValueError(f"coords of {len(coords)} images, but features of {len(features)}: {_shape(coords)}")
+    if 0 in coords.shape:
+        raise ValueError(f"coords is empty: {_shape(coords)}")
+    if coords.device != features.device:
+        raise ValueError(f"coords is on {coords.device} but features is on {features.device}; move one of them")
+    if not coords.is_floating_point():
+        raise ValueError(
+            f"coords must be floating point in the unit square, got {coords.dtype}; "
+            "the centre of pixel (i, j) is ((i + 0.5) / height, (j + 0.5) / width)"
+        )
+    outside = ~((coords >= 0) & (coords <= 1)).all(-1)
+    if outside.any():
+        first = [round(value, 4) for value in coords[outside][0].tolist()]
+        raise ValueError(
+            f"coords must lie in the image, from 0 to 1 along each axis: {int(outside.sum())} of {outside.numel()} "
+            f"points do not, the first is (row, column) = {tuple(first)}; divide pixel positions by height and width"
+        )
+    return coords.to(torch.promote_types(coords.dtype, torch.float32))
+
+
+def check_no_whole_output(model: nn.Module, way: str) -> None:
+    """Refuses fillers that must see all of the output, where it is made in parts; `way` says which, and the way out."""
+    for hook in ("refiner", "temporal"):
+        if getattr(model, hook).needs_whole_output:
+            name = type(getattr(model, hook)).__name__
+            raise ValueError(f"{hook}={name} needs the whole output, so it cannot {way}, or use {hook}=none")
+
+
 def check_out(out: Tensor, shape: tuple[int, ...]) -> None:
     """Refuses an `out` tensor that the output does not fit."""
     if not isinstance(out, Tensor):

@@ -1,0 +1,121 @@
+"""Points anywhere in the image: what a grid holds there, and attention for them, one window around each.
+
+Coordinates are (row, column) in the unit square of the image, as `pixel_centres` gives them for a grid: pixel i of n
+lies at (i + 0.5)/n.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+MAX_GATHERED = {"cpu": 2**20, "cuda": 2**26}  # values of gathered keys and features held at once
+
+
+def pixel_centres(size: tuple[int, int], like: Tensor) -> Tensor:
+    """(Qh,Qw,2): (row, column) of each output pixel's centre in the unit square; float32 where `like` has less."""
+    axes = [(torch.arange(n, device=like.device, dtype=torch.float32) + 0.5) / n for n in size]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).to(torch.promote_types(like.dtype, torch.float32))
+
+
+def nearest_cells(coords: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The four cells of an (h,w) grid whose centres surround each point, in order (0,0), (0,1), (1,0), (1,1).
+
+    Args:
+        coords: (N,2).
+
+    Returns:
+        (N,4) cells, numbered row by row; (N,4) area weights, each the area of the rectangle between the point and
+        the diagonally opposite centre, which sum to 1 (LIIF, section 3); (N,4,2) from each centre to the point, in
+        cells. Beyond the outermost centres the border's cells stand in for those that are not there.
+    """
+    extent = coords.new_tensor(size)
+    position = coords * extent - 0.5  # (N,2)
+    first = position.floor()
+    corners = coords.new_tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
+    weights = (1 - corners - (position - first)[:, None]).abs().prod(-1)  # (N,4)
+    centres = (first[:, None] + corners).clamp(min=0).minimum(extent - 1)  # (N,4,2)
+    rows, columns = centres.long().unbind(-1)
+    return rows * size[1] + columns, weights, position[:, None] - centres
+
+
+def sample(grid: Tensor, coords: Tensor) -> Tensor:
+    """(B,D,h,w) grid, (N,2) coords -> (B,N,D) by bilinear interpolation between cell centres; constant beyond them."""
+    cells, weights, _ = nearest_cells(coords, tuple(grid.shape[-2:]))
+    return _weighted(grid, cells, weights)
+
+
+def sample_rows(band: Tensor, rows: slice, height: int, coords: Tensor) -> Tensor:
+    """The share of `sample` that those rows of a grid of `height` rows have in it: over all bands it sums to it."""
+    width = band.shape[-1]
+    cells, weights, _ = nearest_cells(coords, (height, width))
+    within = (cells >= rows.start * width) & (cells < rows.stop * width)
+    return _weighted(band, (cells - rows.start * width).clamp(0, band.shape[-2] * width - 1), weights * within)
+
+
+def _weighted(grid: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
+    pixels = grid.permute(0, 2, 3, 1).flatten(1, 2)  # (B,h·w,D)
+    total = 0
+    for some, weight in zip(cells.unbind(1), weights.unbind(1), strict=True):
+        total = total + pixels.index_select(1, some) * weight[:, None]  # (B,N,D)
+    return total.to(grid.dtype)
+
+
+def visible_keys(centre: Tensor, num_keys: int, window_ratio: float) -> tuple[Tensor, Tensor]:
+    """Along one axis, the keys around each of N points: (N,K) keys, and (N,K) bool: which of them the point sees.
+
+    The same window as a pixel's with its centre there (`core.windows.window_bounds`), K being that of the widest.
+
+    Raises:
+        ValueError: the window is so narrow that a point sees nothing.
+    """
+    if window_ratio <= 0:
+        keys = torch.arange(num_keys, device=centre.device).expand(len(centre), -1)
+        return keys, torch.ones_like(keys, dtype=torch.bool)
+    centre, ratio, scale = centre.float(), torch.tensor(window_ratio), float(num_keys)
+    ratio = ratio.to(centre)
+    first = ((centre - ratio).clamp(0, 1) * scale).floor().long()
+    last = ((centre + ratio).clamp(0, 1) * scale).ceil().long()
+    if (last <= first).any():
+        raise ValueError(
+            f"window_ratio={window_ratio} leaves a point without a key; use a wider one, or 0 for no window"
+        )
+    width = int((last - first).max())
+    keys = first.clamp(max=num_keys - width)[:, None] + torch.arange(width, device=centre.device)  # (N,K)
+    return keys, (keys >= first[:, None]) & (keys < last[:, None])
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, coords: Tensor, window_ratio: float, num_heads: int) -> Tensor:
+    """(B,N,D) projected queries, (B,h,w,D) projected and scaled keys, (B,h,w,C) values, (N,2) -> (B,C,N).
+
+    In blocks of points: for each its window's keys and values are gathered, unless it sees them all.
+    """
+    rows, rows_visible = visible_keys(coords[:, 0], key.shape[1], window_ratio)
+    columns, columns_visible = visible_keys(coords[:, 1], key.shape[2], window_ratio)
+    width = key.shape[2]
+    cells = (rows[:, :, None] * width + columns[:, None]).flatten(1)  # (N,K)
+    visible = (rows_visible[:, :, None] & columns_visible[:, None]).flatten(1)  # (N,K)
+    key, value = key.flatten(1, 2), value.flatten(1, 2)  # (B,h·w,·)
+    whole = cells.shape[1] == key.shape[1]
+    held = len(key) * cells.shape[1] * (num_heads if whole else key.shape[-1] + value.shape[-1])
+    at_once = max(1, MAX_GATHERED.get(query.device.type, 2**20) // held)
+    block = partial(_attend, num_heads=num_heads, whole=whole)
+    if torch.is_grad_enabled() and at_once < len(coords):
+        block = partial(checkpoint, block, use_reentrant=False)
+    split = query.split(at_once, 1), cells.split(at_once), visible.split(at_once)
+    parts = [block(some, key, value, *where) for some, *where in zip(*split, strict=True)]
+    return torch.cat(parts, 1).transpose(1, 2)  # (B,C,N)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, cells: Tensor, visible: Tensor, num_heads: int, whole: bool):
+    """(B,n,D), (B,h·w,D), (B,h·w,C), (n,K), (n,K) -> (B,n,C)."""
+    query = query.unflatten(-1, (num_heads, -1))  # (B,n,heads,D/heads)
+    if whole:
+        logits = torch.einsum("bnhd,bkhd->bnhk", query, key.unflatten(-1, (num_heads, -1)))
+    else:
+        key, value = (grid.index_select(1, cells.flatten()).unflatten(1, cells.shape) for grid in (key, value))
+        logits = torch.einsum("bnhd,bnkhd->bnhk", query, key.unflatten(-1, (num_heads, -1)))  # (B,n,heads,K)
+    logits = logits.masked_fill(~visible[:, None], -torch.inf)
+    weights = logits.softmax(-1).mean(2).to(value.dtype)  # (B,n,K)
+    return torch.einsum("bnk,bkc->bnc" if whole else "bnk,bnkc->bnc", weights, value)
