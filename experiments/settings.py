@@ -13,17 +13,19 @@ class SettingError(ValueError):
     """A setting that cannot work, found before anything is computed."""
 
 
-def output_grid(setting: int | Sequence[int] | None, image_size: tuple[int, int]) -> tuple[int, int]:
+def output_grid(
+    setting: int | Sequence[int] | None, image_size: tuple[int, int], name: str = "output_size"
+) -> tuple[int, int]:
     """(Qh,Qw) of one image: its own size for None, its shape with that longer side for a number, or as given.
 
     Raises:
-        SettingError: anything else than positive whole numbers.
+        SettingError: anything else than positive whole numbers; calls the setting `name`.
     """
     if setting is None:
         return image_size
     values = [setting] if isinstance(setting, int) else list(setting) if isinstance(setting, Sequence) else []
     if len(values) not in (1, 2) or not all(isinstance(value, int) and value > 0 for value in values):
-        raise SettingError(f"output_size must be null, a positive number, or [rows, columns], got {setting}")
+        raise SettingError(f"{name} must be null, a positive number, or [rows, columns], got {setting}")
     if len(values) == 2:
         return values[0], values[1]
     scale = values[0] / max(image_size)

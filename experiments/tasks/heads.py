@@ -1,0 +1,98 @@
+"""Heads of probes: what is trained on features. `linear`, or `dpt` as Probe3D has it (El Banani et al., CVPR 2024)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HEADS = ("linear", "dpt")
+DPT_LAYERS = 4
+
+
+class LinearHead(nn.Module):
+    """A 1x1 convolution with bias on one layer.
+
+    It commutes with bilinear interpolation, whose weights sum to 1: enlarging its output is enlarging its input.
+    """
+
+    pointwise = True
+
+    def __init__(self, channels: Sequence[int], outputs: int):
+        super().__init__()
+        (width,) = channels
+        self.conv = nn.Conv2d(width, outputs, 1)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """[(B,C,h,w)] -> (B,outputs,h,w)."""
+        return self.conv(features[0])
+
+
+class DPTHead(nn.Module):
+    """The dense prediction head of Probe3D (after DPT, Ranftl et al., ICCV 2021), on four layers.
+
+    Probe3D enlarges the features of the encoder inside of the head, 2 and 4 times by nearest neighbours and 2 times
+    at the end. Here features come upsampled to the resolution that is asked for, so the head leaves the grid alone.
+    """
+
+    pointwise = False
+
+    def __init__(self, channels: Sequence[int], outputs: int, hidden: int = 512, kernel_size: int = 3):
+        super().__init__()
+        self.project = nn.ModuleList(nn.Conv2d(width, hidden, 1) for width in channels)
+        self.skip = nn.ModuleList(_Residual(hidden, kernel_size) for _ in channels[:-1])
+        self.fuse = nn.ModuleList(_Residual(hidden, kernel_size) for _ in channels)
+        self.out = nn.Sequential(
+            nn.Conv2d(hidden, hidden, 3, padding=1), nn.ReLU(True), nn.Conv2d(hidden, outputs, 3, padding=1)
+        )
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """[(B,C,h,w)] of layers, first to last -> (B,outputs,h,w)."""
+        layers = [project(each) for project, each in zip(self.project, features, strict=True)]  # (B,hidden,h,w) each
+        fused = self.fuse[-1](layers[-1])
+        for i in reversed(range(len(layers) - 1)):
+            fused = self.fuse[i](self.skip[i](layers[i]) + fused)
+        return self.out(fused)  # (B,outputs,h,w)
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int, kernel_size: int):
+        super().__init__()
+        self.conv = nn.Sequential(
+            *(
+                layer
+                for _ in range(2)
+                for layer in (nn.Conv2d(width, width, kernel_size, padding=kernel_size // 2), nn.ReLU())
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + x
+
+
+def dpt_layers(num_layers: int) -> list[int]:
+    """The last layer of each quarter of the encoder, as Probe3D takes them: 2, 5, 8, 11 of 12."""
+    return [round((i + 1) * num_layers / DPT_LAYERS) - 1 for i in range(DPT_LAYERS)]
+
+
+def enlarged(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B,K,h,w) -> (B,K,*size), bilinear; the same tensor where it is that already."""
+    if tuple(values.shape[-2:]) == tuple(size):
+        return values
+    return F.interpolate(values, size, mode="bilinear")
+
+
+def at_positions(values: Tensor, positions: Tensor, size: tuple[int, int]) -> Tensor:
+    """What `enlarged(values, size)` is at some of its positions, without computing the others.
+
+    Args:
+        values: (1,K,h,w). positions: (P,2) integer (row, column) on the grid of `size`.
+
+    Returns:
+        (K,P).
+    """
+    if tuple(values.shape[-2:]) == tuple(size):
+        return values[0, :, positions[:, 0], positions[:, 1]]
+    rows, columns = ((positions[:, i] + 0.5) * 2 / size[i] - 1 for i in range(2))  # -1 to 1 over the whole grid
+    grid = torch.stack([columns, rows], -1).to(values.dtype)[None, None]  # (1,1,P,2)
+    return F.grid_sample(values, grid, mode="bilinear", padding_mode="border", align_corners=False)[0, :, 0]  # (K,P)
