@@ -24,9 +24,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import core
 from core.backbones import Backbone, backbone_from_config
 from core.registry import discover
-from experiments.atomic import CannotWrite
+from experiments.atomic import CannotWrite, replacing
 from experiments.data import DataError, Sample, open_data
-from experiments.fidelity_report import BASELINE, Result, header, metrics, plot, rich_table, summarise, write
+from experiments.fidelity_pictures import WorstImages
+from experiments.fidelity_report import BASELINE, Result, header, metrics, rich_table, summarise, write
 from experiments.images import NoImages
 from experiments.metrics import FidelityCase, FidelityError, fidelity, fidelity_case
 from experiments.peers import make_peer, peers
@@ -72,21 +73,27 @@ def measure_fidelity(config: DictConfig) -> Report:
     data = open_data(config.data)
     with track(config, device) as run, logging_redirect_tqdm():
         run.data("images", data.fingerprint)
-        rows = []
+        rows, worst = [], WorstImages()
         for index in tqdm(range(len(data)), desc="fidelity", unit="image", disable=None):
-            rows += rows_of(data[index], arms, backbone, config, device)
+            rows += rows_of(data[index], arms, backbone, config, device, worst)
         images = pd.DataFrame(rows)
         results = summarise(images, config.confidence, config.num_resamples, config.seed)
         files = write(results, images, Path(config.out_dir), config.name, header(config, data, images, device))
+        files.append(_write_worst(worst, Path(config.out_dir) / f"{config.name}_worst.png"))
         _record(run, results, files)
     return Report(images, results, files)
 
 
 @torch.inference_mode()
 def rows_of(
-    sample: Sample, arms: Mapping[str, Arm], backbone: Backbone, config: DictConfig, device: torch.device
+    sample: Sample,
+    arms: Mapping[str, Arm],
+    backbone: Backbone,
+    config: DictConfig,
+    device: torch.device,
+    worst: WorstImages | None = None,
 ) -> list[dict[str, object]]:
-    """One row per scale and arm of an image.
+    """One row per scale and arm of an image; `worst` keeps pictures of all arms but the ceilings.
 
     Raises:
         FidelityError: names image, scale and arm. SettingError: the backbone refuses views of this size.
@@ -103,9 +110,12 @@ def rows_of(
         enlarged = min(sample.image.shape[-2:]) < scale * config.view
         for name, arm in arms.items():
             try:
-                measured = fidelity(arm(case), case)
+                upsampled = arm(case)  # (1,C,s·h,s·w)
+                measured = fidelity(upsampled, case)
             except FidelityError as error:
                 raise FidelityError(f"{where}, arm {name}: {error}") from error
+            if worst is not None and name not in CEILINGS:
+                worst.offer(scale, name, sample.name, measured, case, upsampled)
             rows.append({"image": sample.name, "scale": scale, "arm": name, "enlarged": enlarged} | measured)
     return rows
 
@@ -187,11 +197,16 @@ def _ceiling(name: str, backbone: Backbone) -> Arm:
     return lambda case: CEILINGS[name](case, backbone)
 
 
+def _write_worst(worst: WorstImages, path: Path) -> Path:
+    with replacing(path) as part:
+        worst.sheet().save(part, format="png", optimize=True)
+    return path
+
+
 def _record(run: Run, results: list[Result], files: list[Path]) -> None:
     run.metrics(metrics(results))
-    run.figure(plot(results), "plots/fidelity.png")
     for file in files:
-        run.file(file, f"tables/{file.name}")
+        run.file(file, f"{'pictures' if file.suffix == '.png' else 'tables'}/{file.name}")
 
 
 discover()  # Hydra needs all choices before it composes

@@ -36,7 +36,7 @@ NOTES = """\
   encoder is not clearly above bilinear.
 - Ceilings: encoder, run on the whole image at the higher resolution; oracle_cosine and oracle_error, the best convex
   combination of the 5 x 5 cells around each position, target known (for one measure each).
-- Values per image: the .parquet file of the same name."""
+- Values per image: the .parquet file of the same name; each arm's image of lowest cosine: the _worst.png file."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,10 @@ def write(results: Sequence[Result], images: pd.DataFrame, out_dir: Path, name: 
     for scale in _scales(results):
         lines = [["arm", *_COLUMNS.values(), "gap closed", "gap closed at edges"]]
         lines += [["---", *["---:"] * (len(lines[0]) - 1)], *cells(results, scale)]
-        parts += [f"## {scale}x", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+        known = images[images.scale == scale].drop_duplicates("image")
+        enlarged = int(known["enlarged"].sum())
+        note = f", {enlarged} of {len(known)} images enlarged to {scale} views: no more detail" if enlarged else ""
+        parts += [f"## {scale}x{note}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
     with replacing(paths[0]) as part:
         part.write_text("\n\n".join([*parts, NOTES]) + "\n", encoding="utf-8")
     with replacing(paths[1]) as part:

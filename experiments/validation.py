@@ -87,5 +87,5 @@ def _bilinear(case: FidelityCase) -> dict[str, float]:
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
     """Means over the images that have the value: one without edges has no edge error."""
-    keys = {key for row in rows for key in row}
+    keys = dict.fromkeys(key for row in rows for key in row)  # in order: curves are compared bit for bit
     return {key: sum(row[key] for row in rows if key in row) / sum(key in row for row in rows) for key in keys}

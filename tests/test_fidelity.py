@@ -18,6 +18,7 @@ import core
 from experiments import fidelity as command
 from experiments.data import DataError, open_data
 from experiments.fidelity import measure_fidelity
+from experiments.fidelity_pictures import WorstImages, comparison
 from experiments.fidelity_report import cells, metrics, plot, rich_table, summarise
 from experiments.images import NoImages
 from experiments.metrics import FidelityError, fidelity, fidelity_case
@@ -81,13 +82,13 @@ def test_every_arm_is_measured_on_every_image(weights):
 
 def test_what_is_written_says_how_it_came_about(weights):
     report = measure_fidelity(config("data.path=[photos]", "name=mine", "out_dir=here", "seed=3"))
-    names = ["mine.csv", "mine.md", "mine.png", "mine_images.parquet"]
+    names = ["mine.csv", "mine.md", "mine.png", "mine_images.parquet", "mine_worst.png"]
     assert sorted(path.name for path in Path("here").iterdir()) == names
     assert sorted(path.name for path in report.files) == names
     text = Path("here/mine.md").read_text()
     fingerprint = open_data(config("data.path=[photos]").data).fingerprint
     for part in ("Feature fidelity: hog8", f"3 images, data=images, fingerprint {fingerprint[:12]}", "seed 3",
-                 "show no more detail: 1 at 2x", "from Python", "## 2x"):  # fmt: skip
+                 "show no more detail: 1 at 2x", "from Python", "## 2x, 1 of 3 images enlarged"):  # fmt: skip
         assert part in text
     table = pd.read_csv("here/mine.csv")
     means = report.images.groupby("arm")["cosine"].mean()
@@ -99,6 +100,46 @@ def test_what_is_written_says_how_it_came_about(weights):
     assert f"| bilinear | {means['bilinear']:.4f} |" in text
     with Image.open("here/mine.png") as picture:
         assert picture.size[0] > 500
+    with Image.open("here/mine_worst.png") as picture:
+        one_row = comparison_of(report).size
+        assert picture.size == (one_row[0], one_row[1] * len(peers()))
+
+
+def comparison_of(report):
+    backbone = core.load_backbone("hog8")
+    case = fidelity_case(open_data({"name": "images", "path": ["photos"]})[0].image, backbone, 2, 32)
+    return comparison(case, case.target, "a", "b")
+
+
+def test_the_error_map_shows_where_the_result_is_wrong():
+    backbone = core.load_backbone("hog8")
+    case = fidelity_case(open_data({"name": "images", "path": ["photos"]})[0].image, backbone, 2, 32)
+    result = case.target.clone()
+    result[..., :4, :4] *= -1  # the upper left quarter points the other way
+    row = np.asarray(comparison(case, result, "image", "result"))
+    column = row[36:260, -234:-10]  # the last of five, 224 pixels square
+    assert column.shape == (224, 224, 3)
+    assert (column[:112, :112] == 255).all()
+    assert (column[112:] == 0).all()
+    assert (column[:112, 112:] == 0).all()
+
+
+def test_each_arm_keeps_its_own_worst_image(weights):
+    backbone = core.load_backbone("hog8")
+    data = open_data({"name": "images", "path": ["photos"]})
+    cases = {name: fidelity_case(data[i].image, backbone, 2, 32) for i, name in enumerate(data.names)}
+    worst = WorstImages()
+    with pytest.raises(ValueError, match="no results"):
+        worst.sheet()
+    for arm, bad in (("one", "b"), ("two", "a")):
+        for name, case in cases.items():
+            result = -case.target if name == bad else case.target
+            worst.offer(2, arm, name, fidelity(result, case), case, result)
+    assert worst.images == {(2, "one"): "b", (2, "two"): "a"}
+    for arm, (name, row) in {"one": ("b", 0), "two": ("a", 1)}.items():
+        expected = np.asarray(comparison(cases[name], -cases[name].target, name, f"2x {arm} -1.000"))
+        found = np.asarray(worst.sheet())[row * len(expected) : (row + 1) * len(expected)]
+        assert (found == expected).all()
 
 
 def test_features_are_computed_once_and_shared(weights, monkeypatch):
@@ -263,7 +304,7 @@ def test_the_command_line_is_told_in_the_table_and_the_run_is_recorded(weights):
     logged = dict(store.execute("select key, value from metrics").fetchall())
     assert logged["2x/mine/cosine"] > 0
     kept = {path.name for path in Path("mlruns").rglob("*") if path.is_file()}
-    assert kept >= {"fidelity_hog8.md", "fidelity_hog8_images.parquet", "fidelity.png"}
+    assert kept >= {"fidelity_hog8.md", "fidelity_hog8_images.parquet", "fidelity_hog8.png", "fidelity_hog8_worst.png"}
     refused = subprocess.run(
         [*command_line, "scales=[1]"], capture_output=True, text=True, env=environment, timeout=300
     )

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -16,19 +17,21 @@ import pytest
 import torch
 from accelerate import Accelerator
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import core
 from core.registry import discover
+from experiments.curves import CURVES_NAME
 from experiments.data import DataError, open_data
 from experiments.feature_cache import FeatureCache, NotFinite
 from experiments.images import NoImages, centre_square
 from experiments.optimisation import Optimiser, OptimiserSettings
 from experiments.settings import SettingError
 from experiments.train import NonFiniteLoss, Training, train
-from experiments.training_state import STATE_NAME, ChangedConfig, load_state
+from experiments.training_state import STATE_NAME, ChangedConfig, read_state
 from experiments.views import Views, ViewSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -332,7 +335,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch_saved(config, monkeypatc
     (saved,) = Path(made.out_dir).glob("non_finite_step_2.safetensors")
     assert saved.name in str(raised.value)
     assert load_file(saved)["target"].shape == (4, *load_file(saved)["features"].shape[1:])
-    assert load_state(Path(made.out_dir) / STATE_NAME, Training(made)._identity())[0].step == 2
+    assert read_state(Path(made.out_dir) / STATE_NAME)[0].step == 2
     monkeypatch.undo()
     assert train(made).state.step == 6
 
@@ -446,84 +449,112 @@ def test_a_full_disk_ends_caching_and_nothing_else(encoder, tmp_path, caplog, mo
 
 # Processes
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+TRAIN = """
+import sys
+from omegaconf import OmegaConf
+from experiments.train import train
+if __name__ == "__main__":
+    train(OmegaConf.load(sys.argv[1]))
+"""
+FORKS = """
+import os, sys
+import torch
+from omegaconf import OmegaConf
+from experiments.train import train
+torch.set_num_threads(1)
+for line in sys.stdin:  # a training in a new process for each line; everything is imported already
+    child = os.fork()
+    if not child:
+        train(OmegaConf.load(line.strip()))
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
-def command(config: DictConfig) -> tuple[list[str], dict[str, str]]:
-    from omegaconf import OmegaConf
 
-    overrides = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
-    path = Path(config.out_dir).parent / f"{Path(config.out_dir).name}.json"
-    path.write_text(json.dumps(overrides))
-    code = (
-        "import json, sys; from omegaconf import OmegaConf; from experiments.train import train;"
-        "train(OmegaConf.create(json.load(open(sys.argv[1]))))"
-    )
-    script = path.with_suffix(".py")
-    script.write_text(
-        f"if __name__ == '__main__':\n    {code.replace('; ', chr(10) + '    ').replace(';', chr(10) + '    ')}\n"
-    )
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    return [sys.executable, str(script), str(path)], env
+def written(config: DictConfig) -> Path:
+    path = Path(config.out_dir).with_suffix(".yaml")
+    path.write_text(OmegaConf.to_yaml(config, resolve=True))
+    return path
 
 
 def test_two_processes_train_as_one(config, tmp_path):
-    """Real processes, gloo: the same losses and weights as one process with the whole batch, to rounding."""
+    """`accelerate launch`, gloo: the same losses and weights as one process with the whole batch, to rounding."""
     more = ["steps=3", "views.crops=2", "optimiser.ema=0.5"]
-    alone = config(*more, f"out_dir={tmp_path / 'one'}")
-    expected = train(alone)
+    expected = train(config(*more, f"out_dir={tmp_path / 'one'}"))
     shared = config(*more, f"out_dir={tmp_path / 'two'}")
-    arguments, env = command(shared)
+    (tmp_path / "script.py").write_text(TRAIN)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # what `accelerate launch` sets
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(arguments, env=env | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in "01"
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes=2",
+        f"--main_process_port={port}",
     ]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
-    together = json.loads(metadata_of(tmp_path / "two" / STATE_NAME)["state"])
-    assert together["losses"] == pytest.approx(expected.state.losses, rel=1e-5)
+    done = subprocess.run(
+        [*launch, f"--main_process_port={port}", str(tmp_path / "script.py"), str(written(shared))],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    state, settings, _ = read_state(tmp_path / "two" / STATE_NAME)
+    assert settings["processes"] == 2
+    assert state.losses == pytest.approx(expected.state.losses, rel=1e-5)
     ours, theirs = load_file(expected.checkpoint), load_file(tmp_path / "two" / "last.safetensors")
     for name in ours:
         torch.testing.assert_close(theirs[name], ours[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def metadata_of(path: Path) -> dict[str, str]:
-    from core.weight_files import read_weights
-
-    return read_weights(path)[1]
-
-
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_at_any_moment_change_nothing(config, tmp_path, kills):
-    """-9 at random moments, then started again: the same weights bit for bit, and no broken file on the way."""
-    more = ["steps=40", "checkpoint_every=1", "optimiser.ema=0.9", "views.crop_pool=3"]
-    undisturbed = config(*more, f"out_dir={tmp_path / 'a'}")
-    expected = train(undisturbed)
-    disturbed = config(*more, f"out_dir={tmp_path / 'b'}", f"cache.folder={tmp_path / 'cache'}")
-    cached = config(*more, f"out_dir={tmp_path / 'c'}", f"cache.folder={tmp_path / 'cache_c'}")
-    expected = train(cached)  # the cache rounds: compare with a training that has one too
-    arguments, env = command(disturbed)
-    state = tmp_path / "b" / STATE_NAME
-    draw = random.Random(1)
-    for kill in range(kills):
-        process = subprocess.Popen(arguments, env=env, stderr=subprocess.PIPE, text=True)
-        before = step_of(state)
-        deadline = time.monotonic() + 120
-        while step_of(state) < before + 1 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.15))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert step_of(state) >= before, f"kill {kill}"
-    done = subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    same(state_of(cached), state_of(disturbed))
-    same(load_file(expected.checkpoint), load_file(tmp_path / "b" / "last.safetensors"))
+    """-9 at random moments, then started again: the same files bit for bit, nothing half-written, one finished run."""
+    tracked = ["tracking.enabled=true", "tracking.system_metrics_s=null"] if kills > 2 else []
+    more = [f"steps={3 * kills + 10}", "checkpoint_every=1", "optimiser.ema=0.9", "views.crop_pool=3",
+            "validate_every=8", "val_images=2"]  # fmt: skip
+    expected = train(config(*more, f"out_dir={tmp_path / 'a'}", f"cache.folder={tmp_path / 'cache_a'}"))
+    disturbed = config(*more, *tracked, f"out_dir={tmp_path / 'b'}", f"cache.folder={tmp_path / 'cache'}")
+    state, draw = tmp_path / "b" / STATE_NAME, random.Random(1)
+    path = written(disturbed)
+    errors = tmp_path / "errors"
+    with (
+        errors.open("w") as told,
+        subprocess.Popen([sys.executable, "-c", FORKS], env=ENVIRONMENT, cwd=tmp_path, text=True,
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=told) as server,
+    ):  # fmt: skip
+
+        def start() -> int:
+            print(path, file=server.stdin, flush=True)
+            return int(server.stdout.readline())
+
+        for kill in range(kills):
+            before, child = step_of(state), start()
+            while step_of(state) < before + 1 and Path(f"/proc/{child}").exists():
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 0.3))
+            os.kill(child, signal.SIGKILL)
+            assert int(server.stdout.readline()) == -9, (kill, errors.read_text()[-3000:])
+            assert step_of(state) > before, f"kill {kill}"
+        start()
+        assert int(server.stdout.readline()) == 0, errors.read_text()[-3000:]
+        server.stdin.close()
+    for name in ("last.safetensors", "best.safetensors"):
+        same(load_file(tmp_path / "a" / name), load_file(tmp_path / "b" / name))
+    same(state_of(config(f"out_dir={tmp_path / 'a'}")), state_of(disturbed))
+    assert expected.curves.read_bytes() == (tmp_path / "b" / CURVES_NAME).read_bytes()
+    assert not list(tmp_path.glob("b/.*.part"))
+    for entry in tmp_path.glob("cache/*/*.safetensors"):
+        load_file(entry)
+    if tracked:
+        runs = sqlite3.connect(tmp_path / "mlflow.db").execute("select run_uuid, status from runs").fetchall()
+        assert runs == [(read_state(state)[0].run_id, "FINISHED")]
 
 
 def step_of(path: Path) -> int:
-    return json.loads(metadata_of(path)["state"])["step"] if path.exists() else 0
+    if not path.exists():
+        return 0
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["state"])["step"]
