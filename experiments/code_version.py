@@ -1,0 +1,113 @@
+"""Which code a result depends on: a digest that comments, docstrings, reports and new ideas do not change."""
+
+import ast
+import hashlib
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+from core.registry import choices
+
+ROOT = Path(__file__).resolve().parent.parent
+_SOURCES = ("core/**/*.py", "experiments/**/*.py")
+_MEASURE_NOTHING = (
+    "ablate",
+    "arms",
+    "arm_cost",
+    "benchmark",
+    "benchmark_cases",
+    "benchmark_report",
+    "code_version",
+    "curves",
+    "distill",
+    "fidelity",
+    "fidelity_pictures",
+    "fidelity_report",
+    "lock",
+    "members",
+    "pictures",
+    "power",
+    "provenance",
+    "recording",
+    "report",
+    "report_figures",
+    "report_tables",
+    "run",
+    "simulation",
+    "spool",
+    "statistics",
+    "sweep_results",
+    "sync",
+    "tracking",
+    "uploader",
+    "upsample",
+    "verdicts",
+)
+"""Files of `experiments/` that neither train nor measure: they record, compare, draw, or are other commands."""
+_PACKAGES = ("torch", "torchvision", "timm", "torchmetrics")
+
+
+def code_version(fillers: Iterable[tuple[str, str]] = ()) -> str:
+    """Digest of the code that trains and measures, with the packages of the given fillers (hook point, name).
+
+    An extension counts only where one of its package's fillers is used, so that a new idea in `extensions/` invalidates
+    no result of others.
+    """
+    digest = hashlib.sha256(_own_code().encode())
+    folders = set()
+    for hook, name in fillers:
+        package = choices(hook)[name].__module__.partition(".")[0]
+        if package not in ("core", "experiments"):
+            folders.add(package)
+    for package in sorted(folders):
+        digest.update(_package(package).encode())
+    return digest.hexdigest()
+
+
+def meaning(source: str) -> str:
+    """What of a source file can change what it does: its syntax tree without docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [statement for statement in body if not _is_text(statement)]
+    return ast.dump(tree)
+
+
+@cache
+def _own_code() -> str:
+    files = {path for pattern in _SOURCES for path in ROOT.glob(pattern)}
+    measuring = [
+        path
+        for path in files
+        if path.parent != ROOT / "experiments" or path.stem not in (*_MEASURE_NOTHING, "__init__")
+    ]
+    known = [_digest_of(path) for path in sorted(measuring)]
+    known += [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((ROOT / "core/weights").glob("*"))]
+    return " ".join([*known, *(f"{name}={version(name)}" for name in _PACKAGES)])
+
+
+@cache
+def _package(name: str) -> str:
+    """Of all Python files of an installed package, or of the one file it is; nothing for what a notebook defines."""
+    import importlib.util
+
+    found = importlib.util.find_spec(name) if name != "__main__" else None
+    if found is None or found.origin is None:
+        return name
+    origin = Path(found.origin)
+    files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
+    return " ".join(map(_digest_of, files))
+
+
+def _digest_of(path: Path) -> str:
+    return f"{path.name}:{hashlib.sha256(meaning(path.read_text(encoding='utf-8')).encode()).hexdigest()}"
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )

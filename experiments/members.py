@@ -1,0 +1,226 @@
+"""One arm with one seed: its folder, what is done there (train, evaluate on each task), and what is already done.
+
+`OUT_DIR/members/ARM-SEED-KEY/`, KEY a digest of configuration, code and training data (`Arm.key`):
+
+    last.safetensors, state.safetensors   of the training, which goes on where it was left
+    trained.json                          the training is done
+    TASK-KEY.parquet                      scores, KEY of the task's configuration, code and data; whole or absent
+    runs.json                             sweep's run -> this member's run, and whether all is recorded there
+    failed.json                           why it failed the last time
+    lock                                  held by the process at work here
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from experiments.arms import Arm, composed, digest_of, fingerprint_of, standalone, strings
+from experiments.atomic import replacing
+from experiments.code_version import code_version
+from experiments.evaluate import Evaluation
+from experiments.scores import check
+from experiments.settings import SettingError, pick_device
+from experiments.sweep_results import Planned, Unit, means
+from experiments.tasks import tasks
+from experiments.tracking import Run, track
+from experiments.train import Training
+
+log = logging.getLogger(__name__)
+
+_FREE_KEYS = ("tracking", "out_dir", "device", "cache", "name", "confidence")
+_UNUSED_KEYS = ("checkpoints", "peers", "ceilings", "seeds")
+"""Settings of an evaluation that do not change its scores, and those that only its own command reads."""
+
+
+@dataclass
+class SweepTask:
+    """An evaluation that all arms go through; opened when the first of them needs it, and then shared by all."""
+
+    name: str
+    config: DictConfig
+
+    @property
+    def trains(self) -> bool:
+        """Whether it trains probes, with the seed: then arms that are the same for all seeds differ too."""
+        return tasks()[self.config.task.name].trains
+
+    @property
+    def ceilings(self) -> tuple[str, ...]:
+        """The ceilings that it can measure."""
+        return tasks()[self.config.task.name].ceilings
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        return Evaluation(self.config)
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of settings, code and data; known without opening it.
+
+        Raises:
+            DataError: its data cannot be opened.
+        """
+        settings = OmegaConf.to_container(self.config, resolve=True, enum_to_str=True)
+        settings = {key: value for key, value in settings.items() if key not in (*_FREE_KEYS, *_UNUSED_KEYS)}
+        used = ("data", "val_data") if self.trains else ("val_data",)
+        data = {key: fingerprint_of(self.config[key]) for key in used}
+        return digest_of({"settings": settings, "data": data, "code": code_version()})
+
+
+def read_tasks(config: DictConfig) -> list[SweepTask]:
+    """The tasks of a sweep, composed.
+
+    Raises:
+        SettingError: none, an unknown override, or two tasks that are the same.
+    """
+    if not config.tasks:
+        raise SettingError("there are no tasks: tasks={NAME: [OVERRIDES of experiments.evaluate], ...}")
+    found: list[SweepTask] = []
+    for name in config.tasks:
+        try:
+            overrides = [*strings(config, "evaluate"), *strings(config, "tasks", name), f"device={config.device}"]
+            task = SweepTask(name, composed("evaluate", overrides))
+        except SettingError as error:
+            raise SettingError(f"task {name}: {error}") from error
+        task.config.tracking = standalone(config.tracking)
+        for other in found:
+            if other.key == task.key:
+                raise SettingError(f"tasks {other.name} and {name} are the same evaluation: leave one out")
+        found.append(task)
+    return found
+
+
+class Member:
+    """An arm with a seed, and the tasks it is measured on."""
+
+    def __init__(self, arm: Arm, seed: int, tasks: list[SweepTask], out_dir: Path):
+        self.arm, self.seed, self.tasks, self.key = arm, seed, tasks, arm.key(seed)
+        self.folder = out_dir / "members" / f"{arm.name}-{seed}-{self.key[:12]}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.name}, seed {self.seed}"
+
+    @property
+    def planned(self) -> Planned:
+        return Planned(self.arm.name, self.arm.kind, self.seed, self.key, [task.name for task in self.tasks])
+
+    def units(self) -> list[Unit]:
+        """What has been measured so far."""
+        files = {task.name: self.scores_file(task) for task in self.tasks}
+        return [Unit.read(path, self.arm.name, self.seed, task) for task, path in files.items() if path.exists()]
+
+    def scores_file(self, task: SweepTask) -> Path:
+        return self.folder / f"{task.name}-{task.key[:12]}.parquet"
+
+    def is_done(self, parent: str) -> bool:
+        """Whether all is computed, and recorded below the sweep's run."""
+        done = all(self.scores_file(task).exists() for task in self.tasks)
+        return done and (not parent or self._runs().get(parent, {}).get("complete", False))
+
+    def failure(self, since: float = 0) -> str:
+        """Why it failed the last time, if that was after `since` (seconds since 1970); else empty."""
+        path = self.folder / "failed.json"
+        return _read(path).get("reason", "") if path.exists() and path.stat().st_mtime >= since else ""
+
+    def fail(self, reason: str) -> None:
+        """Notes that it failed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(self.folder / "failed.json", {"reason": reason})
+
+    def complete(self, sweep: DictConfig, parent: str) -> None:
+        """Does what is not done yet, and records it as a run below `parent`; the folder must be locked.
+
+        Raises:
+            Whatever training or evaluating this arm raises; its run is then FAILED, with the reason as a tag.
+        """
+        (self.folder / "failed.json").unlink(missing_ok=True)
+        config = self._config(sweep)
+        known = self._runs().get(parent, {}).get("run")
+        with track(config, pick_device(sweep.device), run_id=known or None, parent=parent or None) as run:
+            self._note_run(parent, run, complete=False)
+            for key, value in self._tags().items():
+                run.tag(key, value)
+            try:
+                checkpoint = self._train(config, run)
+                for task in self.tasks:
+                    self._evaluate(task, checkpoint, run)
+            except Exception as error:
+                run.tag("failure", reason_of(error))
+                raise
+        self._note_run(parent, run, complete=True)
+
+    def _train(self, config: DictConfig, run: Run) -> Path | None:
+        """Trains what is to be trained, from where it was left -> its weights."""
+        if self.arm.training is None:
+            return self.arm.checkpoint
+        checkpoint = self.folder / "last.safetensors"
+        if not (self.folder / "trained.json").exists():
+            trained = Training(config).run(run)
+            _write(self.folder / "trained.json", {"steps": trained.state.step, "seconds": trained.state.seconds})
+        else:
+            run.file(checkpoint)
+        run.data("train", fingerprint_of(config.data))
+        run.metrics({f"training/{key}": value for key, value in _read(self.folder / "trained.json").items()})
+        return checkpoint
+
+    def _evaluate(self, task: SweepTask, checkpoint: Path | None, run: Run) -> None:
+        path = self.scores_file(task)
+        if not path.exists():
+            model = self.arm.model(checkpoint)
+            if isinstance(model, nn.Module):
+                model = model.to(pick_device(task.config.device)).eval()
+            scores = check(task.evaluation.scores(model, arm=self.arm.name, seed=self.seed))
+            scores.attrs = {"fingerprint": task.evaluation.fingerprint, "member": self.key, "task": task.name}
+            with replacing(path) as part:
+                scores.to_parquet(part, index=False)
+        scores = pd.read_parquet(path)
+        run.data(task.name, scores.attrs["fingerprint"])
+        run.file(path, f"scores/{task.name}.parquet")
+        run.metrics(means(scores))
+
+    def _config(self, sweep: DictConfig) -> DictConfig:
+        """What is recorded of it: the training's configuration, or for another arm its name."""
+        if self.arm.training is not None:
+            config = self.arm.training.copy()
+            config.seed, config.out_dir, config.resume = self.seed, str(self.folder), "auto"
+        else:
+            config = OmegaConf.create({"checkpoint": str(self.arm.checkpoint or ""), "seed": self.seed})
+        OmegaConf.set_struct(config, False)
+        config.tracking = standalone(sweep.tracking)
+        config.tracking.run_name = f"{sweep.name}/{self.arm.name}/{self.seed}"
+        return config
+
+    def _tags(self) -> Mapping[str, str]:
+        return {"arm": self.arm.name, "arm.kind": self.arm.kind, "arm.seed": str(self.seed), "arm.key": self.key}
+
+    def _runs(self) -> dict[str, dict[str, object]]:
+        return _read(self.folder / "runs.json")
+
+    def _note_run(self, parent: str, run: Run, complete: bool) -> None:
+        _write(self.folder / "runs.json", self._runs() | {parent: {"run": run.run_id, "complete": complete}})
+
+
+def reason_of(error: Exception) -> str:
+    """One line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:500]
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+
+
+def _write(path: Path, values: Mapping[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        part.write_text(json.dumps(values), encoding="utf-8")

@@ -1,0 +1,107 @@
+"""Tables and pictures of a sweep, made again from MLflow alone: `python -m experiments.report run=ID`.
+
+A sweep's run keeps its plan (which arms, seeds and tasks, and of what), the runs below it the scores per image.
+"""
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import hydra
+import pandas as pd
+from omegaconf import DictConfig
+from rich.console import Console
+
+from experiments.atomic import CannotWrite
+from experiments.report_tables import Report, rich_tables, write_report
+from experiments.scores import ScoreError
+from experiments.settings import SettingError, check_writable
+from experiments.sweep_results import Plan, Results, SweepError, Unit, gather
+from experiments.tracking import Found, MlflowStore, TrackingUnavailable, open_store
+from experiments.uploader import StoreAway
+
+log = logging.getLogger(__name__)
+
+EXPECTED_ERRORS = (SettingError, TrackingUnavailable, StoreAway, SweepError, ScoreError, CannotWrite)
+
+
+def report(config: DictConfig) -> Report:
+    """Reads a sweep from the tracking store, and writes its report.
+
+    Raises:
+        SettingError: no such run, or one that is no sweep. TrackingUnavailable, StoreAway: the store does not answer.
+        SweepError, ScoreError: as `sweep_results.gather`.
+    """
+    check_writable(Path(config.out_dir))
+    return write_report(fetch(config.run, config.experiment), Path(config.out_dir))
+
+
+def fetch(run_id: str | None = None, experiment: str = "ablate") -> Results:
+    """A sweep's results from the tracking store; by default of the latest sweep.
+
+    Raises:
+        as `report`.
+    """
+    store = open_store()
+    found = store.latest(experiment, "sweep") if run_id is None else store.found(run_id)
+    if found is None:
+        where = f"of experiment {experiment}" if run_id is None else run_id
+        raise SettingError(f"there is no sweep {where} in {store.uri}: run one with `python -m experiments.ablate`")
+    if "sweep" not in found.tags:
+        raise SettingError(f"run {run_id} is no sweep: give the run that `python -m experiments.ablate` made")
+    with tempfile.TemporaryDirectory() as folder:
+        plan = Plan.from_json(store.artifact(found.run_id, "plan.json", Path(folder)).read_text(encoding="utf-8"))
+        members = [child for child in store.children(found.run_id) if "arm" in child.tags]
+        units = [unit for child in members for unit in _units(store, child, plan)]
+        results = gather(plan, units, _reasons(members))
+        if "report/costs.csv" in store.sizes(found.run_id, "report"):
+            results.costs = pd.read_csv(store.artifact(found.run_id, "report/costs.csv", Path(folder)))
+    return results
+
+
+def _units(store: MlflowStore, child: Found, plan: Plan) -> Iterator[Unit]:
+    """The scores of a run below a sweep's. What was left by an attempt that another run has finished is left out."""
+    arm, seed = child.tags["arm"], int(child.tags["arm.seed"])
+    keys = [member.key for member in plan.members if (member.arm, member.seed) == (arm, seed)]
+    if child.tags["arm.key"] not in keys:
+        raise SweepError(
+            f"run {child.run_id} of arm {arm}, seed {seed} is none of those that sweep {plan.name} planned"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        for name in store.sizes(child.run_id, "scores"):
+            path = store.artifact(child.run_id, name, Path(folder))
+            yield Unit.read(path, arm, seed, Path(name).stem)
+
+
+def _reasons(members: list[Found]) -> dict[str, str]:
+    """Arm -> why it failed, where its last run with some seed did."""
+    last = {(member.tags["arm"], int(member.tags["arm.seed"])): member for member in members}  # oldest first
+    reasons: dict[str, str] = {}
+    for (arm, seed), member in last.items():
+        if member.status == "FAILED":
+            reasons.setdefault(arm, f"seed {seed}: {member.tags.get('failure', 'its run says not why')}")
+    return reasons
+
+
+@hydra.main(version_base=None, config_path="../configs", config_name="report")
+def main(config: DictConfig) -> None:
+    """The command line of `report`."""
+    try:
+        made = report(config)
+    except EXPECTED_ERRORS as error:
+        log.error("%s", error)
+        sys.exit(2)
+    console = Console()
+    for table in rich_tables(made):
+        console.print(table)
+    for file in made.files:
+        console.print(os.path.relpath(file), markup=False, highlight=False, soft_wrap=True)
+    for arm, reason in made.results.failures.items():
+        log.error("arm %s failed: %s", arm, reason)
+
+
+if __name__ == "__main__":
+    main()
