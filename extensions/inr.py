@@ -205,7 +205,7 @@ def local_channels(features: Tensor) -> Tensor:
 
     Mean and deviation are those of the 3x3 cells around it (fewer at the border), channel by channel. To a variance
     are added a hundredth of the channel's variance in the whole image, and 1e-8 of its mean square, below which
-    values are rounding errors. A channel that is zero everywhere has an inverse deviation of zero.
+    values are rounding errors. A channel that is zero everywhere has a deviation of zero, and an inverse of zero.
     """
     wide = features.to(torch.promote_types(features.dtype, torch.float32))
     centre = wide.mean((2, 3), keepdim=True)
@@ -215,6 +215,7 @@ def local_channels(features: Tensor) -> Tensor:
     variance = (square - mean.square()).clamp(min=0) + floor  # (B,C,h,w)
     deviation = variance.clamp(min=torch.finfo(variance.dtype).tiny).sqrt()
     inverse = torch.where(variance > 0, 1 / deviation, 0).clamp(max=torch.finfo(features.dtype).max)
+    deviation = torch.where(variance > 0, deviation, 0)
     padded = F.pad(centred, (1, 1, 1, 1), mode="replicate")
     down = (padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]) / 2
     across = (padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]) / 2
