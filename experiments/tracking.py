@@ -281,6 +281,7 @@ def _import_mlflow() -> None:
     """Imports MLflow without its usage reports, its lines about set-up and addresses, and the warning it causes."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for key, value in _LIMITS.items():
         os.environ.setdefault(key, value)
     with warnings.catch_warnings():
