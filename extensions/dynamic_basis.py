@@ -1,0 +1,246 @@
+"""Filters made for each image: AnyUp's feature-agnostic layer with an input-conditioned basis.
+
+AnyUp's filters are the same for every image and every encoder, and their number hardly matters (from 8 to 256 filters
+the paper's mIoU goes from 61.97 to 62.19). Here an ultra-light meta network looks at statistics of the features and of
+the guidance and changes each filter: a mixture of a small filter bank is added to it, and it is made more or less
+sensitive.
+
+Papers: dynamic filter networks (De Brabandere et al., arXiv 1605.09673) generate filters from the input; CondConv
+(Yang et al., arXiv 1904.04971) mixes them from a bank, one mixture per image; the network sees the channels as a set
+(Zaheer et al., arXiv 1703.06114), so that any number of them, in any order, will do.
+
+Status: runs (not measured).
+"""
+
+import math
+from enum import Enum
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from core.registry import register
+from core.unifiers import LearnedBasis, Ordering
+
+MAX_RESPONSES = {"cpu": 2**18, "cuda": 2**26}  # filter responses held at once, with filters per location
+GATE_SPEED = 10.0
+"""Gates are stored at a tenth: Adam's steps are as large as the learning rate, whatever the gradient, and so open a
+gate within hundreds of steps and not thousands."""
+NUM_MOMENTS = 5
+CHANNEL_DIM = 16  # width in which single channels are described, before their mean is taken
+EPSILON = 1e-6  # below the mean squares of features whose mean square is 1: keeps the slope of a root finite
+
+
+class Conditioning(Enum):
+    """What the meta network sees."""
+
+    features = "features"
+    guidance = "guidance"
+    both = "both"
+
+
+class MetaNetwork(nn.Module):
+    """Moments of features and guidance -> a code from which filters are made.
+
+    Args:
+        conditioning: what it sees. embed_dim: D, width of the guidance. hidden_dim: width of the code.
+    """
+
+    def __init__(self, conditioning: Conditioning, embed_dim: int, hidden_dim: int):
+        super().__init__()
+        self.of_channel, self.of_features, self.of_guidance = None, None, None
+        if conditioning is not Conditioning.guidance:
+            self.of_channel = nn.Linear(NUM_MOMENTS, CHANNEL_DIM)
+            self.of_features = nn.Linear(CHANNEL_DIM, hidden_dim)
+        if conditioning is not Conditioning.features:
+            self.of_guidance = nn.Linear(2 * embed_dim, hidden_dim)
+        self.norm = nn.LayerNorm(hidden_dim)
+        self.mix = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, features: Tensor, guidance: Tensor, radius: int | None) -> Tensor:
+        """(B,C,h,w), (B,D,H,W) -> (B,h,w,hidden), of neighbourhoods of that radius; None: (B,1,1,hidden), of it all."""
+        seen = []
+        if self.of_features is not None:
+            moments = feature_moments(features, radius).to(self.mix.weight.dtype)  # (B,h',w',C,5)
+            seen.append(self.of_features(F.silu(self.of_channel(moments)).mean(-2)))
+        if self.of_guidance is not None:
+            pooled = F.adaptive_avg_pool2d(guidance, features.shape[-2:])
+            seen.append(self.of_guidance(guidance_moments(pooled, radius).to(self.mix.weight.dtype)))
+        return F.silu(self.mix(F.silu(self.norm(sum(seen)))))  # (B,h',w',hidden)
+
+
+def feature_moments(features: Tensor, radius: int | None) -> Tensor:
+    """Moments of each channel over the image or around each cell: (B,C,h,w) -> (B,h',w',C,5).
+
+    With the features of an image scaled to a mean square of 1: mean, mean magnitude, and the roots of the mean squares
+    of the values and of their differences down and across.
+    """
+    exact = features.to(torch.promote_types(features.dtype, torch.float32))
+    x = (F.normalize(exact.flatten(1), dim=1) * math.sqrt(exact[0].numel())).view_as(exact)
+    x = x.permute(0, 2, 3, 1).contiguous()  # (B,h,w,C): averages of neighbourhoods are several times faster there
+    down, across = F.pad(x.diff(dim=1), (0, 0, 0, 0, 0, 1)), F.pad(x.diff(dim=2), (0, 0, 0, 1))
+    moments = torch.stack([x, x.abs(), x.square(), down.square(), across.square()], -1).flatten(3)  # (B,h,w,5·C)
+    moments = _averages(moments.permute(0, 3, 1, 2), radius).permute(0, 2, 3, 1).unflatten(3, (-1, NUM_MOMENTS))
+    return torch.cat([moments[..., :2], (moments[..., 2:] + EPSILON).sqrt()], -1)
+
+
+def guidance_moments(pooled: Tensor, radius: int | None) -> Tensor:
+    """Mean and deviation of each guidance channel over the image or around each cell: (B,D,h,w) -> (B,h',w',2·D)."""
+    exact = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
+    mean, square = _averages(torch.cat([exact, exact.square()], 1), radius).chunk(2, 1)
+    deviation = ((square - mean.square()).clamp(min=0) + EPSILON).sqrt()
+    return torch.cat([mean, deviation], 1).permute(0, 2, 3, 1)
+
+
+def _averages(x: Tensor, radius: int | None) -> Tensor:
+    """(B,N,h,w) -> means over the image, (B,N,1,1), or over the part of a neighbourhood that lies inside it."""
+    if radius is None:
+        return x.mean((2, 3), keepdim=True)
+    return F.avg_pool2d(x, 2 * radius + 1, stride=1, padding=radius, count_include_pad=False)
+
+
+@register("dynamic_basis")
+class DynamicBasis(LearnedBasis):
+    """The learned basis, changed for each image (or each cell) by what the features and the guidance look like.
+
+    Filter m of an image is `exp(g_m·(log(C)/2 + s_m)) · (basis_m + g_m·Σ_r a_mr·bank_r)`, with mixture a and
+    sensitivity s from the meta network, and a gate g_m. Features come with unit length, so their entries shrink with
+    C^(-1/2): log(C)/2 undoes that, and an open gate is as sensitive to wide features as to narrow ones.
+
+    The responses, 1/M on average, differ from that by so little that the GroupNorm that follows adds more to their
+    variance (1e-5) than they have (1e-11 at C = 384 with trained weights). `contrast` is a second gate that enlarges
+    the differences, up to M times.
+
+    All gates are 0 at the start, where everything is `learned_basis` bit for bit, weights and their names included.
+
+    Args:
+        num_basis, kernel_size, ordering: as for `learned_basis`.
+        conditioning: the meta network sees `features`, `guidance` or `both`.
+        per_location: filters for each cell, from its neighbourhood of the filters' size, instead of for each image.
+        bank_size: number R of filters in the bank.
+        hidden_dim: width of the meta network.
+        contrast: False leaves the responses as they are.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_basis: int = 128,
+        kernel_size: int = 5,
+        ordering: Ordering = Ordering.paper,
+        conditioning: Conditioning = Conditioning.both,
+        per_location: bool = False,
+        bank_size: int = 8,
+        hidden_dim: int = 64,
+        contrast: bool = True,
+    ):
+        super().__init__(embed_dim, num_basis, kernel_size, ordering)  # draws the shared weights as the baseline does
+        for name, size in (("bank_size", bank_size), ("hidden_dim", hidden_dim)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1 (unifier=learned_basis changes no filter), got {size}")
+        self.radius = kernel_size // 2 if per_location else None
+        self.meta = MetaNetwork(_conditioning(conditioning), embed_dim, hidden_dim)
+        self.head = nn.Linear(hidden_dim, num_basis * (bank_size + 1))
+        self.bank = nn.Parameter(torch.randn(bank_size, kernel_size**2))
+        self.gate = nn.Parameter(torch.zeros(num_basis))
+        self.contrast = nn.Parameter(torch.zeros(num_basis)) if contrast else None
+        self._seen: tuple[Tensor, int] | None = None
+
+    def forward(self, features: Tensor, guidance: Tensor) -> Tensor:
+        code = self.meta(features, guidance, self.radius)  # (B,h',w',hidden)
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            self._seen = code[0], features.shape[1]
+        return self.encoder(F.normalize(features, dim=1), stem=partial(self._responses, code))
+
+    def filters(self, code: Tensor, channels: int) -> Tensor:
+        """(…,hidden) -> (…,k²,M), the filters for features of that many channels."""
+        made = self.head(code).unflatten(-1, (-1, len(self.gate)))  # (…,R+1,M)
+        mixture, sensitivity = made[..., :-1, :], made[..., -1:, :]
+        gate = (GATE_SPEED * self.gate).tanh()  # (M,)
+        gain = (gate * (math.log(channels) / 2 + sensitivity)).exp()  # (…,1,M)
+        return gain * (self.encoder[0].basis.flatten(1).t() + gate * (self.bank.t() @ mixture))
+
+    def _responses(self, code: Tensor, features: Tensor) -> Tensor:
+        """(B,h',w',hidden), (B,C,h,w) of unit length -> (B,M,h,w)."""
+        if self.radius is None:
+            filters = self.filters(code[:, 0, 0], features.shape[1]).mT  # (B,M,k²)
+            filters = filters.reshape(-1, *self.encoder[0].basis.shape)  # (B,M,1,k,k)
+            each = zip(features.split(1), filters, strict=True)
+            responses = torch.cat([self.encoder[0](image, basis=own) for image, own in each])
+        else:
+            responses = self._local_responses(code, features)
+        if self.contrast is None:
+            return responses
+        log_factor = (GATE_SPEED * self.contrast).tanh() * math.log(len(self.contrast))
+        return responses + (responses - 1 / len(self.contrast)) * log_factor.expm1()[:, None, None]
+
+    def _local_responses(self, code: Tensor, features: Tensor) -> Tensor:
+        """As `BasisConvolution`, with filters of each cell: a few rows at a time, so that few of them exist at once."""
+        stem, size = self.encoder[0], 2 * self.radius + 1
+        channels, height, width = features.shape[1:]
+        taps = features.new_ones(1, 1, size, size)
+        inside = F.conv2d(features.new_ones(1, 1, height, width), taps, padding=self.radius)[0, 0]  # (h,w)
+        patches = F.pad(features, (self.radius,) * 4).unfold(2, size, 1).unfold(3, size, 1)  # (B,C,h,w,k,k), a view
+        budget = MAX_RESPONSES.get(features.device.type, 2**18)
+        step = max(1, budget // (width * channels * len(self.gate)))
+        band = self._band
+        if torch.is_grad_enabled() and not (stem.twice_differentiable or torch.compiler.is_compiling()):
+            band = partial(checkpoint, band, use_reentrant=False)
+        images = []
+        for image, own in zip(patches, code, strict=True):
+            blocks = zip(image.split(step, 1), own.split(step), inside.split(step), strict=True)
+            images.append(torch.cat([band(*block, budget) for block in blocks]))  # (h,w,M)
+        return torch.stack(images).permute(0, 3, 1, 2)  # (B,M,h,w)
+
+    def _band(self, patches: Tensor, code: Tensor, inside: Tensor, budget: int) -> Tensor:
+        """Rows of cells of one image: (C,rows,w,k,k), (rows,w,hidden), (rows,w) -> (rows,w,M)."""
+        channels, num_basis = len(patches), len(self.gate)
+        patches = (patches / inside[..., None, None]).permute(1, 2, 0, 3, 4).flatten(3).flatten(0, 1)  # (N,C,k²)
+        parts, at_once = [], max(1, budget // (channels * num_basis))
+        for some, codes in zip(patches.split(at_once), code.flatten(0, 1).split(at_once), strict=True):
+            responses = some @ self.filters(codes, channels)  # (n,C,M)
+            if self.encoder[0].ordering is Ordering.released:
+                parts.append(responses.flatten(1).unflatten(1, (num_basis, channels)).softmax(1).mean(2))
+            else:
+                parts.append(responses.softmax(2).mean(1))
+        return torch.cat(parts).unflatten(0, inside.shape)
+
+    @torch.no_grad()
+    def pictures(self) -> dict[str, Tensor]:
+        """The filters: learned, made for the image (for its central cell), and by how much they were changed there.
+
+        One scale of colours for all: red positive, blue negative. With filters per location also a map of the cells:
+        how much their filters were changed.
+        """
+        if self._seen is None:
+            return {}
+        code, channels = self._seen
+        code = code.to(self.head.weight)  # (h',w',hidden)
+        learned = self.encoder[0].basis.flatten(1).t()  # (k²,M)
+        centre = self.filters(code[code.shape[0] // 2, code.shape[1] // 2], channels)
+        shown = {"learned filters": learned, "generated filters": centre, "their difference": centre - learned}
+        limit = torch.stack([*shown.values()]).abs().amax()
+        pictures = {title: _mosaic(filters / limit) for title, filters in shown.items()}
+        if self.radius is not None:
+            change = torch.stack([(self.filters(row, channels) - learned).norm(dim=(1, 2)) for row in code])  # (h,w)
+            pictures["change of the filters"] = (change / change.amax().clamp(min=1e-12)).expand(3, -1, -1)
+        return {title: picture.float().cpu() for title, picture in pictures.items()}
+
+
+def _mosaic(filters: Tensor) -> Tensor:
+    """(k²,M) in [-1,1] -> (3,height,width): up to 64 filters in rows of 8, red positive, blue negative."""
+    size = math.isqrt(len(filters))
+    tiles = F.pad(filters.t()[:64].unflatten(1, (size, size)), (1, 1, 1, 1))  # (m,k+2,k+2)
+    tiles = F.pad(tiles, (0, 0, 0, 0, 0, -len(tiles) % 8)).unflatten(0, (-1, 8))  # (rows,8,k+2,k+2)
+    values = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (height,width)
+    return torch.stack([1 - values.clamp(max=0).abs(), 1 - values.abs(), 1 - values.clamp(min=0)])
+
+
+def _conditioning(conditioning: Conditioning) -> Conditioning:
+    try:
+        return Conditioning(conditioning)
+    except ValueError:
+        known = ", ".join(choice.name for choice in Conditioning)
+        raise ValueError(f"conditioning must be one of {known}, got {conditioning!r}") from None

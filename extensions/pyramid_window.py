@@ -1,0 +1,298 @@
+"""Windows of several sizes, fused for each query: attention that is local and looks far at once.
+
+AnyUp's window keeps a query from distant keys that look alike, and from those that it would need: sharp depth edges
+and large uniform surfaces ask for different windows. Here each query looks through the baseline's window and through
+several more, the larger ones at pooled keys and values, so that each costs about as many keys as the smallest; how much
+each counts is read off the query.
+
+Papers: windows in attention with learned relative positions, Swin (Liu et al., arXiv 2103.14030); fine near and pooled
+far, Focal attention (Yang et al., arXiv 2107.00641); gates that start closed, ReZero (Bachlechner et al., arXiv
+2003.04887).
+
+Status: runs (not measured).
+"""
+
+import math
+from collections.abc import Iterator
+from enum import Enum
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from core.attention import WindowAttention, empty_output, normed
+from core.hooks import Attention
+from core.norm_act_conv import under_autocast
+from core.registry import register
+from core.windows import Tiles, tiles
+
+MAX_LOGITS = {"cpu": 2**20, "cuda": 2**26}  # held at once: on CPU they stay in cache
+GATE_SPEED = 10.0
+"""Gates are stored at a tenth: Adam's steps are as large as the learning rate, whatever the gradient, and so open a
+gate within hundreds of steps and not thousands."""
+MAP_SIDE = 128  # of the fusion maps kept for pictures
+
+
+class Unit(Enum):
+    """How `scales` are measured."""
+
+    cells = "cells"
+    ratio = "ratio"
+
+
+class Axis(NamedTuple):
+    """One axis of a level: which keys each tile of queries looks at, and what is added to the logits."""
+
+    keys: Tensor
+    """(tiles,K) int64."""
+    bias: Tensor
+    """(tiles,size,K): relative position; -inf where a query does not see a key."""
+    plain: bool
+    """Whether all of it is 0 or -inf: no relative position."""
+
+
+class Level(NamedTuple):
+    """What the queries see at one scale."""
+
+    keys: Tensor
+    """(B,h,w,D), projected and scaled so that a head's logits are plain products; h and w after pooling."""
+    values: Tensor
+    """(B,h,w,C)."""
+    down: Axis
+    across: Axis
+
+
+@register("pyramid_window")
+class PyramidWindowAttention(WindowAttention):
+    """Windowed attention at several scales, fused per query.
+
+    Each scale has its own softmax over its window, `exp(t_s)·q·k/√d + position_s(Δ)`, with temperature t_s and a
+    position bias quadratic in the offset Δ of query and key, per axis, in units of the window's half-width. It weighs
+    `w_s = |g_s|·sigmoid(a_s·q + b_s)` against 1 for the baseline's window, with a gate g_s and the query q after its
+    convolution, which has seen its surroundings: the output is `(A_0 + Σ w_s·A_s)/(1 + Σ w_s)`, a convex combination
+    of feature vectors.
+
+    All gates are 0 at the start, where everything is `window`, weights and their names included. Without gradients a
+    closed scale costs nothing.
+
+    Args:
+        num_heads, window_ratio: as for `window`: the finest level, always there.
+        scales: sizes of further windows, in any order.
+        unit: `cells`, whole widths in cells of the feature grid, or `ratio`, half-widths as fractions of the image,
+            as `window_ratio` is. A window as wide as the image or wider shows all of it.
+        keys_per_side: keys and values are averaged over blocks of cells so large that this many are about as wide as
+            the window; 0: never.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int = 4,
+        window_ratio: float = 0.1,
+        scales: tuple[float, ...] = (4.0, 8.0, 16.0, 32.0),
+        unit: Unit = Unit.cells,
+        keys_per_side: int = 4,
+    ):
+        super().__init__(embed_dim, num_heads, window_ratio)  # draws the shared weights as the baseline does
+        self.scales, self.unit, self.keys_per_side = _checked(scales), Unit(unit), keys_per_side
+        if keys_per_side < 0:
+            raise ValueError(f"keys_per_side must be positive, or 0 for keys that are not pooled, got {keys_per_side}")
+        self.fusion = nn.Linear(embed_dim, len(self.scales))
+        self.gate = nn.Parameter(torch.zeros(len(self.scales)))
+        self.log_temperature = nn.Parameter(torch.zeros(len(self.scales)))
+        self.position = nn.Parameter(torch.zeros(len(self.scales), 2, 2))  # (scale, axis, power - 1)
+        self._maps: list[Tensor] = []
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor | None = None) -> Tensor:
+        value = under_autocast(value)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return torch.cat([band for _, band in self.bands(query, key, value)], 2)  # (B,C,Qh,Qw)
+        if not self._open():
+            return super().forward(query, key, value, out)
+        if out is None:
+            out = empty_output(value, tuple(query.shape[-2:]))
+        for _ in self._fused_bands(query, key, value, out.permute(0, 2, 3, 1)):
+            pass
+        return out
+
+    def bands(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        if not self._open():
+            return super().bands(query, key, value)
+        return self._fused_bands(query, key, value, None)
+
+    def at(self, query: Tensor, key: Tensor, value: Tensor, coords: Tensor) -> Tensor:
+        """As `window` while all gates are closed; otherwise the grid's output, interpolated bilinearly."""
+        if not self._open():
+            return super().at(query, key, value, coords)
+        return Attention.at(self, query, key, value, coords)
+
+    def _open(self) -> list[int]:
+        """The scales that count. With gradients, or under a compiler, a closed one does: it may open."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return list(range(len(self.scales)))
+        self._maps = []
+        return self.gate.nonzero().flatten().tolist()
+
+    def fusion_weights(self, query: Tensor) -> Tensor:
+        """(…,D) convolved and normalised queries -> (…,S+1): the share of the baseline's window, then of each scale."""
+        weights = (GATE_SPEED * torch.where(self.gate >= 0, self.gate, -self.gate)) * self.fusion(query).sigmoid()
+        weights = F.pad(weights, (1, 0), value=1.0)  # |gate| through `where`: at 0 its slope is 1, and a gate can open
+        return weights / weights.sum(-1, keepdim=True)
+
+    def _levels(self, query: Tensor, key: Tensor, value: Tensor, chosen: list[int]) -> tuple[Tiles, Tiles, list[Level]]:
+        """How the queries are grouped, down and across, and the baseline's level followed by the chosen scales'."""
+        size, grid = query.shape[-2:], key.shape[-2:]
+        groups = [tiles(num, cells, self.window_ratio) for num, cells in zip(size, grid, strict=True)]
+        plain = [Axis(group.keys.to(key.device), _hidden(group).to(key), True) for group in groups]
+        levels = [Level(self._keys_of(key), value.permute(0, 2, 3, 1), *plain)]
+        for scale in chosen:
+            half = [self.scales[scale] / (2 * n) if self.unit is Unit.cells else self.scales[scale] for n in grid]
+            pooled = [self._pooled(n, share) for n, share in zip(grid, half, strict=True)]
+            keys, values = (F.adaptive_avg_pool2d(x, pooled) if pooled != [*grid] else x for x in (key, value))
+            axes = [
+                self._axis(group, cells, share, self.position[scale, axis])
+                for axis, (group, cells, share) in enumerate(zip(groups, pooled, half, strict=True))
+            ]
+            keys = self._keys_of(keys) * self.log_temperature[scale].exp()
+            levels.append(Level(keys, values.permute(0, 2, 3, 1), *axes))
+        return *groups, levels
+
+    def _keys_of(self, key: Tensor) -> Tensor:
+        head_scale = (self.num_heads / key.shape[1]) ** 0.5
+        return self.project_key(normed(self.norm_key, key.permute(0, 2, 3, 1))) * head_scale  # (B,h,w,D)
+
+    def _pooled(self, num_cells: int, half: float) -> int:
+        """Keys along an axis, where a window of that half-width should have about `keys_per_side`."""
+        if not self.keys_per_side:
+            return num_cells
+        return -(-num_cells // max(1, round(2 * half * num_cells / self.keys_per_side)))
+
+    def _axis(self, group: Tiles, num_keys: int, half: float, position: Tensor) -> Axis:
+        """The axis of one scale, its window being of that half-width, as a fraction of the image."""
+        own = tiles(group.num_queries, num_keys, 0.0 if 2 * half >= 1 else half, like=group)
+        first = (torch.arange(len(own)) * own.size - (-own.offset % own.size)).clamp(min=0)
+        members = first[:, None] + torch.arange(own.size)  # (tiles,T)
+        queries, keys = (members + 0.5) / group.num_queries, (own.keys + 0.5) / num_keys
+        offset = ((queries[..., None] - keys[:, None]) / half).to(position)  # (tiles,T,K)
+        bias = position[0] * offset + position[1] * offset**2
+        return Axis(own.keys.to(position.device), bias + _hidden(own).to(position), False)
+
+    def _fused_bands(self, query, key, value, output):
+        chosen = self._open()
+        down, across, levels = self._levels(query, key, value, chosen)
+        keys = sum(level.down.keys.shape[1] * level.across.keys.shape[1] for level in levels)
+        logits = len(key) * self.num_heads * down.size * across.size * keys
+        at_once = max(1, MAX_LOGITS.get(query.device.type, 2**20) // logits)  # tiles
+        recompute = torch.is_grad_enabled() and at_once < len(down) * len(across)
+        convolve, maps = self.convolved_rows(query), []
+        keep_maps = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if keep_maps:
+            self._maps = maps
+        step = -(-max(query.shape[-2:]) // MAP_SIDE)
+        for some, rows, size in down.blocks(max(1, at_once // len(across))):
+            target = None if output is None else output[:, rows]
+
+            def band(rows=rows, some=some, size=size, target=target):
+                queries = normed(self.norm_query, convolve(rows))  # (B,rows,Qw,D)
+                shares = self.fusion_weights(queries)  # (B,rows,Qw,S+1)
+                if keep_maps:
+                    maps.append(shares[0, -rows.start % step :: step, ::step])
+                shares = shares[..., [0, *(scale + 1 for scale in chosen)]]
+                queries = self.project_query(queries)
+                return _band(queries, shares, levels, some, size, across, at_once, self.num_heads, target)
+
+            if recompute and not torch.compiler.is_compiling():
+                band = partial(checkpoint, band, use_reentrant=False)
+            yield rows, band().permute(0, 3, 1, 2)  # (B,C,rows,Qw)
+
+    @torch.no_grad()
+    def pictures(self) -> dict[str, Tensor]:
+        """How much each window counted at each query, white being all: none while the gates are closed."""
+        if not self._maps:
+            return {}
+        shares = torch.cat(self._maps).float().cpu()  # (rows,columns,S+1)
+        unit = "cells" if self.unit is Unit.cells else "of the image"
+        titles = ["window", *(f"{scale:g} {unit}" for scale in self.scales)]
+        return {title: share.expand(3, -1, -1) for title, share in zip(titles, shares.unbind(-1), strict=True)}
+
+
+def _band(query, shares, levels: list[Level], some: slice, size: int, across: Tiles, at_once, num_heads, target):
+    """(B,rows,Qw,D), (B,rows,Qw,L) of m tiles of rows -> (B,rows,Qw,C), written to `target` if there is one."""
+    m = some.stop - some.start
+    query, shares = query.unflatten(1, (m, size)), shares.unflatten(1, (m, size))  # (B,m,R,Qw,·)
+    near = []
+    for level in levels:
+        rows = level.down.keys[some]
+        near.append([grid[:, rows].transpose(2, 3).contiguous() for grid in (level.keys, level.values)])  # (B,m,w,Kh,·)
+    parts = []
+    for tile, columns, length in across.blocks(max(1, at_once // m)):
+        seen = []
+        for level, grids in zip(levels, near, strict=True):
+            run = level.across.keys[tile]  # (n,Kw)
+            keys, values = (
+                grid.index_select(2, run.flatten()).unflatten(2, run.shape).flatten(3, 4).flatten(0, 2)
+                for grid in grids
+            )  # (P,K,D), (P,K,C)
+            seen.append((keys, values, _bias(level, some, size, tile, length, len(query))))
+        own, share = (_by_tile(x[:, :, :, columns], length) for x in (query, shares))  # (P,M,·)
+        part = _attend(own, share, seen, num_heads)  # (P,M,C)
+        part = part.view(len(query), m, -1, size, length, part.shape[-1]).transpose(2, 3)  # (B,m,R,n,T,C)
+        if target is None:
+            parts.append(part.flatten(3, 4).flatten(1, 2))  # (B,rows,n·T,C)
+        else:
+            target.unflatten(1, (m, size))[:, :, :, columns].unflatten(3, (-1, length)).copy_(part)
+    return torch.cat(parts, 2) if target is None else target
+
+
+def _attend(query: Tensor, shares: Tensor, seen: list[tuple[Tensor, Tensor, Tensor | None]], num_heads: int) -> Tensor:
+    """(P,M,D), (P,M,L), for each of L levels (P,K,D) keys, (P,K,C) values and (P,M,K) bias -> (P,M,C)."""
+    heads = query.chunk(num_heads, 2)
+    weights = []
+    for (keys, _, bias), share in zip(seen, shares.unbind(2), strict=True):
+        total = 0
+        for q, k in zip(heads, keys.chunk(num_heads, 2), strict=True):
+            logits = torch.bmm(q, k.mT) if bias is None else torch.baddbmm(bias, q, k.mT)  # (P,M,K)
+            total = total + logits.softmax(-1)
+        weights.append(total * (share / num_heads)[..., None])
+    values = torch.cat([values for _, values, _ in seen], 1)  # (P,ΣK,C)
+    return torch.bmm(torch.cat(weights, 2).to(values.dtype), values)
+
+
+def _bias(level: Level, some: slice, size: int, tile: slice, length: int, batch: int) -> Tensor | None:
+    """(P,M,K) of m x n tiles; None if there is nothing to add."""
+    down, across = level.down.bias[some, :size], level.across.bias[tile, :length]  # (m,R,Kh), (n,T,Kw)
+    compiling = torch.compiler.is_compiling()
+    if level.down.plain and level.across.plain and not compiling and not (down.any() or across.any()):
+        return None
+    bias = down[:, None, :, None, None] + across[None, :, None, :, :, None]  # (m,n,R,T,Kw,Kh)
+    return bias.flatten(4).flatten(2, 3).flatten(0, 1).repeat(batch, 1, 1)
+
+
+def _by_tile(x: Tensor, length: int) -> Tensor:
+    """(B,m,R,n·T,D) -> (P,M,D), P = B·m·n tiles of M = R·T queries."""
+    return x.unflatten(3, (-1, length)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+
+def _hidden(group: Tiles) -> Tensor:
+    """(tiles,T,K): 0 where a query sees a key, -inf elsewhere."""
+    return torch.zeros(group.visible.shape).masked_fill_(~group.visible, -torch.inf)
+
+
+def _checked(scales: tuple[float, ...]) -> tuple[float, ...]:
+    """
+    Raises:
+        ValueError: scales that are no set of window sizes.
+    """
+    scales = tuple(float(scale) for scale in scales)
+    if not scales:
+        raise ValueError("scales is empty: give at least one window size, or use attention=window")
+    wrong = [scale for scale in scales if not 0 < scale < math.inf]
+    if wrong:
+        raise ValueError(f"scales must be positive and finite, got {', '.join(f'{scale:g}' for scale in wrong)}")
+    repeated = sorted({scale for scale in scales if scales.count(scale) > 1})
+    if repeated:
+        raise ValueError(f"scales must differ, got {', '.join(f'{scale:g}' for scale in repeated)} more than once")
+    return scales
