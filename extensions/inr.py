@@ -15,7 +15,8 @@ a correction by one small network.
   over all channels.
 - The correction is blended in by a weight per point, which is zero everywhere at the start: pure explicit.
 
-The output follows the features when they are scaled, shifted or their channels permuted.
+The output follows the features when they are scaled, shifted or their channels permuted. The size of an output pixel
+(LIIF's cell decoding) is no input: points have none, and bands of rows do not tell.
 
 Status: runs; not yet measured.
 """
@@ -112,7 +113,8 @@ class INRDecoder(Decoder):
         cells = self._cells(features, guidance)
         compiling = torch.compiler.is_compiling()
         limit = MAX_EXPORTED if compiling else MAX_HIDDEN.get(output.device.type, 2**19)
-        at_once = max(1, limit // (len(output) * 4 * self.num_units * output.shape[1]))
+        values = max(self.num_units * output.shape[1], self.head.in_features + NUM_INPUTS**2)  # a point and cell
+        at_once = max(1, limit // (len(output) * 4 * values))
         blocks = zip(
             pixels.split(at_once, 1), self._places(guidance, coords.flatten(0, 1), cells, at_once), strict=True
         )
