@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -55,11 +55,14 @@ class Arm:
         if self.training is not None:
             settings = deciding_settings(self.training) | {"seed": seed}
             known = {"settings": settings, "data": fingerprint_of(self.training.data), "files": _files(settings)}
-            fillers = [(hook, self.training[hook].name) for hook in HOOK_POINTS]
         else:
             known = {"name": self.name, "file": _digest(self.checkpoint) if self.checkpoint else ""}
-            fillers = []
-        return digest_of({"kind": self.kind, "code": code_version(fillers)} | known)
+        return digest_of({"kind": self.kind, "code": self._code} | known)
+
+    @cached_property
+    def _code(self) -> str:
+        fillers = [] if self.training is None else [(hook, self.training[hook].name) for hook in HOOK_POINTS]
+        return code_version(fillers)
 
     def model(self, trained: Path | None = None) -> nn.Module | Ceiling:
         """The upsampler, from what training left at `trained`, or what stands in its place.
@@ -121,7 +124,7 @@ def composed(name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def strings(config: DictConfig, *path: str) -> list[str]:
-    """The overrides in a list of the configuration, with what they refer to.
+    """The overrides in a list of the configuration, which may refer to other lists and to settings.
 
     Raises:
         SettingError: it refers to a setting that has no value yet, or is no list of strings.
@@ -130,12 +133,16 @@ def strings(config: DictConfig, *path: str) -> list[str]:
     try:
         for key in path:
             node = node[key]
-        values = [] if node is None else [*node] if isinstance(node, ListConfig) else [node]
+        values = [] if node is None else _flat(node)
     except OmegaConfBaseException as error:
         raise SettingError(f"{name}: {str(error).splitlines()[0]}; give it a value") from error
     if not all(isinstance(value, str) for value in values):
         raise SettingError(f"{name} must be a list of overrides, such as [attention=global], got {values}")
     return values
+
+
+def _flat(node: object) -> list[object]:
+    return [value for inner in node for value in _flat(inner)] if isinstance(node, ListConfig) else [node]
 
 
 def standalone(node: DictConfig) -> DictConfig:

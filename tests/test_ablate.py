@@ -1,0 +1,433 @@
+"""Ablations: what is refused before anything runs, what is done once and only once, and who fails alone."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import core
+from core.registry import discover
+from experiments import ablate as ablate_module
+from experiments import members
+from experiments.ablate import Sweep, ablate
+from experiments.arms import Arm, composed, read_arms, strings
+from experiments.code_version import code_version, meaning
+from experiments.lock import lock_folder, unlock_folder
+from experiments.report import fetch
+from experiments.report_tables import write_report
+from experiments.scores import ScoreError, frame, image_rows
+from experiments.settings import SettingError
+from experiments.sweep_results import SweepError
+from experiments.tasks import Ceiling
+
+ROOT = Path(__file__).resolve().parent.parent
+IMAGES = [f"image{i}" for i in range(5)]
+
+
+class FakeEvaluation:
+    """Scores in no time: a function of the model's weights, the seed and the image; counts what it is asked."""
+
+    asked: list[tuple[str, int]] = []  # noqa: RUF012
+
+    def __init__(self, config):
+        self.task, self.fingerprint = config.task.name, "everything"
+
+    def scores(self, model, arm, seed):
+        self.asked.append((arm, seed))
+        level = 1.0 if isinstance(model, Ceiling) else 0.5
+        if isinstance(model, core.AnyUp):
+            level += 0.1 * float(torch.cat([p.detach().flatten() for p in model.parameters()]).std())
+        noise = np.random.default_rng([seed, len(arm)]).normal(0, 0.01, len(IMAGES))
+        rows = [
+            row for name, more in zip(IMAGES, noise, strict=True) for row in image_rows(name, {"cosine": level + more})
+        ]
+        return frame(rows, task=self.task, data="d", backbone="b", arm=arm, seed=seed)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(FakeEvaluation, "asked", [])
+    monkeypatch.setattr(members, "Evaluation", FakeEvaluation)
+    return FakeEvaluation
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Changes -> the configuration of a tiny sweep in tmp_path, not tracked."""
+    discover()
+
+    def make(*overrides, **changes):
+        made = composed("ablate", ["experiment=debug/fast", "tracking.enabled=false", "device=cpu", *overrides])
+        OmegaConf.set_struct(made, False)
+        made.out_dir, made.cost = str(tmp_path / "sweep"), None
+        made.train = [*made.train, "checkpoint_every=1"]
+        for key, value in changes.items():
+            made[key] = value
+        return made
+
+    return make
+
+
+def table_of(report):
+    return next(file for file in report.files if file.suffix == ".csv").read_text()
+
+
+# What is refused before anything is computed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": {}}, "there are no arms: arms="),
+        ({"baseline": "missing"}, "baseline=missing is no arm; there are: baseline, no_window, nearest"),
+        ({"baseline": "bilinear"}, "baseline=bilinear is no arm"),
+        ({"arms": {"baseline": [], "nearest": ["attention=global"]}}, "two arms are called nearest"),
+        ({"arms": {"attention=global": [], "baseline": ["attention=window"]}, "product": {"attention": ["global"]}},
+         "two arms are called attention=global: one of arms, one of product"),
+        ({"arms": {"baseline": [], "again": ["attention=window"]}}, "baseline and again are the same training"),
+        ({"arms": {"a/b": []}}, "arm 'a/b': names are of letters"),
+        ({"arms": {"baseline": [], "typo": ["unifier.num_bases=8"]}}, "arm typo: .*num_bases"),
+        ({"arms": {"baseline": [], "typo": ["attention=globl"]}}, "arm typo: .*globl"),
+        ({"arms": {"baseline": [], "odd": ["attention.num_heads=3"]}}, "arm odd: .*3"),
+        ({"arms": {"baseline": {"checkpoint": "gone.safetensors"}}}, "arm baseline: its checkpoint gone.safetensors does"),
+        ({"arms": {"baseline": {"file": "x"}}}, "arm baseline must be a list of overrides, or {checkpoint: FILE}"),
+        ({"arms": {"baseline": [3]}}, "arms.baseline must be a list of overrides"),
+        ({"seeds": [0, 1, 0]}, "seeds=.* names one twice: it would be counted twice"),
+        ({"seeds": []}, "seeds must be a list of whole numbers"),
+        ({"tasks": {}}, "there are no tasks"),
+        ({"tasks": {"one": ["task=nothing"]}}, "task one: .*nothing"),
+        ({"tasks": {"one": ["task=fidelity"], "two": ["task=fidelity"]}}, "tasks one and two are the same evaluation"),
+        ({"peers": ["loftup_of_old"]}, "peers=loftup_of_old is none; there are: .*bilinear"),
+        ({"ceilings": ["sky"]}, "ceilings=sky is none; there are: encoder"),
+        ({"confidence": 1.0}, "confidence must lie between"),
+        ({"name": "a/b"}, "name must be that of a file"),
+        ({"worker": -1}, "worker must be"),
+        ({"cost": {"image": 8, "patch": 16, "channels": 1, "num_runs": 3}}, "cost.patch=16 is larger"),
+        ({"train": ["steps=${nowhere}"]}, "train: .*nowhere"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_by_name(config, fake, changes, message):
+    with pytest.raises(SettingError, match=message):
+        Sweep(config(**changes))
+    assert not fake.asked
+
+
+def test_the_product_adds_an_arm_for_each_combination(config):
+    made = config(product={"unifier.num_basis": [16, 24], "attention": ["window", "global"]}, arms={"baseline": []})
+    names = [arm.name for arm in read_arms(made) if arm.kind == "trained"]
+    assert len(names) == 5
+    assert names[:2] == ["baseline", "unifier.num_basis=16,attention=window"]
+    arm = read_arms(made)[4].training
+    assert (arm.unifier.num_basis, arm.attention.name) == (24, "global")
+
+
+def test_later_overrides_win_and_lists_may_hold_lists(config):
+    made = config(train=["attention=global", "steps=2", "attention=window", "steps=3"], arms={"baseline": ["steps=5"]})
+    arm = read_arms(made)[0].training
+    assert (arm.attention.name, arm.steps) == ("window", 5)
+    nested = OmegaConf.create({"shared": ["a=1", "b=${c}"], "c": 7, "one": ["${shared}", "d=2"]})
+    assert strings(nested, "one") == ["a=1", "b=7", "d=2"]
+
+
+# Keys: what makes a result another one
+
+
+def test_comments_and_docstrings_are_no_other_code():
+    code = 'def f(x):\n    """Says."""\n    return x  # why\n'
+    assert meaning(code) == meaning('"""A file."""\n\n\ndef f(x):\n    "Says more."\n\n    return x\n')
+    assert meaning(code) != meaning(code.replace("return x", "return 2 * x"))
+
+
+def test_an_extension_counts_only_where_it_is_used(own_registry, tmp_path, monkeypatch):
+    package = tmp_path / "somebodys_idea.py"
+    package.write_text(
+        "from core.attention import WindowAttention\nfrom core.registry import register\n\n"
+        '@register("idea")\nclass Idea(WindowAttention):\n    factor = 1\n'
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import importlib
+
+    importlib.import_module("somebodys_idea")
+    code_version_module = sys.modules["experiments.code_version"]
+    plain, used = code_version([("attention", "window")]), code_version([("attention", "idea")])
+    assert plain != used
+    package.write_text(package.read_text().replace("factor = 1", "factor = 2"))
+    code_version_module._package.cache_clear()
+    assert code_version([("attention", "window")]) == plain
+    assert code_version([("attention", "idea")]) != used
+    code_version_module._package.cache_clear()
+
+
+def test_the_key_knows_settings_seed_data_and_files(config, tmp_path):
+    def key(*overrides, seed=0):
+        return read_arms(config(arms={"baseline": list(overrides)}))[0].key(seed)
+
+    assert key() == key() == key("checkpoint_every=7", "num_workers=2")
+    weights = tmp_path / "start.safetensors"
+    core.save(core.build(["embed_dim=16", "attention.num_heads=2", "unifier.num_basis=8"]), weights)
+    keys = [key(), key(seed=1), key("optimiser.lr=0.1"), key("data.first=1"), key(f"init_from={weights}")]
+    core.save(core.build(["embed_dim=16", "attention.num_heads=2", "unifier.num_basis=8", "seed=1"]), weights)
+    keys.append(key(f"init_from={weights}"))
+    assert len(set(keys)) == 6
+    one, other = Arm("a", "checkpoint", checkpoint=weights).key(0), Arm("b", "checkpoint", checkpoint=weights).key(0)
+    assert one != other
+
+
+# What a sweep does
+
+
+def test_peers_and_ceilings_are_measured_once_where_the_seed_plays_no_part(config, fake):
+    report = ablate(config())
+    arms = ("baseline", "no_window")
+    of_probe = [(arm, seed) for arm in (*arms, "nearest", "bilinear", "encoder") for seed in (0, 1)]
+    of_fidelity = [(arm, seed) for arm in arms for seed in (0, 1)] + [
+        (arm, 0) for arm in ("nearest", "bilinear", "encoder")
+    ]
+    assert sorted(fake.asked) == sorted(of_probe + of_fidelity)
+    verdicts = {(one.task, one.arm): one for one in report.comparisons}
+    assert verdicts["fidelity", "nearest"].verdict == "reference"
+    assert verdicts["fidelity", "baseline"].verdict == "baseline"
+    assert verdicts["fidelity", "no_window"].p_value is not None
+    assert verdicts["fidelity", "nearest"].num_seeds == 1
+
+
+def test_what_is_done_is_not_done_again(config, fake, monkeypatch):
+    first = table_of(ablate(config()))
+    asked = len(fake.asked)
+
+    def must_not(*_):
+        raise AssertionError("trained again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(members, "Training", must_not)
+        again = ablate(config())
+        assert table_of(again) == first
+        assert not again.results.failures
+        assert len(fake.asked) == asked
+        another = ablate(config(arms={"baseline": [], "no_window": ["attention=global"], "lr": ["optimiser.lr=0.1"]}))
+        assert "trained again" in another.results.failures["lr"]  # the new arm is, and only that
+    more = ablate(config(arms={"baseline": [], "no_window": ["attention=global"], "lr": ["optimiser.lr=0.1"]}))
+    assert {arm for arm, _ in fake.asked[asked:]} == {"lr"}
+    assert not more.results.failures
+
+
+def test_a_failing_arm_fails_alone_and_the_table_says_so(config, fake):
+    report = ablate(config(arms={"baseline": [], "wild": ["optimiser.lr=1e30"], "no_window": ["attention=global"]},
+                           train=[*config().train, "steps=3"]))  # fmt: skip
+    assert set(report.results.failures) == {"wild"}
+    assert "NonFiniteLoss" in report.results.failures["wild"]
+    assert {one.arm for one in report.comparisons} == {"baseline", "no_window", "nearest", "bilinear", "encoder"}
+    text = next(file for file in report.files if file.suffix == ".md").read_text()
+    assert "- FAILED: wild: seed 0: NonFiniteLoss" in text
+
+
+def test_without_its_baseline_a_sweep_says_nothing(config, fake):
+    with pytest.raises(SweepError, match="the baseline baseline failed, so nothing can be compared: seed 0: NonFinite"):
+        ablate(config(arms={"baseline": ["optimiser.lr=1e30", "steps=3"], "no_window": ["attention=global"]}))
+
+
+def test_a_nan_for_one_image_fails_the_arm_and_names_the_image(config, fake, monkeypatch):
+    scores = FakeEvaluation.scores
+
+    def broken(self, model, arm, seed):
+        found = scores(self, model, arm, seed)
+        if arm == "no_window":
+            found.loc[found["image"] == "image3", "numerator"] = float("nan")
+        return found
+
+    monkeypatch.setattr(FakeEvaluation, "scores", broken)
+    report = ablate(config())
+    assert "ScoreError" in report.results.failures["no_window"]
+    assert "image image3" in report.results.failures["no_window"]
+
+
+def test_one_task_on_two_kinds_of_data_is_refused(config, fake):
+    sweep = Sweep(config())
+    sweep.lead()
+    file = sweep.members[1].scores_file(sweep.members[1].tasks[0])
+    scores = pd.read_parquet(file)
+    scores.attrs["fingerprint"] = "other images"
+    scores.to_parquet(file)
+    with pytest.raises(
+        SweepError, match="task fidelity was measured on different data: arm baseline, seed 0 on everyth"
+    ):
+        ablate(config())
+
+
+def test_an_arm_that_lacks_an_image_is_refused(config, fake):
+    sweep = Sweep(config())
+    sweep.lead()
+    file = sweep.members[1].scores_file(sweep.members[1].tasks[0])
+    scores = pd.read_parquet(file)
+    attrs, scores = scores.attrs, scores[scores["image"] != "image2"]
+    scores.attrs = attrs
+    scores.to_parquet(file)
+    with pytest.raises(
+        ScoreError, match="arm no_window, seed 0 lacks 1 images that other arms have, the first: image2"
+    ):
+        ablate(config())
+
+
+def test_who_does_not_lead_leaves_the_report_to_who_does(config, fake):
+    sweep = Sweep(config())
+    lock = lock_folder(sweep.folder / "lead")
+    try:
+        sweep._note_run("")
+        assert ablate(config()) is None
+    finally:
+        unlock_folder(sweep.folder / "lead", lock)
+    assert all(member.is_done("") for member in sweep.members)  # but the work is done
+
+
+def test_a_unit_somebody_is_at_is_left_to_them(config, fake):
+    sweep = Sweep(config())
+    taken = sweep.members[0]
+    lock = lock_folder(taken.folder)
+    assert sweep.work("") is True
+    assert not taken.is_done("")
+    unlock_folder(taken.folder, lock)
+    assert sweep.work("") is False
+    assert taken.is_done("")
+
+
+def test_a_checkpoint_can_be_an_arm(config, fake, tmp_path):
+    core.save(core.build(["embed_dim=16", "attention.num_heads=2", "unifier.num_basis=8"]), tmp_path / "w.safetensors")
+    report = ablate(config(arms={"baseline": [], "given": {"checkpoint": str(tmp_path / "w.safetensors")}}))
+    of_probe = {(one.task, one.arm): one for one in report.comparisons}
+    assert of_probe["segmentation", "given"].num_seeds == 2
+    assert of_probe["fidelity", "given"].num_seeds == 1
+    assert of_probe["fidelity", "given"].p_value is not None
+
+
+# Killed
+
+
+def in_child(work):
+    """Forks; the child does `work` and exits."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def killed_sweep(config, reference, kills, seconds):
+    """Kills a sweep that often, each time after a random part of what it takes undisturbed, and then lets it end."""
+    numbers, died = random.Random(0), 0
+    for _ in range(kills):
+        pid = in_child(lambda: ablate(config))
+        time.sleep(numbers.uniform(0.05, 0.7) * seconds)
+        os.kill(pid, signal.SIGKILL)
+        died += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    report = ablate(config)
+    assert table_of(report) == table_of(reference)
+    return died
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_sweep_that_was_killed_ends_with_the_same_table(config, fake, tmp_path):
+    started = time.monotonic()
+    reference = ablate(config(out_dir=str(tmp_path / "undisturbed")))
+    assert killed_sweep(config(), reference, 2, time.monotonic() - started)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.timeout(3600)
+def test_twenty_kills_and_every_arm_is_counted_once(config, tmp_path, monkeypatch):
+    """With real evaluations and a real MLflow database; tables from files and from MLflow are as undisturbed."""
+    monkeypatch.chdir(tmp_path)
+    made = config("tracking.enabled=true")
+    started = time.monotonic()
+    reference = ablate(OmegaConf.merge(made, {"out_dir": str(tmp_path / "undisturbed")}))
+    assert killed_sweep(made, reference, 20, time.monotonic() - started) > 10
+    rebuilt = write_report(fetch(), tmp_path / "rebuilt")
+    assert table_of(rebuilt) == table_of(reference)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_share_a_sweep(config, fake, tmp_path):
+    made = config()
+    reference = ablate(config(out_dir=str(tmp_path / "alone")))
+    pids = [in_child(lambda worker=worker: ablate(OmegaConf.merge(made, {"worker": worker}))) for worker in (0, 3)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0, 0]
+    assert (tmp_path / "sweep/debug_fast.csv").read_text() == table_of(reference)
+
+
+# Recorded
+
+
+def test_mlflow_alone_gives_the_same_tables(config, tmp_path, monkeypatch):
+    """Real evaluations, a real database; the report is made again after all else is gone."""
+    monkeypatch.chdir(tmp_path)
+    made = config("tracking.enabled=true", arms={"baseline": [], "wild": ["optimiser.lr=1e30", "steps=3"]},
+                  cost={"image": 32, "patch": 8, "channels": 4, "num_runs": 3}, peers=["bilinear"])  # fmt: skip
+    report = ablate(made)
+    shutil.rmtree(tmp_path / "sweep/members")
+    results = fetch()
+    assert set(results.failures) == {"wild"}
+    assert results.failures == report.results.failures
+    rebuilt = write_report(results, tmp_path / "rebuilt")
+    assert [file.name for file in rebuilt.files] == [file.name for file in report.files]
+    for ours, theirs in zip(rebuilt.files, report.files, strict=True):
+        if ours.suffix in (".csv", ".parquet"):
+            assert ours.read_bytes() == theirs.read_bytes(), ours.name
+    with pytest.raises(SettingError, match="there is no sweep nowhere in sqlite"):
+        fetch("nowhere")
+    with pytest.raises(SettingError, match="there is no sweep of experiment other"):
+        fetch(experiment="other")
+
+
+# The command and its launchers
+
+
+def test_the_command_says_which_arm_failed_and_exits_so(config, fake, caplog, capsys):
+    command = ablate_module.main.__wrapped__  # without Hydra, which wants the command line
+    with pytest.raises(SystemExit) as left:
+        command(config(arms={"baseline": [], "wild": ["optimiser.lr=1e30", "steps=3"]}))
+    assert left.value.code == 1
+    assert "arm wild failed: seed 0: NonFiniteLoss" in caplog.text
+    assert "debug_fast.csv" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        command(config(arms={}))
+    assert left.value.code == 2
+
+
+def test_the_slurm_launcher_is_configured():
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        made = compose(
+            "ablate", ["hydra/launcher=slurm", "name=x", "hydra.launcher.partition=gpu"], return_hydra_config=True
+        )
+    assert made.hydra.launcher._target_.endswith("SlurmLauncher")
+    assert (made.hydra.launcher.gpus_per_node, made.hydra.launcher.partition) == (1, "gpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["submitit_local", "joblib"])
+def test_jobs_of_a_launcher_share_a_sweep(tmp_path, launcher):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
+    extra = ["hydra.launcher.submitit_folder=jobs"] if launcher == "submitit_local" else ["hydra.launcher.n_jobs=2"]
+    command = ["-m", "experiments.ablate", "-m", "experiment=debug/fast", "worker=0,1", f"hydra/launcher={launcher}"]
+    done = subprocess.run(
+        [sys.executable, *command, *extra], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=1200,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "outputs/ablate/debug_fast/debug_fast.csv").exists()

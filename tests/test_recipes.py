@@ -1,0 +1,112 @@
+"""Every recipe of configs/experiment: what it needs is named, what it says composes, and two steps of it run."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+from core.registry import discover
+from experiments.ablate import Sweep, ablate
+from experiments.arms import composed
+from experiments.settings import SettingError
+
+FOLDER = Path(__file__).resolve().parent.parent / "configs/experiment"
+RECIPES = sorted(
+    path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml") if path.parent.name != "base"
+)
+TRAIN = ["embed_dim=16", "attention.num_heads=2", "steps=2", "batch_size=1", "views.view=32", "views.guidance=32",
+         "objective.self_consistency_size=16", "device=cpu"]  # fmt: skip
+SMALL = {
+    "fidelity": ["task.view=32", "task.guidance=32", "task.scales=[2]", "max_val_images=2"],
+    "segmentation": ["max_train_images=2", "max_val_images=2", "image_size=[64,64]", "output_size=[8,8]", "task.epochs=1",
+                     "encoder_size=[64,64]"],
+    "depth": ["max_train_images=2", "max_val_images=2", "image_size=[64,64]", "output_size=[8,8]", "task.epochs=1"],
+    "normals": ["max_train_images=2", "max_val_images=2", "image_size=[64,64]", "output_size=[8,8]", "task.epochs=1"],
+}  # fmt: skip
+SLOW = ("num_basis", "paper_ablation", "any_to_any", "unseen_backbone", "single_to_multi")
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """What recipes leave open, with little data made up."""
+    folder = tmp_path_factory.mktemp("data")
+    numbers = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for i in range(2):
+            save(numbers.integers(0, 255, (64, 80, 3), np.uint8), folder / f"camvid/{split}/{i}.png")
+            save(numbers.integers(0, 11, (64, 80), np.uint8), folder / f"camvid/{split}annot/{i}.png")
+            save(numbers.integers(0, 255, (64, 80, 3), np.uint8), folder / f"rgbd_{split}/{i}.color.png")
+            depth = (1000 + 20 * np.arange(64)[:, None] + 30 * i + np.zeros((64, 80))).astype(np.uint16)
+            save(depth, folder / f"rgbd_{split}/{i}.depth.png")
+    return {
+        "photos": "bundled", "num_train": 3, "num_test": 2, "encoder": "hog8", "camvid": str(folder / "camvid"),
+        "rgbd_train": str(folder / "rgbd_train"), "rgbd_val": str(folder / "rgbd_val"), "unseen": "daisy8",
+        "intrinsics": "[60,60,40,32]", "num_scenes": 2, "num_test_scenes": 2,
+    }  # fmt: skip
+
+
+def save(array, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def recipe(name):
+    discover()
+    made = composed("ablate", [f"experiment={name}", "tracking.enabled=false", "device=cpu"])
+    OmegaConf.set_struct(made, False)
+    return made
+
+
+def tiny(name, given, out_dir):
+    """A recipe with two steps, little data and small images; arms, tasks and seeds are its own."""
+    made = recipe(name)
+    for key, value in given.items():
+        if key in made:
+            made[key] = value
+    if "steps" in made:
+        made.steps = 2
+    made.out_dir, made.cost = str(out_dir), None
+    made.train = [*made.train, *TRAIN]
+    for task, overrides in made.tasks.items():
+        kind = next(text for text in flat(overrides) if text.startswith("task=")).partition("=")[2]
+        made.tasks[task] = [*made.tasks[task], *SMALL[kind]]
+    return made
+
+
+def flat(values):
+    return [text for value in values for text in (flat(value) if OmegaConf.is_list(value) else [value])]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_a_recipe_says_can_be_understood(name, given, tmp_path):
+    sweep = Sweep(tiny(name, given, tmp_path))
+    assert sweep.plan.baseline in sweep.plan.competing
+    assert len(sweep.plan.competing) > 1
+    assert all(member.tasks for member in sweep.plan.members)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "photographs" in (FOLDER / f"{name}.yaml").read_text()])
+def test_what_a_recipe_needs_is_asked_for_by_name(name):
+    with pytest.raises(SettingError, match="photos.*give it a value"):
+        Sweep(recipe(name))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_how_it_is_run_and_what_came_out(name):
+    text = (FOLDER / f"{name}.yaml").read_text()
+    header = text[: text.index("\nname:" if "defaults:" not in text else "\ndefaults:")]
+    assert f"python -m experiments.ablate experiment={name}" in header
+    assert "# Measured: " in header
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in RECIPES]
+)
+def test_two_steps_of_a_recipe_run(name, given, tmp_path):
+    made = tiny(name, given, tmp_path)
+    made.seeds = [0]
+    report = ablate(made)
+    assert not report.results.failures
+    assert {one.arm for one in report.comparisons} == {member.arm for member in Sweep(made).plan.members}
