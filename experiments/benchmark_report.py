@@ -96,25 +96,28 @@ class Row:
 
 def header(config: DictConfig, device: torch.device) -> str:
     """Markdown: the command, and where and with what it runs."""
+    rounds = f"- rounds: {config.num_warmup} to warm up, up to {config.num_runs} timed; all arms in turn in one process"
+    lines = origin(
+        "experiments.benchmark", "benchmark", device, config.num_threads, ", ".join(config.dtype), config.tf32
+    )
+    return "\n".join([f"# Cost on {device.type.upper()}", "", *lines, rounds])
+
+
+def origin(module: str, function: str, device: torch.device, num_threads: int, dtype: str, tf32: bool) -> list[str]:
+    """Lines of Markdown: the command of `module` (or that its `function` was called), when, where and with what."""
     overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None
-    command = shlex.join(["python", "-m", "experiments.benchmark", *(overrides or [])])
+    command = shlex.join(["python", "-m", module, *(overrides or [])])
     commit, changes = git_state(Path(__file__))
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy"))
-    return "\n".join(
-        [
-            f"# Cost on {device.type.upper()}",
-            "",
-            f"    {command if overrides is not None else 'experiments.benchmark.benchmark(config), from Python'}",
-            "",
-            f"- {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}, commit {commit[:12] or 'unknown'}"
-            + (" with uncommitted changes" if changes else ""),
-            f"- {device_name(device)}, {config.num_threads} CPU thread{'s' * (config.num_threads > 1)}, "
-            f"{', '.join(config.dtype)}",
-            f"- Python {platform.python_version()}, {versions}, {platform.system()}"
-            + (f", CUDA {torch.version.cuda}, TF32 {'on' if config.tf32 else 'off'}" if device.type == "cuda" else ""),
-            f"- rounds: {config.num_warmup} to warm up, up to {config.num_runs} timed; all arms in turn in one process",
-        ]
-    )
+    return [
+        f"    {command if overrides is not None else f'{module}.{function}(config), from Python'}",
+        "",
+        f"- {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}, commit {commit[:12] or 'unknown'}"
+        + (" with uncommitted changes" if changes else ""),
+        f"- {device_name(device)}, {num_threads} CPU thread{'s' * (num_threads > 1)}, {dtype}",
+        f"- Python {platform.python_version()}, {versions}, {platform.system()}"
+        + (f", CUDA {torch.version.cuda}, TF32 {'on' if tf32 else 'off'}" if device.type == "cuda" else ""),
+    ]
 
 
 def device_name(device: torch.device) -> str:

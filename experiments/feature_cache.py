@@ -48,7 +48,7 @@ class FeatureCache:
         self.folder = None if folder is None else Path(folder).expanduser()
         self.max_bytes = int(max_gb * 1e9)
         self.hits = self.misses = 0
-        self._written = 0
+        self._written, self._writes = 0, True
         if self.folder is not None:
             check_writable(self.folder)
 
@@ -104,13 +104,15 @@ class FeatureCache:
         return None
 
     def _write(self, place: Path, features: Tensor) -> None:
+        if not self._writes:
+            return
         features = features.cpu().contiguous()
         try:
             with replacing(place) as part:
                 save_file({"features": features}, part, {"crc32": _checksum(features)})
         except CannotWrite as error:  # a full disk must not end a training that needs no cache
-            log.error("features are no longer cached: %s", error)
-            self.folder = None
+            log.error("from here on, computed features are not kept: %s", error)
+            self._writes = False
             return
         self._written += 1
         if self._written % _SWEEP_EVERY == 1:

@@ -10,8 +10,8 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,7 @@ class Training:
         """
         torch.manual_seed(stream(self.config.seed, "step", views.step, self.shard[0]).initial_seed())
         sums: dict[str, float] = {}
-        for one in self._of_each_backbone(views):
+        for one in self.of_each_backbone(views):
             batch = self.batch(one)
             losses = self.learner.step(self.model, self.objective, batch, self.optimiser)
             for name, loss in losses.items():
@@ -182,7 +182,8 @@ class Training:
             raise NonFiniteLoss(self._report_non_finite(one, batch, sums))
         return sums
 
-    def _of_each_backbone(self, views: StepViews) -> list[StepViews]:
+    def of_each_backbone(self, views: StepViews) -> list[StepViews]:
+        """The views of a step for each backbone that it trains with, in the order of the micro-steps."""
         if self.micro_steps == 1:
             return [views]
         order = torch.randperm(len(self.backbones), generator=stream(self.config.seed, "backbones", views.step))
@@ -233,13 +234,20 @@ class Training:
         tensors = {f"model/{name}": tensor for name, tensor in inner.state_dict().items()}
         scaler = self.accelerator.scaler
         self.state.scaler = {} if scaler is None else scaler.state_dict()
-        try:
+        with self._told_how_to_go_on():
             self.curves.save()
             save_state(path, self.state, tensors | self.optimiser.tensors(), self._identity())
             with self.optimiser.averaged():
                 core.save(inner, self.out_dir / "last.safetensors")
+
+    @contextmanager
+    def _told_how_to_go_on(self) -> Iterator[None]:
+        try:
+            yield
         except CannotWrite as error:
-            raise CannotWrite(f"{error}. Make room; the same command then goes on from what {path} holds") from error
+            state = self.out_dir / STATE_NAME
+            done = f"from its last checkpoint, {state}" if state.exists() else "from its beginning"
+            raise CannotWrite(f"{error}. Once there is room, the same command goes on {done}") from error
 
     def _identity(self) -> dict[str, Any]:
         """The settings on which the result depends, and the data."""
@@ -266,15 +274,20 @@ class Training:
             result = state.validation["val/cosine"]
             if state.best is None or result > state.best:
                 state.best = result
-                core.save(inner, self.out_dir / "best.safetensors")
+                with self._told_how_to_go_on():
+                    core.save(inner, self.out_dir / "best.safetensors")
 
     def _report_non_finite(self, views: StepViews, batch: Batch, losses: dict[str, float]) -> str:
         path = self.out_dir / f"non_finite_step_{views.step}.safetensors"
-        save_batch(path, batch, views.names, losses)
+        try:
+            save_batch(path, batch, views.names, losses)
+            kept = f"The batch is in {path}"
+        except CannotWrite as error:
+            kept = f"The batch could not be kept ({error})"
         return (
-            f"step {views.step}: the loss is not finite ({losses}) for {', '.join(views.names)}. The batch is in "
-            f"{path}, the training up to its last checkpoint in {self.out_dir / STATE_NAME}. A lower optimiser.lr, "
-            "optimiser.clip=1 or mixed_precision=no may help"
+            f"step {views.step}: the loss is not finite ({losses}) for {', '.join(views.names)}. {kept}, the training "
+            f"up to its last checkpoint in {self.out_dir / STATE_NAME}. A lower optimiser.lr, optimiser.clip=1 or "
+            "mixed_precision=no may help"
         )
 
     def _finish(self, run: Run) -> Trained:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import socket
 import sqlite3
@@ -20,10 +21,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import core
 from core.registry import discover
+from experiments.atomic import CannotWrite
 from experiments.curves import CURVES_NAME
 from experiments.data import DataError, open_data
 from experiments.feature_cache import FeatureCache, NotFinite
@@ -31,6 +33,7 @@ from experiments.images import NoImages, centre_square
 from experiments.optimisation import Optimiser, OptimiserSettings
 from experiments.settings import SettingError
 from experiments.train import NonFiniteLoss, Training, train
+from experiments.training_setup import alone_in
 from experiments.training_state import STATE_NAME, ChangedConfig, read_state
 from experiments.views import Views, ViewSettings
 
@@ -441,10 +444,114 @@ def test_a_full_disk_ends_caching_and_nothing_else(encoder, tmp_path, caplog, mo
     image = torch.rand(1, 3, 16, 16)
     features = cache.encode(encoder, image, ["a"])
     assert features.shape == (1, encoder.channels, 2, 2)
-    assert "no longer cached" in caplog.text
+    assert "are not kept" in caplog.text
     assert "No space left" in caplog.text
     assert not list(tmp_path.glob("*/*"))
     cache.encode(encoder, image, ["a"])
+
+
+# A disk that is really full
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own, with 1 MB of room."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        pytest.skip("needs mount")
+    if done.returncode:
+        pytest.skip(f"needs the right to mount a file system: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)  # files may still be mapped into memory
+
+
+def fill(disk: Path, room: int) -> Path:
+    """Leaves `room` bytes, to the page -> what takes the rest."""
+    ballast = disk / "ballast"
+    ballast.write_bytes(b"x" * (shutil.disk_usage(disk).free - room))
+    return ballast
+
+
+@pytest.mark.parametrize("room", [0, 12_000, 60_000])
+def test_a_training_on_a_full_disk_loses_nothing(config, disk, tmp_path, room):
+    """Whatever is still written, of curves, state and weights: it is whole, and the training goes on from it."""
+    more = ["validate_every=2", "val_images=1", "optimiser.ema=0.9"]
+    expected = train(config(*more, f"out_dir={tmp_path / 'roomy'}"))
+    mine = f"out_dir={disk / 'out'}"
+    train(config(*more, mine, "stop_after=2"))
+    ballast = fill(disk, room)
+    with pytest.raises(
+        CannotWrite, match=r"No space left on device.*Once there is room, the same command goes on from"
+    ):
+        train(config(*more, mine))
+    left = [path for path in (disk / "out").iterdir() if path.name not in ("lock", CURVES_NAME)]
+    assert {path.name for path in left} == {STATE_NAME, "last.safetensors", "best.safetensors"}
+    for path in left:
+        load_file(path)
+    assert step_of(disk / "out" / STATE_NAME) in (2, 4)
+    ballast.unlink()
+    finished = train(config(*more, mine, "resume=must"))
+    for name in (STATE_NAME, "last.safetensors", "best.safetensors"):
+        same(load_file(tmp_path / "roomy" / name), load_file(disk / "out" / name))
+    assert expected.curves.read_bytes() == finished.curves.read_bytes()
+
+
+def test_a_training_without_a_checkpoint_says_that_it_starts_anew(config, disk):
+    (disk / "out").mkdir()
+    fill(disk, 0)
+    with pytest.raises(CannotWrite, match=r"No space left on device.*goes on from its beginning"):
+        train(config(f"out_dir={disk / 'out'}"))
+    assert [path.name for path in (disk / "out").iterdir()] == ["lock"]
+
+
+def test_a_cache_on_a_full_disk_changes_no_number(config, disk, tmp_path, caplog):
+    fill(disk, 30_000)
+    roomy = config(f"cache.folder={tmp_path / 'cache'}", f"out_dir={tmp_path / 'a'}")
+    full = config(f"cache.folder={disk / 'cache'}", f"out_dir={tmp_path / 'b'}")
+    train(roomy)
+    train(full)
+    same(state_of(roomy), state_of(full))
+    assert caplog.text.count("computed features are not kept") == 1
+    assert "No space left on device" in caplog.text
+    entries = list(disk.glob("cache/*/*"))
+    assert 0 < len(entries) < len(list(tmp_path.glob("cache/*/*")))
+    for entry in entries:
+        load_file(entry)
+    caplog.clear()
+    train(config(f"cache.folder={disk / 'cache'}", f"out_dir={tmp_path / 'c'}"))  # and those that are there are read
+    assert "damaged" not in caplog.text
+
+
+def test_two_trainings_do_not_share_a_folder(config):
+    made = config()
+    with alone_in(Path(made.out_dir)), pytest.raises(SettingError, match="another training is running in out_dir="):
+        train(made)
+    (Path(made.out_dir) / ".state.safetensors.1.part").write_text("what a killed training left")
+    train(made)
+    assert not list(Path(made.out_dir).glob(".*"))
+
+
+def test_trainings_of_one_process_share_encoders_and_what_was_checked(config, tmp_path, monkeypatch):
+    """A sweep: the second training loads no encoder and decodes no image until it needs it."""
+    weights = Path(shutil.copy(ROOT / "core" / "weights" / "embedded.safetensors", tmp_path))
+    more = [f"backbones=[{{name: embedded, weights: {weights}}}]"]
+    first = Training(config(*more))
+    monkeypatch.setattr("experiments.data.images.read", None)
+    second = Training(config(*more, "seed=1"))
+    assert second.backbones[0] is first.backbones[0]
+    assert second.data.fingerprint == first.data.fingerprint
+    assert second.model is not first.model
+    changed = {name: tensor + 1 for name, tensor in load_file(weights).items()}
+    save_file(changed, weights)
+    os.utime(weights, ns=(1, 1))
+    third = Training(config(*more)).backbones[0]
+    assert third is not first.backbones[0]
+    assert not torch.equal(next(third.parameters()), next(first.backbones[0].parameters()))
 
 
 # Processes
@@ -488,14 +595,7 @@ def test_two_processes_train_as_one(config, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes=2",
-        f"--main_process_port={port}",
-    ]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
     done = subprocess.run(
         [*launch, f"--main_process_port={port}", str(tmp_path / "script.py"), str(written(shared))],
         env=ENVIRONMENT, capture_output=True, text=True, timeout=500,

@@ -1,0 +1,263 @@
+"""Whole training steps against the released loop's algorithm: `python -m experiments.benchmark_training`.
+
+A step is what `experiments.train` does in one: views cut from photographs, the encoder on whole images and crops, the
+forwards and all losses, backward, update. The arms have the same weights and see the same images: `dense` trains the
+dense reference in the model's place, `ours` the model, and `shared` is what both contain, views and encoder. Steps are
+timed in turn, peaks measured apart (on CPU in a fresh process). Exit code: 0; 1 when the arms' losses differ; 2 when
+nothing was measured.
+"""
+
+import csv
+import itertools
+import logging
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+import core
+from core.reference import reference_of
+from core.registry import discover
+from experiments.atomic import CannotWrite, replacing
+from experiments.benchmark_report import origin
+from experiments.measure import (
+    MIN_RUNS,
+    OutOfMemory,
+    Times,
+    arithmetic,
+    interleave,
+    out_of_memory_named,
+    paired_ratio,
+    peak_in_child,
+    peak_on_gpu,
+)
+from experiments.settings import SettingError, check_writable
+from experiments.tracking import Run, track
+from experiments.train import EXPECTED_ERRORS, Training
+
+log = logging.getLogger(__name__)
+
+ARMS = ("dense", "ours", "shared")
+TOLERANCE = {"no": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
+NOTES = """\
+- A step: views cut from photographs, encoder on whole images and crops, forwards, losses, backward, update; of one
+  backbone and batch, all its crops. s/step: median of the runs.
+- x faster: the first arm's time divided by this arm's of the same round, median over rounds, with the 95 % interval of
+  a bootstrap over rounds. CPU: the same of the CPU time of the process, which its neighbours disturb less.
+- MB: 10^6 bytes, peak of one step above the level with models, optimiser and images in place. On CPU resident memory of
+  a fresh process per arm; on a GPU allocated.
+- loss: of the first step, from the same weights on the same images."""
+
+
+@dataclass
+class Row:
+    """What was measured of one arm; None: not measured."""
+
+    arm: str
+    status: str = "ok"
+    """ok, or why something was not measured: `out of memory...`, `wrong...`."""
+    num_runs: int = 0
+    time_s: float | None = None
+    steps_per_s: float | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    cpu_ratio: float | None = None
+    memory_mb: float | None = None
+    loss: float | None = None
+
+
+def benchmark_training(config: DictConfig) -> list[Row]:
+    """Measures all arms, and writes NAME.md and NAME.csv -> one row per arm.
+
+    Raises:
+        SettingError, and what `experiments.train.train` refuses: before anything is measured.
+        CannotWrite: the disk is full, say.
+    """
+    check_settings(config)
+    with tempfile.TemporaryDirectory() as folder, arithmetic(config.num_threads, tf32=False):
+        num_steps = max(config.steps, config.num_warmup + config.num_runs + 2)  # the first of all, and one for the peak
+        plain = OmegaConf.to_container(
+            config, resolve=True, enum_to_str=True
+        )  # typed nodes cannot be pickled
+        config_of_arms = OmegaConf.create(plain | {"out_dir": folder, "steps": num_steps})
+        arms = {name: Arm(name, config_of_arms) for name in config.arms}
+        device = next(iter(arms.values())).training.device
+        with track(config, device) as run:
+            rows = {name: Row(name) for name in arms}
+            for name, arm in arms.items():
+                _first_step_and_peak(arm, rows[name], config_of_arms)
+            _compare(rows, config.tolerance or TOLERANCE[config.mixed_precision])
+            calls = {name: arm.step for name, arm in arms.items() if rows[name].status == "ok"}
+            _enter(rows, interleave(calls, config.num_warmup, config.num_runs, config.max_seconds, device))
+            _write(list(rows.values()), config, device, run)
+    return list(rows.values())
+
+
+def check_settings(config: DictConfig) -> None:
+    """Refuses what could only fail later.
+
+    Raises:
+        SettingError: names the setting and what it may be.
+    """
+    names = list(config.arms)
+    if not names or len(set(names)) < len(names) or set(names) - set(ARMS):
+        raise SettingError(f"arms must name one or several different ones of {', '.join(ARMS)}, got {names}")
+    for key, least in (("num_warmup", 0), ("num_runs", MIN_RUNS), ("num_threads", 1)):
+        if type(config[key]) is not int or config[key] < least:
+            raise SettingError(f"{key} must be a whole number from {least} up, got {config[key]}")
+    for key in ("max_seconds", "tolerance"):
+        if config[key] is not None and not config[key] > 0:
+            raise SettingError(f"{key} must be a positive number or null, got {config[key]}")
+    if not config.name or Path(config.name).name != config.name:
+        raise SettingError(f"name must be a file name without folders, got {config.name!r}")
+    check_writable(Path(config.out_dir))
+
+
+class Arm:
+    """One training that goes on step by step.
+
+    Raises:
+        SettingError: the model has no dense reference; and what `Training` refuses.
+    """
+
+    def __init__(self, name: str, config: DictConfig):
+        self.name, self._steps = name, itertools.count()
+        self.training = Training(config, _reference if name == "dense" else lambda model: model)
+
+    def step(self) -> float | None:
+        """The next step -> its loss; `shared` has none."""
+        views = self.training.views[next(self._steps)]
+        if self.name != "shared":
+            return sum(self.training.step(views).values())
+        for one in self.training.of_each_backbone(views):
+            self.training.batch(one)
+        return None
+
+
+def prepared(name: str, config: DictConfig) -> Callable[[], object]:
+    """An arm after its first step, in a fresh process on CPU."""
+    torch.set_num_threads(config.num_threads)
+    arm = Arm(name, config)
+    arm.step()
+    return arm.step
+
+
+def _reference(model: core.AnyUp) -> torch.nn.Module:
+    other = [hook for hook in ("decoder", "refiner", "temporal") if model.config[hook]["name"] != "none"]
+    if other:
+        raise SettingError(f"arms=[dense] is the baseline only, not {other[0]}={model.config[other[0]]['name']}")
+    try:
+        return reference_of(model)
+    except ValueError as error:
+        raise SettingError(f"arms=[dense]: {error}") from error
+
+
+def _first_step_and_peak(arm: Arm, row: Row, config: DictConfig) -> None:
+    device = arm.training.device
+    try:
+        with out_of_memory_named():
+            if device.type == "cpu":
+                row.memory_mb = peak_in_child(partial(prepared, arm.name, config)) / 1e6
+            row.loss = arm.step()
+            if device.type == "cuda":
+                row.memory_mb = peak_on_gpu(arm.step, device)[0] / 1e6
+    except OutOfMemory as error:
+        row.status = f"out of memory: {error}"
+
+
+def _compare(rows: dict[str, Row], tolerance: float) -> None:
+    """Marks an arm as wrong whose first loss is not that of the first arm."""
+    known = [row for row in rows.values() if row.loss is not None]
+    for row in known[1:]:
+        difference = abs(row.loss - known[0].loss) / abs(known[0].loss)
+        if not difference <= tolerance:
+            row.status = f"wrong: its loss is {difference:.1e} off {known[0].arm}'s, {tolerance:.0e} are allowed"
+            log.error("%s is %s", row.arm, row.status)
+
+
+def _enter(rows: dict[str, Row], measured: dict[str, Times | OutOfMemory]) -> None:
+    """Enters times, and ratios against the first arm that has any."""
+    base: Times | None = None
+    for name, times in measured.items():
+        row = rows[name]
+        if isinstance(times, OutOfMemory):
+            row.status = f"out of memory: {times}"
+            continue
+        row.num_runs, row.time_s = len(times.time), median(times.time) / 1e3
+        row.steps_per_s = 1 / row.time_s
+        if base is None:
+            base = times
+            continue
+        ratio = paired_ratio(base.time, times.time)
+        row.ratio, row.ratio_low, row.ratio_high = ratio.median, ratio.low, ratio.high
+        row.cpu_ratio = paired_ratio(base.cpu, times.cpu).median
+
+
+def _cells(row: Row) -> list[str]:
+    ratio = "" if row.ratio is None else f"{row.ratio:.2f} ({row.ratio_low:.2f}-{row.ratio_high:.2f})"
+    numbers = ((row.time_s, ".2f"), (row.steps_per_s, ".3f"))
+    numbers = ["" if value is None else format(value, how) for value, how in numbers]
+    others = ((row.cpu_ratio, ".2f"), (row.memory_mb, ".0f"), (row.loss, ".5f"))
+    others = ["" if value is None else format(value, how) for value, how in others]
+    return [row.arm, *numbers, str(row.num_runs), ratio, *others, "" if row.status == "ok" else row.status]
+
+
+_COLUMNS = ("arm", "s/step", "steps/s", "runs", "x faster", "CPU", "MB", "loss", "remark")
+
+
+def _write(rows: list[Row], config: DictConfig, device: torch.device, run: Run) -> None:
+    out_dir = Path(config.out_dir)
+    views, backbones = config.views, ", ".join(node["name"] for node in config.backbones)
+    lines = [f"| {' | '.join(line)} |" for line in (_COLUMNS, ["---", *["---:"] * 7, "---"], *map(_cells, rows))]
+    precision = "float32" if config.mixed_precision == "no" else f"{config.mixed_precision} autocast"
+    what = (
+        f"- batch {config.batch_size}, {views.crops} crops each, view {views.view}, "
+        f"guidance {views.guidance or views.view}, scale {views.scale}; encoder {backbones}; "
+        f"objective {dict(config.objective)}"
+    )
+    top = origin("experiments.benchmark_training", "benchmark_training", device, config.num_threads, precision, False)
+    with replacing(out_dir / f"{config.name}.md") as part:
+        part.write_text(
+            "\n".join([f"# Training steps on {device.type.upper()}", "", *top, what, "", *lines, "", NOTES, ""])
+        )
+    with replacing(out_dir / f"{config.name}.csv") as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(map(asdict, rows))
+    for suffix in ("md", "csv"):
+        run.file(out_dir / f"{config.name}.{suffix}", f"tables/{config.name}.{suffix}")
+    for row in rows:
+        values = {key: value for key, value in asdict(row).items() if isinstance(value, float)}
+        run.metrics({f"{row.arm}/{key}": value for key, value in values.items()})
+
+
+discover()  # Hydra needs all choices before it composes
+
+
+@hydra.main(version_base=None, config_path="../configs", config_name="benchmark_training")
+def main(config: DictConfig) -> None:
+    """The command line of `benchmark_training`."""
+    try:
+        rows = benchmark_training(config)
+    except (*EXPECTED_ERRORS, CannotWrite) as error:
+        log.error("%s", error)
+        sys.exit(2)
+    table = Table(*_COLUMNS)
+    for row in rows:
+        table.add_row(*_cells(row))
+    Console().print(table)
+    sys.exit(any(row.status.startswith("wrong") for row in rows))
+
+
+if __name__ == "__main__":
+    main()
