@@ -97,7 +97,7 @@ class PyramidWindowAttention(WindowAttention):
         keys_per_side: int = 4,
     ):
         super().__init__(embed_dim, num_heads, window_ratio)  # draws the shared weights as the baseline does
-        self.scales, self.unit, self.keys_per_side = _checked(scales), Unit(unit), keys_per_side
+        self.scales, self.unit, self.keys_per_side = _checked_scales(scales), _checked_unit(unit), keys_per_side
         if keys_per_side < 0:
             raise ValueError(f"keys_per_side must be positive, or 0 for keys that are not pooled, got {keys_per_side}")
         self.fusion = nn.Linear(embed_dim, len(self.scales))
@@ -173,9 +173,9 @@ class PyramidWindowAttention(WindowAttention):
     def _axis(self, group: Tiles, num_keys: int, half: float, position: Tensor) -> Axis:
         """The axis of one scale, its window being of that half-width, as a fraction of the image."""
         own = tiles(group.num_queries, num_keys, 0.0 if 2 * half >= 1 else half, like=group)
-        first = (torch.arange(len(own)) * own.size - (-own.offset % own.size)).clamp(min=0)
+        first = (torch.arange(len(own), dtype=torch.float64) * own.size - (-own.offset % own.size)).clamp(min=0)
         members = first[:, None] + torch.arange(own.size)  # (tiles,T)
-        queries, keys = (members + 0.5) / group.num_queries, (own.keys + 0.5) / num_keys
+        queries, keys = (members + 0.5) / group.num_queries, (own.keys.double() + 0.5) / num_keys
         offset = ((queries[..., None] - keys[:, None]) / half).to(position)  # (tiles,T,K)
         bias = position[0] * offset + position[1] * offset**2
         return Axis(own.keys.to(position.device), bias + _hidden(own).to(position), False)
@@ -281,7 +281,7 @@ def _hidden(group: Tiles) -> Tensor:
     return torch.zeros(group.visible.shape).masked_fill_(~group.visible, -torch.inf)
 
 
-def _checked(scales: tuple[float, ...]) -> tuple[float, ...]:
+def _checked_scales(scales: tuple[float, ...]) -> tuple[float, ...]:
     """
     Raises:
         ValueError: scales that are no set of window sizes.
@@ -296,3 +296,10 @@ def _checked(scales: tuple[float, ...]) -> tuple[float, ...]:
     if repeated:
         raise ValueError(f"scales must differ, got {', '.join(f'{scale:g}' for scale in repeated)} more than once")
     return scales
+
+
+def _checked_unit(unit: Unit) -> Unit:
+    try:
+        return Unit(unit)
+    except ValueError:
+        raise ValueError(f"unit must be one of {', '.join(choice.name for choice in Unit)}, got {unit!r}") from None
