@@ -86,9 +86,7 @@ def benchmark_training(config: DictConfig) -> list[Row]:
     check_settings(config)
     with tempfile.TemporaryDirectory() as folder, arithmetic(config.num_threads, tf32=False):
         num_steps = max(config.steps, config.num_warmup + config.num_runs + 2)  # the first of all, and one for the peak
-        plain = OmegaConf.to_container(
-            config, resolve=True, enum_to_str=True
-        )  # typed nodes cannot be pickled
+        plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)  # typed nodes cannot be pickled
         config_of_arms = OmegaConf.create(plain | {"out_dir": folder, "steps": num_steps})
         arms = {name: Arm(name, config_of_arms) for name in config.arms}
         device = next(iter(arms.values())).training.device
