@@ -35,6 +35,7 @@ _MEASURE_NOTHING = (
     "report_tables",
     "run",
     "simulation",
+    "simulation_report",
     "spool",
     "statistics",
     "sweep_results",

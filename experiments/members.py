@@ -60,6 +60,17 @@ class SweepTask:
     def evaluation(self) -> Evaluation:
         return Evaluation(self.config)
 
+    def open(self) -> None:
+        """Opens it, if it is not.
+
+        Raises:
+            SettingError: it refuses its settings. DataError: its data cannot be opened.
+        """
+        try:
+            self.evaluation  # noqa: B018  a property that is computed once
+        except SettingError as error:
+            raise SettingError(f"task {self.name}: {error}") from error
+
     @cached_property
     def key(self) -> str:
         """Digest of settings, code and data; known without opening it.

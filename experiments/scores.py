@@ -133,7 +133,7 @@ def value(numerator: np.ndarray, denominator: np.ndarray, weights: np.ndarray | 
         ScoreError: no image has the measure.
     """
     weights = np.ones((1, numerator.shape[1])) if weights is None else np.atleast_2d(weights)
-    above, below = (np.einsum("rn,snk->rsk", weights, array) for array in (numerator, denominator))  # (R,S,K)
+    above, below = (np.tensordot(weights, array, (1, 1)) for array in (numerator, denominator))  # (R,S,K)
     counts = (below > 0).sum(2)  # (R,S)
     if not counts.all():
         raise ScoreError("no image that was drawn has the measure")

@@ -74,7 +74,7 @@ def compare(
     compared = []
     for keys, rows in scores.groupby(FAMILY, sort=False):
         for measure, of_measure in rows.groupby("measure", sort=False):
-            arms = _arrays(of_measure)
+            arms = arrays(of_measure)
             where = f"{'/'.join(keys)}, {measure}"
             if baseline not in arms:
                 raise ScoreError(f"{where}: the baseline {baseline} has no scores; there are: {', '.join(arms)}")
@@ -189,7 +189,7 @@ def _basis(of_arm: Spread | None) -> str:
     return "one image: over seeds only" if of_arm.num_seeds > 1 else "one seed, one image: no interval"
 
 
-def _arrays(rows: pd.DataFrame) -> dict[str, tuple[Sums, list[int]]]:
+def arrays(rows: pd.DataFrame) -> dict[str, tuple[Sums, list[int]]]:
     """Arm -> its sums, over the images on which any arm has the measure, and its seeds."""
     images = sorted(set(rows.loc[rows["denominator"] > 0, "image"]))
     arrays = {}

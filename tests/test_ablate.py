@@ -99,7 +99,7 @@ def table_of(report):
         ({"arms": {"baseline": [], "typo": ["unifier.num_bases=8"]}}, "arm typo: .*num_bases"),
         ({"arms": {"baseline": [], "typo": ["attention=globl"]}}, "arm typo: .*globl"),
         ({"arms": {"baseline": [], "odd": ["attention.num_heads=3"]}}, "arm odd: .*3"),
-        ({"arms": {"baseline": {"checkpoint": "gone.safetensors"}}}, "arm baseline: its checkpoint gone.safetensors does"),
+        ({"arms": {"baseline": {"checkpoint": "gone.safetensors"}}}, "arm baseline: its checkpoint gone.safe"),
         ({"arms": {"baseline": {"file": "x"}}}, "arm baseline must be a list of overrides, or {checkpoint: FILE}"),
         ({"arms": {"baseline": [3]}}, "arms.baseline must be a list of overrides"),
         ({"seeds": [0, 1, 0]}, "seeds=.* names one twice: it would be counted twice"),

@@ -1,0 +1,284 @@
+"""Reports of sweeps: verdicts from scores, what must not be compared, tables and pictures."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from experiments.report_figures import cost_quality, forest, front
+from experiments.report_tables import markdown, rich_tables, write_report
+from experiments.scores import ScoreError, frame, image_rows
+from experiments.simulation import Scenario, draw_scores, simulate
+from experiments.statistics import holm, pseudo_values, spread
+from experiments.sweep_results import Plan, Planned, Results, SweepError, Unit, gather, means
+from experiments.verdicts import compare, difference, table
+
+SEEDS, IMAGES = (0, 1, 2), [f"image{i}" for i in range(12)]
+NOISE = np.random.default_rng(0).normal(0, 0.01, (9, 3, 12))
+
+
+def scores_of(arm, level, seed=0, measure="cosine", noise=1.0, task="fidelity/2x", images=IMAGES):
+    which = sum(arm.encode()) % 9
+    values = [level + noise * NOISE[which, seed, i] + 0.1 * (i % 4) for i in range(len(images))]
+    rows = [row for name, number in zip(images, values, strict=True) for row in image_rows(name, {measure: number})]
+    return frame(rows, task=task, data="d", backbone="b", arm=arm, seed=seed)
+
+
+def sweep_scores(levels, seeds=SEEDS, **how):
+    return pd.concat([scores_of(arm, level, seed, **how) for arm, level in levels.items() for seed in seeds])
+
+
+def found(comparisons):
+    return {one.arm: one for one in comparisons}
+
+
+# Verdicts
+
+
+def test_better_helps_worse_hurts_and_the_same_is_not_shown():
+    scores = sweep_scores({"baseline": 0.5, "up": 0.6, "down": 0.4, "same": 0.5})
+    of = found(compare(scores, "baseline", ["baseline", "up", "down", "same"]))
+    assert [of[arm].verdict for arm in ("baseline", "up", "down", "same")] == [
+        "baseline",
+        "helps",
+        "hurts",
+        "not shown",
+    ]
+    assert of["up"].difference.value == pytest.approx(0.1, abs=0.02)
+    assert of["up"].difference.low > 0 > of["same"].difference.low
+    of = found(compare(scores.assign(measure="rmse"), "baseline", ["up", "down"]))  # less is better
+    assert (of["up"].verdict, of["down"].verdict, of["same"].verdict) == ("hurts", "helps", "reference")
+    assert of["same"].p_value is None
+
+
+def test_the_difference_is_paired():
+    """Images differ far more than arms: only pairs show the difference."""
+    scores = sweep_scores({"baseline": 0.5, "up": 0.52}, noise=0.2)
+    scores["numerator"] += scores["image"].map({name: i for i, name in enumerate(IMAGES)})
+    assert found(compare(scores, "baseline", ["up"]))["up"].verdict == "helps"
+
+
+def test_with_one_seed_the_verdict_speaks_of_images_only():
+    one = found(compare(sweep_scores({"baseline": 0.5, "up": 0.6}, seeds=(0,)), "baseline", ["up"]))["up"]
+    assert (one.verdict, one.basis) == ("helps", "one seed: over images only")
+    scores = sweep_scores({"baseline": 0.5, "up": 0.6}, images=IMAGES[:1])
+    assert found(compare(scores, "baseline", ["up"]))["up"].basis == "one image: over seeds only"
+    one = found(compare(scores[scores["seed"] == 0], "baseline", ["up"]))["up"]
+    assert (one.verdict, one.basis, one.difference.low) == ("not shown", "one seed, one image: no interval", None)
+
+
+def test_the_more_arms_the_harder():
+    """Holm's correction: what is shown alone is not among many."""
+    levels = {"baseline": 0.5, "up": 0.525} | {f"arm{i}": 0.5 for i in range(12)}
+    scores = sweep_scores(levels)
+    alone, among = (found(compare(scores, "baseline", arms))["up"] for arms in (["up"], list(levels)[1:]))
+    assert alone.p_value < among.p_value
+    assert alone.difference == among.difference
+    assert (alone.verdict, among.verdict) == ("helps", "not shown")
+
+
+def test_a_peer_with_one_seed_is_the_same_for_all():
+    scores = pd.concat([sweep_scores({"baseline": 0.5}), scores_of("bilinear", 0.4)])
+    one = found(compare(scores, "baseline", []))["bilinear"]
+    assert (one.num_seeds, one.verdict) == (1, "reference")
+    values = [
+        scores_of("bilinear", 0.4)["numerator"].to_numpy() - scores_of("baseline", 0.5, s)["numerator"] for s in SEEDS
+    ]
+    known = spread(np.array(values)).interval()
+    assert (one.difference.low, one.difference.high) == pytest.approx((known.low, known.high))
+
+
+def test_the_gap_closed_is_between_bilinear_and_encoder():
+    levels = {"baseline": 0.5, "up": 0.55, "bilinear": 0.4, "encoder": 0.6}
+    of = found(compare(sweep_scores(levels, noise=0.05), "baseline", ["up"]))
+    assert of["up"].gap_closed.value == pytest.approx(0.75, abs=0.02)
+    assert of["up"].gap_closed.low < 0.75 < of["up"].gap_closed.high
+    assert of["baseline"].gap_closed.value == pytest.approx(0.5, abs=0.02)
+    assert of["bilinear"].gap_closed is of["encoder"].gap_closed is None
+    levels["encoder"] = 0.4  # no gap
+    assert all(one.gap_closed is None for one in compare(sweep_scores(levels), "baseline", ["up"]))
+    levels["encoder"] = 0.3  # an encoder that is worse
+    assert all(one.gap_closed is None for one in compare(sweep_scores(levels), "baseline", ["up"]))
+
+
+def test_images_without_the_measure_do_not_count():
+    scores = sweep_scores({"baseline": 0.5, "up": 0.6})
+    edges = sweep_scores({"baseline": 0.5, "up": 0.6}, measure="edge_cosine")
+    edges = edges[~edges["image"].isin(IMAGES[:4])]
+    of = {(one.measure, one.arm): one for one in compare(pd.concat([scores, edges]), "baseline", ["up"])}
+    assert (of["cosine", "up"].num_images, of["edge_cosine", "up"].num_images) == (12, 8)
+
+
+def test_what_is_said_is_what_was_simulated():
+    """`compare`, which goes through tables, and the simulation, which is tested against known truths, agree."""
+    scenario = Scenario(num_images=10, num_arms=2, measure="miou", seed=0.05, image=0.1, residual=0.2)
+    drawn = draw_scores(scenario, 0.5, np.random.default_rng(0))
+    tables = []
+    for arm, (numerator, denominator) in zip(("baseline", "one", "two"), drawn, strict=True):
+        for seed in range(3):
+            values = [{"miou": (numerator[seed, i], denominator[seed, i])} for i in range(10)]
+            rows = [row for i in range(10) for row in image_rows(f"{i}", values[i])]
+            tables.append(frame(rows, task="t", data="d", backbone="b", arm=arm, seed=seed))
+    of = found(compare(pd.concat(tables), "baseline", ["one", "two"]))
+    spreads = [
+        spread(pseudo_values(lambda weights, arm=arm: difference(arm, drawn[0], weights), 10)) for arm in drawn[1:]
+    ]
+    assert [of["one"].p_value, of["two"].p_value] == pytest.approx(holm([float(one.p_value()) for one in spreads]))
+    assert of["two"].difference.high == pytest.approx(spreads[1].interval().high)
+    assert simulate(scenario, 2).num_sweeps == 2
+
+
+def test_arms_with_other_seeds_or_without_a_baseline_are_refused():
+    scores = pd.concat([sweep_scores({"baseline": 0.5}), sweep_scores({"up": 0.6}, seeds=(0, 1))])
+    with pytest.raises(ScoreError, match=r"d/b, cosine: arm up has seeds \[0, 1\], the baseline \[0, 1, 2\]"):
+        compare(scores, "baseline", ["up"])
+    with pytest.raises(ScoreError, match="the baseline missing has no scores; there are: baseline, up"):
+        compare(sweep_scores({"baseline": 0.5, "up": 0.6}), "missing", ["up"])
+
+
+# Gathering
+
+
+PLAN = Plan(
+    "sweep",
+    "baseline",
+    0.95,
+    [Planned(arm, kind, seed, f"key of {arm}", ["one"]) for seed in SEEDS
+     for arm, kind in (("baseline", "trained"), ("up", "trained"), ("bilinear", "peer"), ("encoder", "ceiling"))
+     if kind == "trained" or seed == 0],
+)  # fmt: skip
+LEVELS = {"baseline": 0.5, "up": 0.6, "bilinear": 0.4, "encoder": 0.7}
+
+
+def units(**changes):
+    return [
+        Unit(
+            planned.arm,
+            planned.seed,
+            "one",
+            planned.key,
+            "images",
+            scores_of(planned.arm, LEVELS[planned.arm], planned.seed),
+        )
+        for planned in PLAN.members
+    ]
+
+
+def test_a_plan_survives_json():
+    assert Plan.from_json(PLAN.to_json()) == PLAN
+    assert PLAN.competing == ["baseline", "up"]
+
+
+def test_an_arm_without_one_of_its_seeds_does_not_count():
+    some = [unit for unit in units() if (unit.arm, unit.seed) != ("up", 2)]
+    results = gather(PLAN, some, {})
+    assert results.failures == {"up": "not measured: one with seed 2"}
+    assert set(results.scores["arm"]) == {"baseline", "bilinear", "encoder"}
+    assert gather(PLAN, some, {"up": "seed 2: it burnt"}).failures == {"up": "seed 2: it burnt"}
+    with pytest.raises(SweepError, match="the baseline baseline failed, so nothing can be compared: seed 1: it burnt"):
+        gather(PLAN, units(), {"baseline": "seed 1: it burnt"})
+
+
+def test_no_result_is_counted_twice():
+    twice = gather(PLAN, [*units(), *units()], {})
+    assert twice.scores.equals(gather(PLAN, units(), {}).scores)
+    other = units()[1]
+    other.scores["numerator"] += 1e-6
+    with pytest.raises(SweepError, match="two different results of arm up, seed 0, task one: of key of up on images"):
+        gather(PLAN, [*units(), other], {})
+
+
+def test_two_kinds_of_data_under_one_key_are_refused():
+    changed = units()
+    changed[-1] = Unit("up", 2, "one", "key of up", "others", changed[-1].scores)
+    with pytest.raises(
+        SweepError, match="task one was measured on different data: arm baseline, seed 0 on images, arm up"
+    ):
+        gather(PLAN, changed, {})
+    with pytest.raises(SweepError, match="arm up, seed 0, task one say they are of another arm"):
+        gather(PLAN, [Unit("up", 0, "one", "k", "images", scores_of("down", 0.1))], {})
+
+
+def test_what_an_arm_lacks_is_named():
+    lacking = units()
+    lacking[1] = Unit("up", 0, "one", "key of up", "images", lacking[1].scores.query("image != 'image5'"))
+    with pytest.raises(ScoreError, match="arm up, seed 0 lacks 1 images that other arms have, the first: image5"):
+        gather(PLAN, lacking, {})
+
+
+def test_means_are_of_the_whole_set():
+    assert means(scores_of("up", 0.5, noise=0.0)) == {"fidelity/2x/d/b/cosine": pytest.approx(0.65)}
+
+
+# Tables and pictures
+
+
+@pytest.fixture
+def results():
+    made = gather(PLAN, units(), {})
+    made.costs = pd.DataFrame(
+        [
+            {"arm": "baseline", "parameters": 1200, "memory_mb": 10.0, "time_ms": 4.0, "time_ratio": 1.0,
+             "time_ratio_low": 1.0, "time_ratio_high": 1.0, "memory_ratio": 1.0},
+            {"arm": "up", "parameters": 2400, "memory_mb": 20.0, "time_ms": 8.0, "time_ratio": 2.0,
+             "time_ratio_low": 1.8, "time_ratio_high": 2.2, "memory_ratio": 2.0},
+            {"arm": "bilinear", "parameters": 0, "memory_mb": float("nan"), "time_ms": float("nan"),
+             "time_ratio": float("nan"), "time_ratio_low": float("nan"), "time_ratio_high": float("nan"),
+             "memory_ratio": float("nan")},
+        ]
+    )  # fmt: skip
+    return made
+
+
+def test_a_report_is_written_and_can_be_read(results, tmp_path):
+    results.failures = {"lost": "seed 1: it burnt"}
+    report = write_report(results, tmp_path)
+    assert sorted(file.name for file in report.files) == sorted(
+        [
+            "sweep.md",
+            "sweep.csv",
+            "sweep_scores.parquet",
+            "sweep_costs.csv",
+            "sweep_forest.png",
+            "sweep_cost_quality.png",
+        ]
+    )
+    rows = pd.read_csv(tmp_path / "sweep.csv").set_index("arm")
+    assert rows.loc["up", "verdict"] == "helps"
+    assert rows.loc["up", "bootstrap_low"] > 0
+    assert rows.loc["up", "difference_low"] < rows.loc["up", "difference"] < rows.loc["up", "difference_high"]
+    text = (tmp_path / "sweep.md").read_text()
+    assert "- FAILED: lost: seed 1: it burnt" in text
+    assert "| up | 0.7" in text
+    assert "| 2.00 [1.80, 2.20] |" in text
+    assert "| bilinear | 0 | out of memory |" in text
+    for name in ("sweep_forest.png", "sweep_cost_quality.png"):
+        assert np.asarray(Image.open(tmp_path / name)).std() > 10
+    assert [len(shown.rows) for shown in rich_tables(report)] == [4, 3]
+
+
+def test_without_costs_there_are_none(results, tmp_path):
+    bare = Results(results.plan, results.scores)
+    assert "Cost" not in markdown(bare, compare(bare.scores, "baseline", ["up"]))
+    assert not any("cost" in file.name for file in write_report(bare, tmp_path).files)
+
+
+def test_pictures_show_intervals_and_the_front(results):
+    comparisons = compare(results.scores, "baseline", ["baseline", "up"])
+    (axes,) = forest(comparisons, 0.95).axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["up", "bilinear", "encoder"]
+    up = found(comparisons)["up"].difference
+    assert [list(line.get_xdata()) for line in axes.lines[:2]] == [[up.value], [up.low, up.high]]
+    (axes,) = cost_quality(comparisons, results.costs).axes
+    assert {text.get_text() for text in axes.texts} == {"baseline", "up"}
+    points = [(1, 0.5), (2, 0.4), (3, 0.6), (1, 0.3)]
+    assert front(points, +1) == [(1, 0.5), (3, 0.6)]
+    assert front(points, -1) == [(1, 0.3)]
+
+
+def test_the_table_has_a_row_for_each_comparison(results):
+    comparisons = compare(results.scores, "baseline", ["up"], num_resamples=0)
+    rows = table(comparisons)
+    assert list(rows["arm"]) == ["baseline", "up", "bilinear", "encoder"]
+    assert rows["bootstrap_low"].isna().all()
+    assert rows.loc[0, ["difference", "p_value"]].isna().all()
