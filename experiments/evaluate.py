@@ -66,10 +66,10 @@ class Evaluation:
         self.device = pick_device(config.device)
         sizes = _sizes(config)
         backbone = _backbone(config).to(self.device)
-        _check_encoder(backbone, sizes)
         cache = FeatureCache(config.cache.folder, config.cache.max_gb)
         layers = dpt_layers(backbone.num_layers) if config.task.get("head") == "dpt" else None
         encoder, memory = Encoder(backbone, cache, layers), Memory(config.cache.memory_gb)
+        _check_encoder(encoder, sizes)
         data = {"val_data": open_data(config.val_data)}
         if self.task.trains:
             data["data"] = open_data(config.data)
@@ -221,11 +221,10 @@ def _backbone(config: DictConfig) -> Backbone:
         raise SettingError(str(error)) from error
 
 
-def _check_encoder(backbone: Backbone, sizes: Sizes) -> None:
-    least = max(2 * backbone.patch_size, backbone.min_size)  # two rows and columns: upsamplers need a grid
-    if min(sizes.encoder) < least:
+def _check_encoder(encoder: Encoder, sizes: Sizes) -> None:
+    if min(sizes.encoder) < encoder.least:
         raise SettingError(
-            f"encoder_size={list(sizes.encoder)} is too small for backbone={backbone.name}, which needs {least} pixels"
+            f"encoder_size={list(sizes.encoder)} is too small: backbone={encoder.name} needs {encoder.least} pixels"
         )
 
 

@@ -72,6 +72,11 @@ class Encoder:
         """(B,3,H,W) RGB in [0,1] -> (B,C,h,w) float32 of the default layer, or of the first one asked for."""
         return self._encode(self.views[0], rgb, name).float()
 
+    @property
+    def least(self) -> int:
+        """Pixels of the smallest images that can be upsampled: with two rows and two columns of features."""
+        return max(max(2 * view.patch_size, view.min_size) for view in self.views)
+
     def layers(self, rgb: Tensor, name: str) -> tuple[Tensor, ...]:
         """(1,3,H,W) RGB in [0,1] -> float16 features of every layer asked for.
 

@@ -43,7 +43,9 @@ class Fidelity(Task):
         self.scales, self.view, self.guidance_size = list(scales), view, guidance
 
     def check(self, bench: Bench) -> None:
-        """Contract: `Task.check`: it takes any images."""
+        """Contract: `Task.check`; any images will do."""
+        if self.view < (least := bench.encoder.least):
+            raise SettingError(f"task.view={self.view}: backbone={bench.encoder.name} needs at least {least} pixels")
 
     def rows(self, model: nn.Module | Ceiling, seed: int, bench: Bench) -> Iterator[dict[str, object]]:
         """Contract: `Task.rows`; the seed plays no part."""
@@ -71,10 +73,5 @@ class Fidelity(Task):
         return fidelity(CEILINGS[model.name](case, bench.encoder), case)
 
     def _case(self, i: int, scale: int, bench: Bench) -> FidelityCase:
-        try:
-            image = bench.val.sample(i).image.to(bench.device)
-            return fidelity_case(image, bench.encoder, scale, self.view, self.guidance_size)
-        except (FidelityError, EvaluationError, SettingError):
-            raise
-        except ValueError as error:
-            raise SettingError(f"task.view={self.view} cannot be used: {error}") from error
+        image = bench.val.sample(i).image.to(bench.device)
+        return fidelity_case(image, bench.encoder, scale, self.view, self.guidance_size)

@@ -61,7 +61,7 @@ class Depth(GeometryTask):
     counts.
 
     Args:
-        lr, weight_decay, batch_size, epochs, warmup_epochs, pixels_per_image, head: see `ProbeSettings`.
+        lr, weight_decay, batch_size, epochs, warmup_epochs, pixels_per_image, head, hidden: see `ProbeSettings`.
         max_depth: metres.
 
     Raises:
@@ -80,9 +80,15 @@ class Depth(GeometryTask):
         warmup_epochs: float = 1.5,
         pixels_per_image: int | None = 1024,
         head: str = "linear",
+        hidden: int = 512,
         max_depth: float = 10.0,
     ):
-        settings = {"warmup_epochs": warmup_epochs, "pixels_per_image": pixels_per_image, "head": head}
+        settings = {
+            "warmup_epochs": warmup_epochs,
+            "pixels_per_image": pixels_per_image,
+            "head": head,
+            "hidden": hidden,
+        }
         super().__init__(ProbeSettings(lr, weight_decay, batch_size, epochs, **settings))
         if not MIN_DEPTH < max_depth < math.inf:
             raise SettingError(f"task.max_depth must be above {MIN_DEPTH} metres, got {max_depth}")
@@ -136,7 +142,7 @@ class Normals(GeometryTask):
     Trained by the angular loss with uncertainty (Bae et al., ICCV 2021): the head gives a vector and its concentration.
 
     Args:
-        lr, weight_decay, batch_size, epochs, warmup_epochs, pixels_per_image, head: see `ProbeSettings`.
+        lr, weight_decay, batch_size, epochs, warmup_epochs, pixels_per_image, head, hidden: see `ProbeSettings`.
 
     Raises:
         SettingError: a value out of its range.
@@ -154,8 +160,14 @@ class Normals(GeometryTask):
         warmup_epochs: float = 1.5,
         pixels_per_image: int | None = 1024,
         head: str = "linear",
+        hidden: int = 512,
     ):
-        settings = {"warmup_epochs": warmup_epochs, "pixels_per_image": pixels_per_image, "head": head}
+        settings = {
+            "warmup_epochs": warmup_epochs,
+            "pixels_per_image": pixels_per_image,
+            "head": head,
+            "hidden": hidden,
+        }
         super().__init__(ProbeSettings(lr, weight_decay, batch_size, epochs, **settings))
 
     def outputs(self, bench: Bench) -> int:

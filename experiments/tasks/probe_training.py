@@ -42,7 +42,7 @@ class ProbeSettings:
         warmup_epochs: over which the rate first rises linearly (of `cosine`).
         flip: share of training images that are mirrored (of `pixels_per_image=null`).
         pixels_per_image: drawn from each image; None: all of them, the published protocol.
-        head: linear or dpt.
+        head: linear or dpt. hidden: width of the dpt head.
 
     Raises:
         SettingError: a value out of its range, or two that do not go together.
@@ -57,11 +57,12 @@ class ProbeSettings:
     flip: float = 0.0
     pixels_per_image: int | None = None
     head: str = "linear"
+    hidden: int = 512
 
     def __post_init__(self):
         check_choice("task.schedule", self.schedule, SCHEDULES)
         check_choice("task.head", self.head, HEADS)
-        for name in ("batch_size", "epochs"):
+        for name in ("batch_size", "epochs", "hidden"):
             if getattr(self, name) < 1:
                 raise SettingError(f"task.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "weight_decay"):
@@ -86,10 +87,11 @@ class ProbeSettings:
         return OptimiserSettings(self.lr, self.weight_decay, warmup=warmup).rate(step, num_steps)
 
 
-def train_probe(task: "ProbeTask", model: nn.Module, scale: int, seed: int, bench: Bench) -> nn.Module:
+def train_probe(task: "ProbeTask", model: nn.Module | None, scale: int, seed: int, bench: Bench) -> nn.Module:
     """Trains a head on the features that `model` upsamples; initial weights and batches depend on the seed alone.
 
     Args:
+        model: None: on low-resolution features as they are, with the targets of whole cells (`ProbeTask.of_cells`).
         scale: of the encoder's input; more than 1 for the ceiling.
 
     Raises:
@@ -99,16 +101,20 @@ def train_probe(task: "ProbeTask", model: nn.Module, scale: int, seed: int, benc
     num_steps = -(-len(usable) // settings.batch_size) * settings.epochs
     widths = [layer.shape[1] for layer in bench.train.get(usable[0], scale=scale).features]
     with named_stream(seed, f"probe/{task.choice}"):
-        head = {"linear": LinearHead, "dpt": DPTHead}[settings.head](widths, task.outputs(bench))
+        outputs = task.outputs(bench)
+        head = DPTHead(widths, outputs, settings.hidden) if settings.head == "dpt" else LinearHead(widths, outputs)
     head.to(bench.device)
-    drawn = settings.pixels_per_image is not None
-    batches = (_drawn if drawn else _whole)(task, model, scale, seed, bench)
+    enlarge = model is not None and settings.pixels_per_image is None
+    if model is None:
+        batches = _cells(task, seed, bench)
+    else:
+        batches = (_whole if enlarge else _drawn)(task, model, scale, seed, bench)
     adam = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     for step, (features, target) in enumerate(
         tqdm(batches, f"probe of {task.choice}", num_steps, unit="step", leave=False, disable=None)
     ):
         adam.param_groups[0]["lr"] = settings.rate(step, num_steps)
-        prediction = task.decode(head(features)) if drawn else task.predict(head, features, bench)
+        prediction = task.predict(head, features, bench) if enlarge else task.decode(head(features))
         loss = task.loss(prediction, target)
         if not torch.isfinite(loss):
             raise EvaluationError(f"the loss of the probe became {loss.item()} in step {step} of {num_steps}")
@@ -144,6 +150,16 @@ def _whole(task: "ProbeTask", model: nn.Module, scale: int, seed: int, bench: Be
         flips = torch.rand(len(usable), generator=stream(seed, "probe flip", epoch)) < settings.flip
         cases = [bench.train.get(usable[i], bool(flips[i]), scale) for i in chosen]
         yield features_for(settings.head, model, cases, bench), torch.cat([task.target(case) for case in cases])
+
+
+def _cells(task: "ProbeTask", seed: int, bench: Bench) -> Iterator[Batch]:
+    """Batches of low-resolution features, with one target for each cell."""
+    usable = task.usable(bench.train)
+    for _, chosen in _batches(usable, task.settings, seed):
+        cases = [bench.train.get(usable[i]) for i in chosen]
+        features = features_for("linear", Bilinear(), cases, bench)  # (B,C,h,w)
+        size = tuple(features[0].shape[-2:])
+        yield features, torch.cat([task.of_cells(task.target(case), size) for case in cases])
 
 
 def _drawn(task: "ProbeTask", model: nn.Module, scale: int, seed: int, bench: Bench) -> Iterator[Batch]:

@@ -3,7 +3,8 @@
 Every task of this kind measures two probes of each arm. `upsampled`: trained on the arm's upsampled features.
 `transferred`: trained on low-resolution features enlarged bilinearly (for a linear head that is: with bilinear
 logits), and applied to the arm's features, which shows whether they have stayed what they were. It depends on encoder,
-data and seed only, so all arms share it. Of the arm `bilinear` both are the same probe.
+data and seed only, so all arms share it. Of the arm `bilinear` both are the same probe, unless the former is trained
+on whole cells.
 """
 
 from abc import abstractmethod
@@ -28,6 +29,8 @@ class ProbeTask(Task):
     """A task that trains probes; what they predict is the subclass's: outputs, target, loss and measures."""
 
     trains = True
+    cell_targets = False
+    """Whether the transferred probe is trained on the features' own grid, one target for each cell."""
     worst_by: ClassVar[str]
     """The measure by which the worst images are found."""
 
@@ -65,6 +68,10 @@ class ProbeTask(Task):
     def columns(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """(1,·,H,W), (1,K,H,W) -> pictures (3,H,W) of both, by title."""
 
+    def of_cells(self, target: Tensor, size: tuple[int, int]) -> Tensor:
+        """(1,K,H,W) -> (1,K,*size), what is to be predicted of cells as a whole; if the task has `cell_targets`."""
+        raise NotImplementedError
+
     def usable(self, cases: Cases) -> list[int]:
         """Training images in which something is known.
 
@@ -85,10 +92,10 @@ class ProbeTask(Task):
     def rows(self, model: nn.Module | Ceiling, seed: int, bench: Bench) -> Iterator[dict[str, object]]:
         """Contract: `Task.rows`."""
         if seed not in self._low:
-            self._low[seed] = train_probe(self, Bilinear(), 1, seed, bench)
+            self._low[seed] = train_probe(self, None if self.cell_targets else Bilinear(), 1, seed, bench)
         heads = {"upsampled": self._low[seed], "transferred": self._low[seed]}
         upsampler, scale = bench.arm(model)
-        if scale > 1 or not isinstance(upsampler, Bilinear):
+        if scale > 1 or self.cell_targets or not isinstance(upsampler, Bilinear):
             heads["upsampled"] = train_probe(self, upsampler, scale, seed, bench)
         self.worst = []
         for i in range(len(bench.val)):

@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.data import IGNORE
-from experiments.settings import SettingError
+from experiments.settings import SettingError, check_choice
 from experiments.tasks import EvaluationError, register_task
 from experiments.tasks.bench import Bench, Case, Cases
 from experiments.tasks.probe_training import ProbeSettings
 from experiments.tasks.probes import ProbeTask
+
+LOW_LABELS = ("pixels", "cells")
 
 
 @register_task("segmentation")
@@ -25,6 +27,9 @@ class Segmentation(ProbeTask):
 
     Args:
         lr, weight_decay, batch_size, epochs, schedule, flip, pixels_per_image: see `ProbeSettings`.
+        low_labels: what the transferred probe is trained on: `pixels`, as above with bilinear features; `cells`: the
+            low-resolution features as they are, with the most frequent class of each cell, which is cheapest and costs
+            some points of mIoU (docs/evaluation.md).
         boundary: pixels from a pixel of another class within which a pixel counts as near a boundary.
 
     Raises:
@@ -42,6 +47,7 @@ class Segmentation(ProbeTask):
         schedule: str = "cosine",
         flip: float = 0.5,
         pixels_per_image: int | None = 1024,
+        low_labels: str = "pixels",
         boundary: int = 3,
     ):
         super().__init__(
@@ -49,7 +55,8 @@ class Segmentation(ProbeTask):
         )
         if boundary < 1:
             raise SettingError(f"task.boundary must be at least 1 pixel, got {boundary}")
-        self.boundary = boundary
+        check_choice("task.low_labels", low_labels, LOW_LABELS)
+        self.boundary, self.cell_targets = boundary, low_labels == "cells"
 
     def check(self, bench: Bench) -> None:
         """Contract: `Task.check`."""
@@ -85,6 +92,12 @@ class Segmentation(ProbeTask):
         if case.labels is None:
             raise EvaluationError(f"image {case.name} has no labels")
         return case.labels
+
+    def of_cells(self, target: Tensor, size: tuple[int, int]) -> Tensor:
+        """(1,1,H,W) -> (1,1,*size) most frequent class of each cell; `IGNORE` counts as one."""
+        present = target.unique()
+        each = torch.cat([(target == label).float() for label in present], 1)  # (1,classes here,H,W)
+        return present[F.interpolate(each, size, mode="area").argmax(1, keepdim=True)]  # (1,1,*size)
 
     def known(self, target: Tensor) -> Tensor:
         """Contract: `ProbeTask.known`."""

@@ -41,8 +41,8 @@ class TemporalConsistency(Task):
         data = bench.val.data
         if not data.videos or max(map(len, data.videos.values())) < 2:
             raise SettingError(
-                f"task=temporal needs videos, and val_data={data.choice} has none: use val_data=frames, or "
-                "val_data=scenes with val_data.frames=2 or more"
+                f"task=temporal needs videos, and val_data={data.choice} has none: use data@val_data=frames, or "
+                "data@val_data=scenes with val_data.frames=2 or more"
             )
         if len(bench.val) < len(data):
             raise SettingError("task=temporal measures whole videos: max_val_images must be null")

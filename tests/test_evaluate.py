@@ -1,0 +1,283 @@
+"""The evaluation command and `Evaluation`: what arms share, what is written and recorded, and what is refused."""
+
+import math
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import nn
+
+import core
+from experiments import evaluate as command
+from experiments.evaluate import Evaluation, evaluate
+from experiments.peers import make_peer
+from experiments.scores import KEYS, VALUES, ScoreError, sums, value
+from experiments.settings import SettingError
+from experiments.tasks import Ceiling, EvaluationError
+
+ROOT = Path(__file__).parent.parent
+QUICK = (
+    "tracking.enabled=false", "backbone=hog8", "image_size=[32,40]", "data.size=[36,40]", "data.num=3", "data.seed=5",
+    "val_data.size=[36,40]", "val_data.num=2", "device=cpu",
+)  # fmt: skip
+PROBE = ("task.epochs=2", "task.pixels_per_image=50")
+TRIO = ("nearest", "bilinear", "bicubic")
+
+
+def config(*overrides, quick=(*QUICK, *PROBE)):
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        return compose("evaluate", [*quick, *overrides])
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "mine.safetensors"
+    core.save(core.build(["embed_dim=8", "attention.num_heads=1", "unifier.num_basis=8"]), path)
+    return path
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Sizes of all images that the backbone was given."""
+    seen, backbone = [], core.load_backbone("hog8")
+    own = backbone.features
+    monkeypatch.setattr(command, "backbone_from_config", lambda _: backbone)
+    monkeypatch.setattr(backbone, "features", lambda image, layer: seen.append(tuple(image.shape)) or own(image, layer))
+    return seen
+
+
+def test_every_arm_is_measured_on_every_image_with_every_seed(weights):
+    report = evaluate(config(f"checkpoints=[{weights}]", "peers=[bilinear,nearest]", "seeds=[0,3]", "name=all"))
+    scores = report.scores
+    assert list(scores) == [*KEYS, *VALUES]
+    arms = ["bilinear", "nearest", "mine", "encoder"]
+    tasks = {"segmentation/upsampled", "segmentation/transferred"}
+    images = {"scenes/val/000000", "scenes/val/000001"}
+    found = set(scores[["task", "arm", "seed", "image"]].itertuples(index=False, name=None))
+    assert found == {(task, arm, seed, image) for task in tasks for arm in arms for seed in (0, 3) for image in images}
+    assert set(scores["measure"]) == {"miou", "accuracy", "boundary_miou"}
+    assert set(scores["data"]) == {"scenes"}
+    assert set(scores["backbone"]) == {"hog8"}
+    pd.testing.assert_frame_equal(pd.read_parquet("outputs/evaluate/all.parquet"), scores)
+
+    by_hand = Evaluation(config()).scores(core.load(weights), "mine", 3)
+    mine = scores[(scores.arm == "mine") & (scores.seed == 3)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(by_hand, mine, check_dtype=False)
+
+    table = pd.read_csv("outputs/evaluate/all.csv").set_index(["task", "measure", "arm"])
+    rows = scores[(scores.task == "segmentation/upsampled") & (scores.measure == "miou")]
+    means = {arm: value(*sums(rows[rows.arm == arm])[:2]).mean() for arm in arms}
+    for arm, mean in means.items():
+        assert table.loc["segmentation/upsampled", "miou", arm]["mean"] == pytest.approx(mean)
+    difference = table.loc["segmentation/upsampled", "miou", "mine"]["difference"]
+    assert difference == pytest.approx(means["mine"] - means["bilinear"])
+    text = Path("outputs/evaluate/all.md").read_text()
+    for part in ("# segmentation: scenes, hog8", "## segmentation/transferred, 2 images", "seeds: 2", "image [32, 40]",
+                 f"| nearest | {means['nearest']:.4f} ", "from Python", "pixels_per_image 50"):  # fmt: skip
+        assert part in text
+    assert sorted(path.name for path in report.files) == ["all.csv", "all.md", "all.parquet"]
+    assert {one.verdict for one in report.results if one.arm == "nearest"} == {"reference"}
+    assert {one.verdict for one in report.results if one.arm == "mine"} <= {"helps", "hurts", "not shown"}
+
+
+def test_arms_and_seeds_share_encodings(encoded):
+    evaluation = Evaluation(config())
+    assert encoded == []  # nothing before it is needed
+    for seed in (0, 1):
+        for name in TRIO:
+            evaluation.scores(make_peer(name), name, seed)
+    assert encoded == [(1, 3, 32, 40)] * 5  # 3 training and 2 validation images, once
+    evaluation.scores(Ceiling("encoder"), "encoder", 0)
+    assert encoded[5:] == [(1, 3, 64, 80)] * 5
+
+
+def test_encodings_come_from_the_disk(encoded):
+    first = Evaluation(config("cache.folder=features")).scores(make_peer("nearest"), "nearest", 0)
+    assert len(encoded) == 5
+    again = Evaluation(config("cache.folder=features")).scores(make_peer("nearest"), "nearest", 0)
+    assert len(encoded) == 5
+    pd.testing.assert_frame_equal(first, again)
+    pd.testing.assert_frame_equal(Evaluation(config()).scores(make_peer("nearest"), "nearest", 0), first)
+
+
+def test_the_probe_on_low_resolution_features_is_shared(monkeypatch):
+    trained = []
+    own = command.make_task({"name": "segmentation"}).__class__.loss
+    evaluation = Evaluation(config())
+    monkeypatch.setattr(
+        type(evaluation.task),
+        "loss",
+        lambda self, prediction, target: trained.append(1) or own(self, prediction, target),
+    )
+    for name in TRIO:
+        evaluation.scores(make_peer(name), name, 0)
+    assert len(trained) == 2 * 3  # one step an epoch: low-resolution, nearest, bicubic; bilinear is the first
+
+
+def test_sizes_of_what_is_seen_and_given():
+    class Looking(nn.Module):
+        def forward(self, image, features, output_size):
+            self.seen = tuple(image.shape), tuple(features.shape), tuple(output_size)
+            return nn.functional.interpolate(features, output_size)
+
+    model = Looking()
+    overrides = ("encoder_size=40", "guidance_size=[24,30]", "output_size=20")
+    scores = Evaluation(config(*overrides)).scores(model, "looking", 0)
+    assert model.seen == ((1, 3, 24, 30), (1, 87, 4, 5), (16, 20))
+    pixels = scores[(scores.measure == "accuracy")]["denominator"]
+    assert pixels.max() == 32 * 40  # predictions are measured at the size of the labels
+    Evaluation(config()).scores(model, "looking", 0)
+    assert model.seen == ((1, 3, 32, 40), (1, 87, 4, 5), (32, 40))
+
+
+def test_limits_take_images_from_everywhere():
+    evaluation = Evaluation(config("data.num=9", "max_train_images=3", "max_val_images=1"))
+    assert evaluation.bench.train.names == [f"scenes/train/00000{i}" for i in (0, 4, 8)]
+    scores = evaluation.scores(make_peer("nearest"), "nearest", 0)
+    assert set(scores["image"]) == {"scenes/val/000000"}
+
+
+def test_the_fingerprint_is_that_of_what_scores_depend_on():
+    base = Evaluation(config())
+    assert base.names == ("scenes", "hog8")
+    for same in ("out_dir=elsewhere", "seeds=[4]", "peers=[bilinear]", "cache.memory_gb=1", "encoder_size=[32,40]"):
+        assert Evaluation(config(same)).fingerprint == base.fingerprint
+    others = ("task.epochs=3", "task=depth", "image_size=32", "output_size=20", "guidance_size=16", "data.num=4",
+              "val_data.seed=1", "backbone=hog16", "max_val_images=1", "ceiling_scale=3")  # fmt: skip
+    found = {Evaluation(config(other)).fingerprint for other in others}
+    assert len(found | {base.fingerprint}) == len(others) + 1
+
+
+def test_tasks_without_training_open_no_training_data():
+    quick = tuple(o for o in QUICK if not o.startswith("data."))
+    for task, extra in (("fidelity", ("task.view=16",)), ("temporal", ("val_data.frames=2",))):
+        report = evaluate(config(f"task={task}", *extra, "data=camvid", quick=quick))  # without data.path
+        assert set(report.scores["seed"]) == {0}
+        assert set(report.scores["task"]) == {{"fidelity": "fidelity/2x", "temporal": "temporal"}[task]}
+
+
+def test_a_model_in_training_is_measured_in_eval_mode():
+    class Modal(nn.Module):
+        def forward(self, image, features, output_size):
+            assert not self.training
+            assert torch.is_inference_mode_enabled()
+            return nn.functional.interpolate(features, output_size)
+
+    model = Modal().train()
+    Evaluation(config()).scores(model, "modal", 0)
+    assert model.training
+
+
+def test_a_measure_that_is_not_finite_is_not_averaged(monkeypatch):
+    evaluation = Evaluation(config())
+    own, calls = evaluation.task.measures, []
+
+    def measures(prediction, target):
+        calls.append(1)
+        return own(prediction, target) | ({"accuracy": math.nan} if len(calls) == 3 else {})
+
+    monkeypatch.setattr(evaluation.task, "measures", measures)
+    with pytest.raises(ScoreError, match=r"1 scores are not finite, the first: .*arm nearest.*scenes/val/000001, meas"):
+        evaluation.scores(make_peer("nearest"), "nearest", 0)
+
+
+def test_features_that_are_not_finite_name_arm_and_image():
+    class Broken(nn.Module):
+        def forward(self, image, features, output_size):
+            return torch.full((*features.shape[:2], *output_size), math.inf)
+
+    with pytest.raises(
+        EvaluationError, match="arm broken, seed 7: image scenes/train/000000: 111360 of 111360 upsampled"
+    ):
+        Evaluation(config()).scores(Broken(), "broken", 7)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("task.epochs=0", "task.epochs must be at least 1"),
+        ("seeds=[]", "seeds must be a list of whole numbers"),
+        ("seeds=[1,1]", r"seeds=\[1, 1\] names one twice"),
+        ("seeds=[-1]", "seeds must be a list of whole numbers"),
+        ("peers=[nearest]", "lacks bilinear"),
+        ("peers=[bilinear,sharp]", "no peer is called 'sharp'"),
+        ("checkpoints=[none.safetensors]", "checkpoints: .*none.safetensors"),
+        ("ceilings=[oracle_error]", "ceilings of task=segmentation may be encoder, got oracle_error"),
+        ("ceilings=[encoder,encoder]", "names one twice"),
+        ("ceiling_scale=1", "ceiling_scale must be a whole number from 2, got 1"),
+        ("image_size=null", r"image_size must be a number or \[rows, columns\], got None"),
+        ("image_size=0", "image_size must be null, a positive number"),
+        ("encoder_size=[1,2,3]", "encoder_size must be null, a positive number"),
+        ("guidance_size=-4", "guidance_size must be null, a positive number"),
+        ("output_size=many", "output_size must be null, a positive number"),
+        ("encoder_size=12", r"encoder_size=\[10, 12\] is too small: backbone=hog8 needs 16 pixels"),
+        ("max_train_images=0", "max_train_images must be null or at least 1"),
+        ("cache.memory_gb=-1", "cache.memory_gb must not be negative"),
+        ("confidence=1", "confidence must lie between 0 and 1"),
+        ("name=a/b", "name must be that of a file"),
+        ("device=cuda:9", "device=cuda:9 cannot be used"),
+        ("backbone.weights=x", "backbone hog8 is a classical descriptor and has no weights"),
+    ],
+)
+def test_settings_that_make_no_sense(override, message):
+    with pytest.raises(SettingError, match=message):
+        evaluate(config(override))
+    assert not list(Path().glob("outputs/evaluate/*"))
+
+
+def test_data_and_tasks_that_do_not_go_together():
+    photos = tuple(o for o in (*QUICK, *PROBE) if not o.startswith(("data.", "val_data.")))
+    images = ("data=images", "data@val_data=images", "data.path=[coffee]", "val_data.path=[chelsea]")
+    with pytest.raises(SettingError, match="task=segmentation needs labels, and data=images has none"):
+        evaluate(config(*images, quick=photos))
+    depth = tuple(o for o in images if "path" not in o)
+    with pytest.raises(SettingError, match="task=depth needs depth, and data=images gives none"):
+        evaluate(config("task=depth", *depth, quick=photos))
+    with pytest.raises(SettingError, match="task=temporal needs videos, and val_data=scenes has none"):
+        evaluate(config("task=temporal", quick=QUICK))
+    frames = ("val_data.frames=2", "max_val_images=1")
+    with pytest.raises(SettingError, match="task=temporal measures whole videos: max_val_images must be null"):
+        evaluate(config("task=temporal", *frames, quick=QUICK))
+    with pytest.raises(SettingError, match="no task is called 'parsing'; there are: depth, fidelity, normals"):
+        Evaluation(OmegaConf.merge(OmegaConf.to_container(config()), {"task": {"name": "parsing"}}))
+
+
+def test_the_same_images_for_training_and_measuring_are_told(caplog):
+    Evaluation(config("val_data.split=train", "val_data.num=3", "val_data.seed=5"))
+    assert "data and val_data are the same images" in caplog.text
+
+
+def test_the_command_records_a_run():
+    overrides = [*QUICK[1:], *PROBE, "peers=[bilinear,nearest]", "ceilings=[]", "name=run"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.evaluate", *overrides],
+        capture_output=True, text=True, env={"PATH": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "segmentation/upsampled, 2 images" in done.stdout
+    assert "outputs/evaluate/run.parquet" in done.stdout
+    with sqlite3.connect("mlflow.db") as store:
+        keys = {key for (key,) in store.execute("select key from metrics")}
+        (status,) = store.execute("select status from runs").fetchone()
+        tags = dict(store.execute("select key, value from tags where key like 'data.%'"))
+    store.close()
+    assert status == "FINISHED"
+    assert {"segmentation/upsampled/bilinear/miou", "segmentation/upsampled/nearest/miou_difference_low"} <= keys
+    assert set(tags) == {"data.data", "data.val_data"}
+    artifacts = {path.name for path in Path("mlruns").rglob("*") if path.is_file()}
+    assert {"run.md", "run.csv", "run.parquet", "000000.png"} <= artifacts
+    picture = next(Path("mlruns").rglob("nearest/**/000001.png"))
+    with Image.open(picture) as opened:
+        assert opened.size[0] > 3 * 200
