@@ -103,7 +103,7 @@ class INRDecoder(Decoder):
         ValueError: one of them is below 1.
     """
 
-    def __init__(self, embed_dim: int, hidden_dim: int = 32, num_units: int = 8, num_frequencies: int = 8):
+    def __init__(self, embed_dim: int, hidden_dim: int = 32, num_units: int = 4, num_frequencies: int = 8):
         super().__init__()
         for name, number in (
             ("hidden_dim", hidden_dim),
@@ -205,9 +205,9 @@ class INRDecoder(Decoder):
 
     def _products(self, own: Tensor, local: Tensor, of_cells: Tensor) -> Tensor:
         """Mean products over channels of (B,n,C), (B,n,8,C); (B,4·n,3) those of the cells -> (B,n,4,6), in (-1,1)."""
-        scaled = (own / own.shape[-1])[..., None]  # (B,n,C,1)
-        with_local = (local @ scaled).unflatten(2, (4, PER_CELL)).squeeze(-1)  # (B,n,4,2)
-        with_own = (own[:, :, None] @ scaled).expand(-1, -1, 4, -1)  # (B,n,4,1)
+        scaled = own / own.shape[-1]  # (B,n,C)
+        with_local = (scaled[:, :, None] @ local.mT).view(*own.shape[:2], 4, PER_CELL)
+        with_own = torch.linalg.vecdot(own, scaled)[..., None, None].expand(-1, -1, 4, -1)  # (B,n,4,1)
         return F.softsign(torch.cat([with_own, with_local, of_cells.view(*with_local.shape[:3], 3).to(own.dtype)], -1))
 
     def _cells(self, guidance: Tensor, size: tuple[int, int]) -> Cells:
