@@ -246,14 +246,15 @@ class AnyUp(nn.Module, ModelHubMixin):
     ) -> "AnyUp":
         """A model saved with `save_pretrained` or `push_to_hub`, from a local folder or the hub, in eval mode.
 
-        Without arguments it is the trained baseline that comes with this package (docs/weights.md).
+        Without arguments it is the trained baseline that comes with this package, `anyup_paper`; `anyup_released` is
+        the other one (docs/weights.md).
 
         Raises:
             OSError: no such folder, and nothing from the hub. WeightsError: as `core.load`.
         """
         where = pretrained_model_name_or_path
-        if where is None:
-            return checkpoint.load(checkpoint.PRETRAINED)
+        if where is None or where in checkpoint.PRETRAINED:
+            return checkpoint.load(checkpoint.PRETRAINED[where or "anyup_paper"])
         try:
             return super().from_pretrained(
                 where,

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from core.anyup import AnyUp
 
 WEIGHTS_NAME = "model.safetensors"
-PRETRAINED = Path(__file__).parent / "weights" / "anyup_paper.safetensors"
-"""The trained baseline that comes with the package (docs/weights.md)."""
+PRETRAINED = {
+    f"anyup_{ordering}": Path(__file__).parent / "weights" / f"anyup_{ordering}.safetensors"
+    for ordering in ("paper", "released")
+}
+"""The trained baselines that come with the package, one for each `ordering` of the feature path (docs/weights.md)."""
 FORMAT = "anyup_lab/1"
 
 # Published name -> ours. The value and output projections and the key bias of the published attention do not

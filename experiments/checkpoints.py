@@ -22,8 +22,9 @@ def load_model(config: DictConfig) -> tuple[core.AnyUp, DictConfig]:
     """The model of `config`, on the CPU, and the configuration with the model it really is.
 
     With `config.checkpoint` the checkpoint decides; a model choice beside it that says otherwise is an error, never
-    ignored. `pretrained` is the baseline that comes with this package: there the choices decide, and a warning names
-    the weights that are new for them. With null the weights are random, and a warning says so.
+    ignored. `pretrained` is the baseline that comes with this package, with the `unifier.ordering` asked for: there
+    the choices decide, and a warning names the weights that are new for them. With null the weights are random, and a
+    warning says so.
 
     Raises:
         FileNotFoundError, core.WeightsError: the checkpoint cannot be used.
@@ -38,7 +39,7 @@ def load_model(config: DictConfig) -> tuple[core.AnyUp, DictConfig]:
         return core.from_config(config), config
     if config.checkpoint == "pretrained":
         model = core.from_config(config)
-        new = core.warm_start(model, PRETRAINED)
+        new = core.warm_start(model, PRETRAINED[f"anyup_{model.config['unifier'].get('ordering', 'paper')}"])
         if new:
             log.warning("%s are UNTRAINED: the trained baseline that comes with this package has none", ", ".join(new))
         return model.eval(), config

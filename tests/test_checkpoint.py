@@ -710,3 +710,17 @@ def test_torch_hub_entry_points(saved, published, monkeypatch):
         model = torch.hub.load(ROOT, name, source="local")
         assert model.config["unifier"]["ordering"] == "released"
         assert not model.training
+
+
+@pytest.mark.parametrize("ordering", ["paper", "released"])
+def test_trained_baselines_come_along(ordering):
+    model = core.AnyUp.from_pretrained(f"anyup_{ordering}")
+    assert model.config["unifier"]["ordering"] == ordering
+    assert not model.training
+    untrained = core.build([f"unifier.ordering={ordering}"]).state_dict()
+    assert not any(torch.equal(value, untrained[name]) for name, value in model.state_dict().items() if value.dim() > 1)
+
+
+def test_the_baseline_by_default_is_that_of_the_paper():
+    ours, papers = core.AnyUp.from_pretrained().state_dict(), core.AnyUp.from_pretrained("anyup_paper").state_dict()
+    assert all(torch.equal(ours[name], papers[name]) for name in papers)

@@ -336,5 +336,14 @@ def test_the_trained_baseline_is_the_default_and_goes_into_variants(photos, capl
     upsample(config(f"images={photos}/a.png", "checkpoint=pretrained", "unifier.num_basis=8"))
     assert "unifier.encoder.0.basis, " in caplog.text
     assert "are UNTRAINED" in caplog.text
+    caplog.clear()
+    upsample(config(f"images={photos}/a.png", "checkpoint=pretrained", "unifier.ordering=released"))
+    assert "UNTRAINED" not in caplog.text
     with initialize_config_dir(str(ROOT / "configs"), version_base=None):
         assert compose("upsample").checkpoint == "pretrained"
+
+
+def test_the_trained_baseline_has_the_ordering_that_is_asked_for():
+    model, _ = load_model(config("checkpoint=pretrained", "unifier.ordering=released"))
+    released = core.AnyUp.from_pretrained("anyup_released").state_dict()
+    assert all(torch.equal(value, released[name]) for name, value in model.state_dict().items())
