@@ -1,4 +1,8 @@
-"""Which code a result depends on: a digest that comments, docstrings, reports and new ideas do not change."""
+"""Which code a result depends on: a digest that comments, docstrings, reports and new ideas do not change.
+
+What a backbone or a checkpoint is read from counts with the settings that name it; of the weights that come along only
+the embedded encoder's have no such name.
+"""
 
 import ast
 import hashlib
@@ -18,9 +22,12 @@ _MEASURE_NOTHING = (
     "benchmark",
     "benchmark_cases",
     "benchmark_report",
+    "benchmark_training",
+    "checkpoints",
     "code_version",
     "curves",
     "distill",
+    "evaluation_report",
     "fidelity",
     "fidelity_pictures",
     "fidelity_report",
@@ -46,16 +53,18 @@ _MEASURE_NOTHING = (
     "verdicts",
 )
 """Files of `experiments/` that neither train nor measure: they record, compare, draw, or are other commands."""
+_ONLY_MEASURE = ("evaluate", "metrics", "scores", "validation", "peers", "tasks")
+"""Files and folders of `experiments/` that trainings do without: a change there asks for no training."""
 _PACKAGES = ("torch", "torchvision", "timm", "torchmetrics")
 
 
 def code_version(fillers: Iterable[tuple[str, str]] = ()) -> str:
-    """Digest of the code that trains and measures, with the packages of the given fillers (hook point, name).
+    """Digest of the code that trains, with the packages of the given fillers (hook point, name).
 
     An extension counts only where one of its package's fillers is used, so that a new idea in `extensions/` invalidates
     no result of others.
     """
-    digest = hashlib.sha256(_own_code().encode())
+    digest = hashlib.sha256(_own_code(training=True).encode())
     folders = set()
     for hook, name in fillers:
         package = choices(hook)[name].__module__.partition(".")[0]
@@ -64,6 +73,11 @@ def code_version(fillers: Iterable[tuple[str, str]] = ()) -> str:
     for package in sorted(folders):
         digest.update(_package(package).encode())
     return digest.hexdigest()
+
+
+def evaluation_version() -> str:
+    """Digest of the code that measures, and of all that it measures with."""
+    return hashlib.sha256(_own_code(training=False).encode()).hexdigest()
 
 
 def meaning(source: str) -> str:
@@ -77,15 +91,14 @@ def meaning(source: str) -> str:
 
 
 @cache
-def _own_code() -> str:
-    files = {path for pattern in _SOURCES for path in ROOT.glob(pattern)}
-    measuring = [
-        path
-        for path in files
-        if path.parent != ROOT / "experiments" or path.stem not in (*_MEASURE_NOTHING, "__init__")
-    ]
-    known = [_digest_of(path) for path in sorted(measuring)]
-    known += [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((ROOT / "core/weights").glob("*"))]
+def _own_code(training: bool) -> str:
+    left_out = {*_MEASURE_NOTHING, "__init__", *(_ONLY_MEASURE if training else ())}
+    known = []
+    for path in sorted({path for pattern in _SOURCES for path in ROOT.glob(pattern)}):
+        folder, *inside = path.relative_to(ROOT).with_suffix("").parts
+        if folder != "experiments" or inside[0] not in left_out:
+            known.append(_digest_of(path))
+    known += [hashlib.sha256(path.read_bytes()).hexdigest() for path in ROOT.glob("core/weights/embedded.*")]
     return " ".join([*known, *(f"{name}={version(name)}" for name in _PACKAGES)])
 
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from experiments.arms import Arm, composed, digest_of, fingerprint_of, standalone, strings
 from experiments.atomic import replacing
-from experiments.code_version import code_version
+from experiments.code_version import evaluation_version
 from experiments.evaluate import Evaluation
 from experiments.scores import check
 from experiments.settings import SettingError, pick_device
@@ -82,7 +82,7 @@ class SweepTask:
         settings = {key: value for key, value in settings.items() if key not in (*_FREE_KEYS, *_UNUSED_KEYS)}
         used = ("data", "val_data") if self.trains else ("val_data",)
         data = {key: fingerprint_of(self.config[key]) for key in used}
-        return digest_of({"settings": settings, "data": data, "code": code_version()})
+        return digest_of({"settings": settings, "data": data, "code": evaluation_version()})
 
 
 def read_tasks(config: DictConfig) -> list[SweepTask]:

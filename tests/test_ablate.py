@@ -21,7 +21,7 @@ from experiments import ablate as ablate_module
 from experiments import members
 from experiments.ablate import Sweep, ablate
 from experiments.arms import Arm, composed, read_arms, strings
-from experiments.code_version import code_version, meaning
+from experiments.code_version import code_version, evaluation_version, meaning
 from experiments.lock import lock_folder, unlock_folder
 from experiments.report import fetch
 from experiments.report_tables import write_report
@@ -148,6 +148,30 @@ def test_comments_and_docstrings_are_no_other_code():
     assert meaning(code) != meaning(code.replace("return x", "return 2 * x"))
 
 
+def test_a_change_of_what_measures_asks_for_no_training(tmp_path, monkeypatch):
+    module = sys.modules["experiments.code_version"]
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    changes = {"core/anyup": (True, True), "experiments/views": (True, True), "experiments/data/files": (True, True),
+               "experiments/tasks/probes": (False, True), "experiments/scores": (False, True),
+               "experiments/report": (False, False)}  # fmt: skip
+    for name in changes:
+        path = tmp_path / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x = 1\n")
+
+    def versions():
+        module._own_code.cache_clear()
+        return code_version(), evaluation_version()
+
+    try:
+        for name, expected in changes.items():
+            before = versions()
+            (tmp_path / f"{name}.py").write_text("x = 2\n")
+            assert tuple(a != b for a, b in zip(before, versions(), strict=True)) == expected, name
+    finally:
+        module._own_code.cache_clear()
+
+
 def test_an_extension_counts_only_where_it_is_used(own_registry, tmp_path, monkeypatch):
     package = tmp_path / "somebodys_idea.py"
     package.write_text(
@@ -190,9 +214,8 @@ def test_peers_and_ceilings_are_measured_once_where_the_seed_plays_no_part(confi
     report = ablate(config())
     arms = ("baseline", "no_window")
     of_probe = [(arm, seed) for arm in (*arms, "nearest", "bilinear", "encoder") for seed in (0, 1)]
-    of_fidelity = [(arm, seed) for arm in arms for seed in (0, 1)] + [
-        (arm, 0) for arm in ("nearest", "bilinear", "encoder")
-    ]
+    of_fidelity = [(arm, seed) for arm in arms for seed in (0, 1)]
+    of_fidelity += [(arm, 0) for arm in ("nearest", "bilinear", "encoder")]
     assert sorted(fake.asked) == sorted(of_probe + of_fidelity)
     verdicts = {(one.task, one.arm): one for one in report.comparisons}
     assert verdicts["fidelity", "nearest"].verdict == "reference"
@@ -222,8 +245,8 @@ def test_what_is_done_is_not_done_again(config, fake, monkeypatch):
 
 
 def test_a_failing_arm_fails_alone_and_the_table_says_so(config, fake):
-    report = ablate(config(arms={"baseline": [], "wild": ["optimiser.lr=1e30"], "no_window": ["attention=global"]},
-                           train=[*config().train, "steps=3"]))  # fmt: skip
+    arms = {"baseline": [], "wild": ["optimiser.lr=1e30", "steps=3"], "no_window": ["attention=global"]}
+    report = ablate(config(arms=arms, seeds=[0]))
     assert set(report.results.failures) == {"wild"}
     assert "NonFiniteLoss" in report.results.failures["wild"]
     assert {one.arm for one in report.comparisons} == {"baseline", "no_window", "nearest", "bilinear", "encoder"}
@@ -233,7 +256,9 @@ def test_a_failing_arm_fails_alone_and_the_table_says_so(config, fake):
 
 def test_without_its_baseline_a_sweep_says_nothing(config, fake):
     with pytest.raises(SweepError, match="the baseline baseline failed, so nothing can be compared: seed 0: NonFinite"):
-        ablate(config(arms={"baseline": ["optimiser.lr=1e30", "steps=3"], "no_window": ["attention=global"]}))
+        ablate(
+            config(arms={"baseline": ["optimiser.lr=1e30", "steps=3"], "no_window": ["attention=global"]}, seeds=[0])
+        )
 
 
 def test_a_nan_for_one_image_fails_the_arm_and_names_the_image(config, fake, monkeypatch):
@@ -246,13 +271,13 @@ def test_a_nan_for_one_image_fails_the_arm_and_names_the_image(config, fake, mon
         return found
 
     monkeypatch.setattr(FakeEvaluation, "scores", broken)
-    report = ablate(config())
+    report = ablate(config(seeds=[0]))
     assert "ScoreError" in report.results.failures["no_window"]
     assert "image image3" in report.results.failures["no_window"]
 
 
 def test_one_task_on_two_kinds_of_data_is_refused(config, fake):
-    sweep = Sweep(config())
+    sweep = Sweep(config(seeds=[0]))
     sweep.lead()
     file = sweep.members[1].scores_file(sweep.members[1].tasks[0])
     scores = pd.read_parquet(file)
@@ -261,11 +286,11 @@ def test_one_task_on_two_kinds_of_data_is_refused(config, fake):
     with pytest.raises(
         SweepError, match="task fidelity was measured on different data: arm baseline, seed 0 on everyth"
     ):
-        ablate(config())
+        ablate(config(seeds=[0]))
 
 
 def test_an_arm_that_lacks_an_image_is_refused(config, fake):
-    sweep = Sweep(config())
+    sweep = Sweep(config(seeds=[0]))
     sweep.lead()
     file = sweep.members[1].scores_file(sweep.members[1].tasks[0])
     scores = pd.read_parquet(file)
@@ -275,22 +300,22 @@ def test_an_arm_that_lacks_an_image_is_refused(config, fake):
     with pytest.raises(
         ScoreError, match="arm no_window, seed 0 lacks 1 images that other arms have, the first: image2"
     ):
-        ablate(config())
+        ablate(config(seeds=[0]))
 
 
 def test_who_does_not_lead_leaves_the_report_to_who_does(config, fake):
-    sweep = Sweep(config())
+    sweep = Sweep(config(seeds=[0]))
     lock = lock_folder(sweep.folder / "lead")
     try:
         sweep._note_run("")
-        assert ablate(config()) is None
+        assert ablate(config(seeds=[0])) is None
     finally:
         unlock_folder(sweep.folder / "lead", lock)
     assert all(member.is_done("") for member in sweep.members)  # but the work is done
 
 
 def test_a_unit_somebody_is_at_is_left_to_them(config, fake):
-    sweep = Sweep(config())
+    sweep = Sweep(config(seeds=[0]))
     taken = sweep.members[0]
     lock = lock_folder(taken.folder)
     assert sweep.work("") is True
@@ -398,7 +423,7 @@ def test_mlflow_alone_gives_the_same_tables(config, tmp_path, monkeypatch):
 def test_the_command_says_which_arm_failed_and_exits_so(config, fake, caplog, capsys):
     command = ablate_module.main.__wrapped__  # without Hydra, which wants the command line
     with pytest.raises(SystemExit) as left:
-        command(config(arms={"baseline": [], "wild": ["optimiser.lr=1e30", "steps=3"]}))
+        command(config(arms={"baseline": [], "wild": ["optimiser.lr=1e30", "steps=3"]}, seeds=[0]))
     assert left.value.code == 1
     assert "arm wild failed: seed 0: NonFiniteLoss" in caplog.text
     assert "debug_fast.csv" in capsys.readouterr().out
