@@ -7,6 +7,7 @@ then drawn, of other sizes, and compared as `experiments.verdicts` does it.
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 import hydra
 import numpy as np
 import pandas as pd
+from hydra.core.hydra_config import HydraConfig
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rich.box import SIMPLE_HEAD
@@ -158,12 +160,15 @@ def plot(table: pd.DataFrame, wanted: float) -> Figure:
 def write(config: DictConfig, components: Components, table: pd.DataFrame) -> list[Path]:
     """Writes NAME.md and NAME.png -> their paths."""
     paths = [Path(config.out_dir) / f"{config.name}{suffix}" for suffix in (".md", ".png")]
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     known = ", ".join(f"{name} {value:.3g}" for name, value in vars(components).items())
     lines = [
         "# Seeds and images that an effect needs",
         "",
+        f"    {shlex.join(['python', '-m', 'experiments.power', *overrides])}",
+        "",
         f"Deviations of the difference between two arms: {known}"
-        + (f" (of {Path(config.scores).name}, {config.measure})" if config.scores else "")
+        + (f" (of {Path(config.scores).name})" if config.scores else " (as given)")
         + f". {config.num_arms} arms, intervals of {config.confidence:.0%}; cells: chance to show the effect.",
         "",
     ]

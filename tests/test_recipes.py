@@ -72,7 +72,10 @@ def tiny(name, given, out_dir):
     made.train = [*made.train, *TRAIN]
     for task, overrides in made.tasks.items():
         kind = next(text for text in flat(overrides) if text.startswith("task=")).partition("=")[2]
-        made.tasks[task] = [*made.tasks[task], *(FEW if name == "any_to_any" else SMALL[kind])]
+        made.tasks[task] = [
+            *made.tasks[task],
+            *(FEW if (name, kind) == ("any_to_any", "segmentation") else SMALL[kind]),
+        ]
     return made
 
 
