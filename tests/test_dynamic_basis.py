@@ -198,7 +198,7 @@ def inputs(batch: int = 1) -> tuple[Tensor, Tensor]:
 @every
 @pytest.mark.parametrize("ordering", ["paper", "released"])
 def test_at_the_start_it_is_the_learned_basis_bit_for_bit(conditioning, per_location, ordering):
-    """With the same initial weights, in inference and in training."""
+    """With the same initial weights; in training one batch's images have products of their own, which may round."""
     shared = [f"unifier.ordering={ordering}", "embed_dim=32"]
     chosen = ["unifier=dynamic_basis", f"unifier.conditioning={conditioning}", f"unifier.per_location={per_location}"]
     model = build([*chosen, *shared])
@@ -207,9 +207,9 @@ def test_at_the_start_it_is_the_learned_basis_bit_for_bit(conditioning, per_loca
     assert theirs.keys() < own.keys()
     assert all(torch.equal(own[name], tensor) for name, tensor in theirs.items())
     assert all(name.startswith("unifier.") for name in own.keys() - theirs.keys())
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            assert torch.equal(model(*inputs()), baseline(*inputs()))
+    with torch.no_grad():
+        assert torch.equal(model(*inputs(3)), baseline(*inputs(3)))
+    assert close(model(*inputs(3)), baseline(*inputs(3)), 1e-6)
 
 
 def test_a_trained_baseline_goes_on_as_it_is(tmp_path, perturbed):
