@@ -25,6 +25,7 @@ from experiments.arms import Arm, composed, digest_of, fingerprint_of, standalon
 from experiments.atomic import replacing
 from experiments.code_version import evaluation_version
 from experiments.evaluate import Evaluation
+from experiments.pictures import panel
 from experiments.scores import check
 from experiments.settings import SettingError, pick_device
 from experiments.sweep_results import Planned, Unit, means
@@ -192,6 +193,8 @@ class Member:
             scores.attrs = {"fingerprint": task.evaluation.fingerprint, "member": self.key, "task": task.name}
             with replacing(path) as part:
                 scores.to_parquet(part, index=False)
+            for picture in task.evaluation.pictures:
+                run.picture(panel(picture.columns), f"pictures/{task.name}/{picture.name}.png")
         scores = pd.read_parquet(path)
         run.data(task.name, scores.attrs["fingerprint"])
         run.file(path, f"scores/{task.name}.parquet")

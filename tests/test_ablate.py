@@ -29,6 +29,7 @@ from experiments.scores import ScoreError, frame, image_rows
 from experiments.settings import SettingError
 from experiments.sweep_results import SweepError
 from experiments.tasks import Ceiling
+from experiments.tracking import open_store
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = [f"image{i}" for i in range(5)]
@@ -38,6 +39,7 @@ class FakeEvaluation:
     """Scores in no time: a function of the model's weights, the seed and the image; counts what it is asked."""
 
     asked: list[tuple[str, int]] = []  # noqa: RUF012
+    pictures = ()
 
     def __init__(self, config):
         self.task, self.fingerprint = config.task.name, "everything"
@@ -402,6 +404,10 @@ def test_mlflow_alone_gives_the_same_tables(config, tmp_path, monkeypatch):
     made = config("tracking.enabled=true", arms={"baseline": [], "wild": ["optimiser.lr=1e30", "steps=3"]},
                   cost={"image": 32, "patch": 8, "channels": 4, "num_runs": 3}, peers=["bilinear"])  # fmt: skip
     report = ablate(made)
+    store = open_store()
+    (child,) = [run for run in store.children(store.latest("ablate", "sweep").run_id) if run.tags["arm"] == "bilinear"
+                and run.tags["arm.seed"] == "0"]  # fmt: skip
+    assert store.sizes(child.run_id, "pictures/scenes")  # the worst images
     shutil.rmtree(tmp_path / "sweep/members")
     results = fetch()
     assert set(results.failures) == {"wild"}
