@@ -29,7 +29,8 @@ CURVES_NAME = "curves.csv"
 EXPECTED_ERRORS = (SettingError, TrackingUnavailable, WeightsError, CannotWrite)
 _COLUMNS = ["step", "name", "value"]
 _SMOOTHED_OVER = 25
-"""Losses are drawn as running means over one in so many of their points: each step may be of another encoder."""
+"""Losses are drawn as running medians over one in so many of their points: each step may be of another encoder, and a
+target without contrast, which the loss divides by, makes one a million times larger than its neighbours."""
 _STYLES = ("-", "--", ":", "-.")
 
 
@@ -135,22 +136,28 @@ def plot(trainings: Mapping[str, Iterable[Point]], crops_per_step: int | None = 
     curves = {name: _by_name(points, crops_per_step or 1) for name, points in trainings.items()}
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     losses, gains = figure.subplots(1, 2)
+    curves_of = {}
     for (training, known), style in zip(curves.items(), _cycled(_STYLES, len(curves)), strict=True):
         prefix = f"{training}: " if len(curves) > 1 else ""
-        totals, validated = [], []
+        measured, validated = [], []
         for name, (x, y) in known.items():
             if name.startswith("val/") and name.endswith("/gain"):
                 validated.append((f"{prefix}{name[4:-5]}", x, y))
             elif name == "loss" or name.endswith("_loss"):
-                totals.append((f"{prefix}{name}", x, y))
-        for i, (label, x, y) in enumerate(totals):
-            losses.plot(x, y, color=f"C{i}", alpha=0.15, linewidth=0.8)
-            losses.plot(x, _smooth(y), style, color=f"C{i}", label=label)
+                measured.append((f"{prefix}{name}", x, y))
+        for i, (label, x, y) in enumerate(measured):
+            (line,) = losses.plot(x, _smooth(y), style, color=f"C{i}", label=label)
+            curves_of[line] = x, y
         for i, (label, x, y) in enumerate(validated):
             gains.plot(x, y, style, marker=".", color=f"C{i}", label=label)
     gains.axhline(0, color="grey", linewidth=1)
     unit = "image crops" if crops_per_step else "steps"
-    losses.set(title="training losses, with running means", xlabel=unit, ylabel="loss", yscale="log")
+    losses.set(title="training losses, running medians", xlabel=unit, ylabel="loss", yscale="log")
+    limits = losses.get_ylim()
+    for line in [*losses.get_lines()]:  # single values behind, which do not decide what is shown
+        x, y = curves_of[line]
+        losses.plot(x, y, color=line.get_color(), alpha=0.15, linewidth=0.8)
+    losses.set_ylim(limits)
     gains.set(title="validation: cosine above bilinear upsampling's", xlabel=unit, ylabel="difference in cosine")
     for axes in (losses, gains):
         axes.grid(alpha=0.3)
@@ -203,12 +210,9 @@ def _by_name(points: Iterable[Point], scale: int) -> dict[str, tuple[np.ndarray,
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred running mean; shorter at the ends."""
+    """Centred running median; shorter at the ends."""
     half = max(1, len(values) // _SMOOTHED_OVER) // 2
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    first = np.maximum(np.arange(len(values)) - half, 0)
-    last = np.minimum(np.arange(len(values)) + half + 1, len(values))
-    return (sums[last] - sums[first]) / (last - first)
+    return np.array([np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
 
 def _cycled(values: tuple[str, ...], count: int) -> list[str]:
