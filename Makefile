@@ -4,8 +4,9 @@ UV_VERSION := 0.13.9
 
 .PHONY: quickstart test test-slow lint ui benchmark setup
 
-quickstart: setup  ## upsample the bundled photographs; pictures land in outputs/
+quickstart: setup  ## upsample the bundled photographs, then a small real ablation; all of it lands in outputs/
 	$(UV) run --no-sync python -m experiments.upsample
+	$(UV) run --no-sync python -m experiments.ablate experiment=quickstart
 
 test: setup  ## everything that must pass, offline, on two cores
 	$(UV) run --no-sync pytest

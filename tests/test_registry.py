@@ -356,7 +356,7 @@ def test_a_failed_composition_leaves_nothing_behind():
 
 def test_unknown_names_in_a_configuration():
     config = build(SMALL).config
-    with pytest.raises(ValueError, match=r"attention=globl is not registered; there are: .*global, window"):
+    with pytest.raises(ValueError, match=r"attention=globl is not registered; there are: .*global, .*window"):
         core.from_config(config | {"attention": {"name": "globl"}})
     with pytest.raises(ValueError, match=r"attention=global has no setting window_ratio; it has: num_heads"):
         core.from_config(config | {"attention": {"name": "global", "window_ratio": 0.1}})
