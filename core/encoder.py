@@ -2,18 +2,17 @@
 
 `Encoder.forward` reads like its definition (UPSTREAM: GroupNorm(8), SiLU, 1x1 convolution, twice, plus identity).
 It runs as plain PyTorch operations where they are wanted (export, compilation, second derivatives) and through
-`core/norm_act_conv.py`, exact, streamed and with little memory, everywhere else.
+`core/streamed_encoder.py`, exact, streamed and with little memory, everywhere else.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core import norm_act_conv as stream
-from core.norm_act_conv import NUM_GROUPS
+from core.norm_act_conv import NUM_GROUPS, Buffers, Step, under_autocast
+from core.streamed_encoder import Weights, encode
 
 Stem = Callable[[Tensor], Tensor]
 
@@ -56,7 +55,7 @@ class Encoder(nn.Sequential):
         self,
         x: Tensor,
         output_size: tuple[int, int] | None = None,
-        buffers: stream.Buffers | None = None,
+        buffers: Buffers | None = None,
         stem: Stem | None = None,
     ) -> Tensor:
         """Encodes, then averages over the cells of `output_size` (adaptive average pooling) if one is given.
@@ -67,7 +66,7 @@ class Encoder(nn.Sequential):
             return self.plain(x, output_size, stem)
         if self.compiled is not None and stem is None:
             return self.compiled(x, output_size)
-        return self.streamed(x, output_size, buffers or stream.Buffers(), stem)
+        return self.streamed(x, output_size, buffers or Buffers(), stem)
 
     def plain(self, x: Tensor, output_size: tuple[int, int] | None = None, stem: Stem | None = None) -> Tensor:
         """The definition, in operations that differentiate any number of times."""
@@ -76,33 +75,23 @@ class Encoder(nn.Sequential):
         return x if output_size is None else F.adaptive_avg_pool2d(x, output_size)  # (B,D,h,w)
 
     def streamed(
-        self, x: Tensor, output_size: tuple[int, int] | None, buffers: stream.Buffers, stem: Stem | None = None
+        self, x: Tensor, output_size: tuple[int, int] | None, buffers: Buffers, stem: Stem | None = None
     ) -> Tensor:
         """The same numbers with two image-sized buffers, or (with gradients) by recomputing what is cheap."""
-        _, first, last = self
-        pixels, moments = stream.stem(stem or self[0], x, buffers)  # (B,H,W,D)
-        hidden, hidden_moments = _first_half(first, pixels, moments, buffers)
-        shortcut = pixels
-        if not isinstance(first.shortcut, nn.Identity):
-            shortcut, _ = stream.linear(pixels, first.shortcut, buffers)
-        norm, _, conv = first.block[3:]
-        pixels, moments = stream.norm_act_conv(hidden, hidden_moments, norm, conv, out=shortcut, residual=shortcut)
-        buffers.give_back(hidden)
-        hidden, hidden_moments = _first_half(last, pixels, moments, buffers)
-        norm, _, conv = last.block[3:]
-        finish = partial(stream.norm_act_conv, hidden, hidden_moments, norm, want_moments=False)
-        if output_size is None or output_size == tuple(pixels.shape[1:3]):
-            pixels, _ = finish(conv, out=pixels, residual=pixels)
-            buffers.give_back(hidden)
-            return pixels.permute(0, 3, 1, 2)  # (B,D,H,W)
-        # The last 1x1 convolution commutes with the average: apply it to the few pooled pixels.
-        active, _ = finish(None, out=hidden)
-        pooled, active_pooled = stream.pool(pixels, output_size), stream.pool(active, output_size)
-        buffers.give_back(pixels)
-        buffers.give_back(hidden)
-        return pooled + conv(active_pooled)  # (B,D,h,w)
+        stem = stem or self[0]
+        weights = Weights(_matrix(stem), _matrix(self[1].shortcut), (*_steps(self[1]), *_steps(self[2])))
+        pixels = x if weights.stem is not None else stem(x)
+        pixels = under_autocast(pixels.permute(0, 2, 3, 1).contiguous())  # (B,H,W,·)
+        return encode(pixels, weights, output_size, buffers)
 
 
-def _first_half(block: ResBlock, pixels: Tensor, moments: stream.Moments, buffers: stream.Buffers):
-    norm, _, conv = block.block[:3]
-    return stream.norm_act_conv(pixels, moments, norm, conv, out=buffers.take(pixels, conv.out_channels))
+def _steps(block: ResBlock) -> tuple[Step, Step]:
+    norm, _, conv, next_norm, _, next_conv = block.block
+    return tuple(Step(n.weight, n.bias, _matrix(c), n.eps) for n, c in ((norm, conv), (next_norm, next_conv)))
+
+
+def _matrix(layer: Stem) -> Tensor | None:
+    """(out,in) of a 1x1 convolution without bias; None for other layers."""
+    if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
+        return under_autocast(layer.weight.flatten(1))
+    return None

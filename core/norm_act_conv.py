@@ -1,9 +1,9 @@
-"""GroupNorm, SiLU and a 1x1 convolution as one step over blocks of pixels, exact to rounding.
+"""GroupNorm, SiLU and a 1x1 convolution as one step over blocks of pixels, exact to rounding, and its gradient.
 
 Images are pixel-major, (B,H,W,D) contiguous, so that a 1x1 convolution is one matrix product. A step reads each
 pixel once, normalises it with moments that the step before collected while it wrote, and collects the moments of
-what it writes. Without gradients it works in buffers it is given. With gradients it keeps only its input and
-recomputes the rest in `backward`, which is therefore not differentiable itself; `Encoder.plain` is.
+what it writes. Everything works in memory that it is given; `core/streamed_encoder.py` gives it, and is what
+PyTorch differentiates.
 """
 
 import math
@@ -11,12 +11,16 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from core.silu import normed_silu, normed_silu_with_slope
 
 NUM_GROUPS = 8
 WELL_CONDITIONED = 16  # squared mean over variance, up to which one-pass moments are exact to 1e-6
-PIXELS_PER_BLOCK = 4096  # 2 MB at D = 128 in float32: stays in cache between the operations of one step
+PIXELS_PER_BLOCK = 1024  # half a megabyte at D = 128 in float32: a handful of blocks fits into the second-level cache
+
+Rows = Callable[[slice], Tensor]
+"""A block of an image's flattened pixels -> (n,D)."""
 
 
 class Moments(NamedTuple):
@@ -24,6 +28,18 @@ class Moments(NamedTuple):
 
     mean: Tensor
     var: Tensor
+
+
+class Step(NamedTuple):
+    """The weights of one GroupNorm (in,), SiLU and 1x1 convolution (out,in) without bias; None: no convolution.
+
+    Also the gradients of these.
+    """
+
+    gamma: Tensor
+    beta: Tensor
+    weight: Tensor | None
+    eps: float
 
 
 class Buffers:
@@ -34,22 +50,26 @@ class Buffers:
     Args:
         room: contiguous memory that is not needed yet; up to two buffers lie in it. So whoever holds two at a time,
             and keeps one of them, finds the third outside.
+        reuse: False: every buffer is new and stays as it is, for a backward pass.
     """
 
-    def __init__(self, room: Tensor | None = None):
+    def __init__(self, room: Tensor | None = None, reuse: bool = True):
         self.free: list[Tensor] = []
         self.room = None if room is None else room.flatten()
         self.uses_of_room = 2
+        self.reuse = reuse
 
-    def take(self, like: Tensor, width: int) -> Tensor | None:
-        """An uninitialised (B,H,W,width) buffer; None with gradients, which need every result kept."""
-        if torch.is_grad_enabled():
-            return None
+    def take(self, like: Tensor, width: int) -> Tensor:
+        """An uninitialised (B,H,W,width) buffer."""
         shape = (*like.shape[:-1], width)
         for i, buffer in reversed(list(enumerate(self.free))):
             if buffer.shape == shape and buffer.dtype == like.dtype:
                 return self.free.pop(i)
         return self._in_room(shape) if self._fits(shape, like.dtype) else like.new_empty(shape)
+
+    def over(self, buffer: Tensor) -> Tensor:
+        """Where to write what takes the place of `buffer`: over it, if it may go."""
+        return buffer if self.reuse else torch.empty_like(buffer)
 
     def _fits(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
         room = self.room
@@ -62,210 +82,179 @@ class Buffers:
 
     def give_back(self, buffer: Tensor) -> None:
         """Says that nothing reads `buffer` any more."""
-        if not torch.is_grad_enabled():
+        if self.reuse:
             self.free.append(buffer)
 
 
-def stem(layer: Callable[[Tensor], Tensor], x: Tensor, buffers: Buffers) -> tuple[Tensor, Moments]:
-    """(B,in,H,W) -> pixel-major (B,H,W,D) of an encoder's first layer, with its moments."""
-    if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
-        return linear(x.permute(0, 2, 3, 1).contiguous(), layer, buffers)
-    pixels = layer(x).permute(0, 2, 3, 1).contiguous()  # (B,H,W,D)
-    pixels = under_autocast(pixels)
-    return pixels, moments_of(pixels.detach())
-
-
-def linear(pixels: Tensor, conv: nn.Conv2d, buffers: Buffers) -> tuple[Tensor, Moments]:
-    """A 1x1 convolution of (B,H,W,in) -> (B,H,W,out), with the moments of the result."""
-    weight = under_autocast(conv.weight.flatten(1))  # (out,in)
-    pixels = under_autocast(pixels)
-    if torch.is_grad_enabled():
-        out = F.linear(pixels, weight)  # (B,H,W,out)
-        return out, moments_of(out.detach())
-    out = buffers.take(pixels, len(weight))
-    collect = _Collector()
-    for image, block in _blocks(pixels):
-        target = _rows(out, image, block)
-        _multiply(_rows(pixels, image, block), weight, target)
-        collect(image, target)
-    return out, collect.moments()
+def linear(pixels: Tensor, weight: Tensor, out: Tensor) -> Moments:
+    """A 1x1 convolution (out,in) of (B,H,W,in), into `out`, (B,H,W,out) -> the moments of the result."""
+    collected = []
+    for rows, targets in zip(pixels.flatten(1, 2), out.flatten(1, 2), strict=True):
+        collect = _Collector(targets)
+        for block in blocks(rows):
+            _multiply(rows[block], weight, targets[block])
+            collect(block)
+        collected.append(collect.moments())
+    return _stack(collected)
 
 
 def norm_act_conv(
-    x: Tensor,
-    moments: Moments,
-    norm: nn.GroupNorm,
-    conv: nn.Conv2d | None,
-    out: Tensor | None,
-    residual: Tensor | None = None,
-    want_moments: bool = True,
-) -> tuple[Tensor, Moments | None]:
-    """residual + conv(silu(norm(x))), all (B,H,W,D), with the moments of the result.
+    x: Tensor, moments: Moments, step: Step, out: Tensor, residual: Tensor | None = None, want_moments: bool = True
+) -> Moments | None:
+    """residual + conv(silu(norm(x))), all (B,H,W,D), into `out` -> the moments of the result.
 
     Args:
         moments: of x.
-        conv: a 1x1 convolution without bias; None: no convolution.
-        out: where to write, if no gradient is wanted; may be `residual`, or x itself if there is no convolution.
+        out: may be `residual`, or x itself if there is no convolution.
         want_moments: False where no normalisation follows.
     """
-    weight = None if conv is None else under_autocast(conv.weight.flatten(1))  # (out,in)
-    mean, rstd = moments.mean, torch.rsqrt(moments.var + norm.eps)
-    if torch.is_grad_enabled():
-        y, new_mean, new_var = _NormActConv.apply(x, mean, rstd, norm.weight, norm.bias, weight, residual, want_moments)
-        return y, Moments(new_mean, new_var) if want_moments else None
-    return out, _forward(x, mean, rstd, norm.weight, norm.bias, weight, residual, out, want_moments)
+    collected = []
+    for image, (rows, targets) in enumerate(zip(x.flatten(1, 2), out.flatten(1, 2), strict=True)):
+        scale, shift = _affine(moments, image, step, x.dtype)
+        collect, scratch = _Collector(targets), _scratch(rows, 2)
+        for block in blocks(rows):
+            target = targets[block]
+            active, spare = (target, scratch[0]) if step.weight is None else scratch
+            active = normed_silu(rows[block], scale, shift, active[: len(target)], spare[: len(target)])
+            if step.weight is not None:
+                if residual is None:
+                    _multiply(active, step.weight, target)
+                elif residual is out:
+                    target.addmm_(active, step.weight.t())
+                else:
+                    torch.addmm(residual[image].flatten(0, 1)[block], active, step.weight.t(), out=target)
+            if want_moments:
+                collect(block)
+        collected.append(collect.moments() if want_moments else None)
+    return _stack(collected) if want_moments else None
 
 
-def pool(pixels: Tensor, output_size: tuple[int, int]) -> Tensor:
-    """Adaptive average pooling of (B,H,W,D) -> (B,D,h,w), which unlike PyTorch's does not keep its input."""
-    return _Pool.apply(pixels, output_size)
+def norm_act_conv_gradient(
+    x: Tensor, moments: Moments, image: int, step: Step, given: Rows, out: Tensor, sums: Step
+) -> "InputGradient":
+    """Gradient of one image's step with respect to what it read; recomputes what the step did not keep.
+
+    Args:
+        x: (n,in), what the step read of this image.
+        moments, step: as for the step itself.
+        given: gradient of what the convolution (without one: the SiLU) returned.
+        out: (n,in), the memory of the result.
+        sums: the gradients of the weights are added to these.
+    """
+    scale, shift = _affine(moments, image, step, x.dtype)
+    scratch = _scratch(x, 2)
+    sums_of_blocks = []
+    for block in blocks(x):
+        grad, target = given(block), out[block]
+        pixels = x[block]
+        active, slope = scratch[:, : len(pixels)]
+        normed_silu_with_slope(pixels, scale, shift, active, slope)
+        if step.weight is not None:
+            sums.weight.addmm_(grad.t(), active)
+            grad = torch.mm(grad, step.weight, out=target)
+        torch.mul(grad, slope, out=target)
+        sums_of_blocks.append(_channel_sums(target, pixels))
+    return InputGradient(x, moments, image, step, out, _sum_over_blocks(sums_of_blocks), sums)
+
+
+class InputGradient:
+    """`Rows` of the gradient of a GroupNorm's input in one image, from that of its affine output.
+
+    That needs sums over the image, which are known only after its last block. So blocks are finished, in place,
+    where they are used next, which saves a pass over memory. Each block must be asked for once.
+
+    Args:
+        x: (n,D), what was normalised.
+        moments, image, step: of the normalisation.
+        grad: (n,D) gradient of its affine output.
+        channel_sums: (2,D), of `grad` and of `grad` · x.
+        sums: the gradients of gamma and beta are added to these.
+    """
+
+    def __init__(self, x, moments, image, step, grad, channel_sums, sums: Step):
+        mean, rstd = moments.mean[image], torch.rsqrt(moments.var[image] + step.eps)  # (G,)
+        spread = lambda t: t.repeat_interleave(x.shape[1] // len(t))  # noqa: E731  (G,) -> (D,)
+        per_group = lambda t: t.unflatten(0, (len(mean), -1)).sum(1)  # noqa: E731  (D,) -> (G,)
+        total, weighted = channel_sums
+        grad_gamma = (weighted - spread(mean) * total) * spread(rstd)  # (D,)
+        sums.gamma.add_(grad_gamma)
+        sums.beta.add_(total)
+        count = x.numel() / len(mean)
+        slope = -(rstd**2) * per_group(grad_gamma * step.gamma) / count  # (G,)
+        offset = -rstd * per_group(total * step.gamma) / count - slope * mean  # (G,)
+        self.scale = (spread(rstd) * step.gamma).to(x.dtype)
+        self.slope, self.offset = spread(slope).to(x.dtype), spread(offset).to(x.dtype)
+        self.x, self.grad, self.along = x, grad, _scratch(x, 1)[0]
+
+    def __call__(self, block: slice) -> Tensor:
+        target, x = self.grad[block], self.x[block]
+        along = torch.addcmul(self.offset, x, self.slope, out=self.along[: len(x)])
+        return torch.addcmul(along, target, self.scale, out=target)
 
 
 def moments_of(pixels: Tensor) -> Moments:
     """Moments per image and group of (B,H,W,D)."""
-    collect = _Collector()
-    for image, block in _blocks(pixels):
-        collect(image, _rows(pixels, image, block))
-    return collect.moments()
-
-
-def _forward(x, mean, rstd, gamma, beta, weight, residual, out, want_moments):
-    collect = _Collector()
-    scratch = None if weight is None else x.new_empty(min(_block_size(x), x[0, ..., 0].numel()), x.shape[-1])
-    for image, block in _blocks(x):
-        pixels, target = _rows(x, image, block), _rows(out, image, block)
-        scale, shift = _affine(mean[image], rstd[image], gamma, beta, x.dtype)
-        active = target if weight is None else scratch[: len(pixels)]
-        F.silu(torch.addcmul(shift, pixels, scale, out=active), inplace=True)
-        if weight is not None:
-            if residual is None:
-                _multiply(active, weight, target)
-            elif residual is out:
-                target.addmm_(active, weight.t())
-            else:
-                torch.addmm(_rows(residual, image, block), active, weight.t(), out=target)
-        if want_moments:
-            collect(image, target)
-    return collect.moments() if want_moments else None
-
-
-class _NormActConv(torch.autograd.Function):
-    """`norm_act_conv` with gradients: keeps x, recomputes the normalised and activated pixels block by block."""
-
-    @staticmethod
-    def forward(ctx, x, mean, rstd, gamma, beta, weight, residual, want_moments):
-        ctx.save_for_backward(x, mean, rstd, gamma, beta, weight)
-        out = x.new_empty(*x.shape[:-1], x.shape[-1] if weight is None else len(weight))
-        moments = _forward(x, mean, rstd, gamma, beta, weight, residual, out, want_moments)
-        new_mean, new_var = moments or (mean.new_empty(0), mean.new_empty(0))
-        ctx.mark_non_differentiable(new_mean, new_var)
-        return out, new_mean, new_var
-
-    @staticmethod
-    def backward(ctx, grad, _grad_mean, _grad_var):
-        _refuse_second_derivatives()
-        x, mean, rstd, gamma, beta, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        sums = torch.zeros(2, *x.shape[::3], dtype=mean.dtype, device=x.device)  # of ga and ga·x: (2,B,D)
-        grad_weight = None if weight is None else torch.zeros_like(weight)
-        grad_x = torch.empty_like(x)
-        for image, block in _blocks(x):
-            pixels, given, target = _rows(x, image, block), _rows(grad, image, block), _rows(grad_x, image, block)
-            scale, shift = _affine(mean[image], rstd[image], gamma, beta, x.dtype)
-            affine = torch.addcmul(shift, pixels, scale)
-            if weight is not None:
-                grad_weight.addmm_(given.t(), F.silu(affine))
-                given = given @ weight
-            torch.ops.aten.silu_backward.grad_input(given, affine, grad_input=target)
-            sums[0, image] += _column_sums(target)
-            sums[1, image] += _column_sums(target * pixels)
-        grad_gamma, grad_beta = _input_gradient(grad_x, x, mean, rstd, gamma, sums)
-        grads = [grad_x, None, None, grad_gamma.to(gamma.dtype), grad_beta.to(beta.dtype), grad_weight, grad, None]
-        return tuple(value if needed else None for value, needed in zip(grads, ctx.needs_input_grad, strict=True))
-
-
-def _refuse_second_derivatives() -> None:
-    if torch.is_grad_enabled():  # as it is in backward only with create_graph=True
-        raise RuntimeError(
-            "AnyUp's fast path has no second derivatives (create_graph=True): call model.twice_differentiable() first"
-        )
-
-
-class _Pool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, pixels, output_size):
-        ctx.shape = pixels.shape
-        return F.adaptive_avg_pool2d(pixels.permute(0, 3, 1, 2), output_size)  # (B,D,h,w)
-
-    @staticmethod
-    def backward(ctx, grad):
-        _refuse_second_derivatives()
-        shape = [ctx.shape[i] for i in (0, 3, 1, 2)]
-        sized = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        return torch.ops.aten._adaptive_avg_pool2d_backward(grad, sized).permute(0, 2, 3, 1), None
-
-
-def _input_gradient(grad_affine, x, mean, rstd, gamma, sums):
-    """Turns the gradient of the affine output, in place, into that of x; returns those of gamma and beta."""
-    group = lambda t: t.unflatten(-1, (mean.shape[1], -1))  # noqa: E731  (B,D) -> (B,G,D/G)
-    count = x[0].numel() / mean.shape[1]
-    total, weighted = sums
-    per_gamma = group(weighted) - mean[..., None] * group(total)
-    per_gamma = (per_gamma * rstd[..., None]).flatten(1)  # (B,D)
-    slope = -(rstd**2) * group(per_gamma * gamma).sum(-1) / count  # (B,G)
-    offset = -rstd * group(total * gamma).sum(-1) / count - slope * mean  # (B,G)
-    spread = lambda t: t.repeat_interleave(x.shape[-1] // t.shape[1], 1).to(x.dtype)  # noqa: E731  (B,G) -> (B,D)
-    scale, slope, offset = (spread(rstd) * gamma).to(x.dtype), spread(slope), spread(offset)
-    for image, block in _blocks(x):
-        target = _rows(grad_affine, image, block)
-        along = torch.addcmul(offset[image], _rows(x, image, block), slope[image])
-        torch.addcmul(along, target, scale[image], out=target)
-    return per_gamma.sum(0), total.sum(0)
+    collected = []
+    for rows in pixels.flatten(1, 2):
+        collect = _Collector(rows)
+        for block in blocks(rows):
+            collect(block)
+        collected.append(collect.moments())
+    return _stack(collected)
 
 
 class _Collector:
-    """Gathers the moments of blocks and combines them (Chan, Golub, LeVeque 1983) in float64."""
+    """Gathers the moments of one image, (n,D), while it is written block by block."""
 
-    def __init__(self):
-        self.parts: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
+    def __init__(self, rows: Tensor):
+        self.rows = rows
+        self.sums: list[tuple[Tensor, Tensor]] = []
 
-    def __call__(self, image: int, rows: Tensor) -> None:
-        self.parts.setdefault(image, []).append((len(rows), *_group_moments(rows)))
+    def __call__(self, block: slice) -> None:
+        rows = self.rows[block]
+        self.sums.append(_channel_sums(rows, rows))
 
-    def moments(self) -> Moments:
-        combined = []
-        for parts in self.parts.values():
-            counts = torch.tensor([n for n, _, _ in parts], dtype=torch.float64, device=parts[0][1].device)[:, None]
-            means = torch.stack([mean for _, mean, _ in parts]).double()  # (blocks,G)
-            spreads = torch.stack([var for _, _, var in parts]).double()
-            mean = (counts * means).sum(0) / counts.sum()
-            var = (counts * (spreads + (means - mean) ** 2)).sum(0) / counts.sum()
-            combined.append((mean, var))
-        dtype = torch.float64 if parts[0][1].dtype == torch.float64 else torch.float32
-        return Moments(*(torch.stack(values).to(dtype) for values in zip(*combined, strict=True)))
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance, (G,) each; where a mean outweighs the spread, from a second pass around it."""
+        mean, var = self._one_pass()
+        if not (mean**2 < WELL_CONDITIONED * var).all():
+            per_channel = mean.to(self.rows.dtype).repeat_interleave(self.rows.shape[1] // NUM_GROUPS)
+            shifted = (self.rows[block] - per_channel for block in blocks(self.rows))
+            self.sums = [_channel_sums(rows, rows) for rows in shifted]
+            correction, var = self._one_pass()
+            mean = mean.to(self.rows.dtype) + correction
+        dtype = torch.promote_types(self.rows.dtype, torch.float32)
+        return mean.to(dtype), var.to(dtype)
+
+    def _one_pass(self) -> tuple[Tensor, Tensor]:
+        sums = _sum_over_blocks(self.sums).unflatten(1, (NUM_GROUPS, -1)).sum(2)  # (2,G)
+        mean, square = sums * (NUM_GROUPS / self.rows.numel())
+        return mean, (square - mean**2).clamp(min=0)
 
 
-def _group_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of (n,D) per group of channels."""
-    rows = rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
+def _stack(moments: list[tuple[Tensor, Tensor]]) -> Moments:
+    return Moments(*map(torch.stack, zip(*moments, strict=True)))
+
+
+def _channel_sums(rows: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over the rows of `rows` and of `rows` · `factor`, both (n,D) -> (D,)."""
+    if rows.dtype in (torch.bfloat16, torch.float16):
+        rows, factor = rows.float(), factor.float()
     if rows.device.type != "cpu":
-        var, mean = torch.var_mean(rows.unflatten(1, (NUM_GROUPS, -1)), (0, 2), correction=0)
-        return mean, var
-    mean, var = _one_pass_moments(rows)
-    if not (mean**2 < WELL_CONDITIONED * var).all():
-        shifted = rows.unflatten(1, (NUM_GROUPS, -1)) - mean[:, None]
-        correction, var = _one_pass_moments(shifted.flatten(1))
-        mean = mean + correction
-    return mean, var
-
-
-def _one_pass_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """By PyTorch's fast kernel, which subtracts the squared mean from the mean square."""
+        return rows.sum(0), (rows * factor).sum(0)
+    # The gradients of the bias and gain of a normalisation are these sums, and PyTorch takes them in one fast pass.
     n, width = rows.shape
-    as_image = rows.view(1, n, 1, width).permute(0, 3, 1, 2)  # (1,D,n,1), channels last
-    _, mean, rstd = torch.native_group_norm(as_image, None, None, 1, width, n, NUM_GROUPS, 1e-12)
-    return mean[0], rstd[0] ** -2 - 1e-12
+    rows, factor = (t.view(1, n, 1, width).permute(0, 3, 1, 2) for t in (rows, factor))  # (1,D,n,1), channels last
+    mean, rstd = rows.new_zeros(1, 1), rows.new_ones(1, 1)
+    _, weighted, total = torch.ops.aten.native_group_norm_backward(
+        rows, factor, mean, rstd, None, 1, width, n, 1, [False, True, True]
+    )
+    return total, weighted
+
+
+def _sum_over_blocks(sums: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The `_channel_sums` of all blocks -> (2,D) in float64."""
+    return torch.stack([torch.stack(values).sum(0, dtype=torch.float64) for values in zip(*sums, strict=True)])
 
 
 def _multiply(rows: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -276,11 +265,12 @@ def _multiply(rows: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(rows, weight.t(), out=out)
 
 
-def _affine(mean, rstd, gamma, beta, dtype):
+def _affine(moments: Moments, image: int, step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and shift (D,) that GroupNorm applies to one image."""
-    per_group = len(gamma) // len(mean)
-    scale = rstd.repeat_interleave(per_group) * gamma
-    shift = beta - mean.repeat_interleave(per_group) * scale
+    mean, rstd = moments.mean[image], torch.rsqrt(moments.var[image] + step.eps)  # (G,)
+    per_group = len(step.gamma) // len(mean)
+    scale = rstd.repeat_interleave(per_group) * step.gamma
+    shift = step.beta - mean.repeat_interleave(per_group) * scale
     return scale.to(dtype), shift.to(dtype)
 
 
@@ -297,26 +287,17 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if on else None
 
 
-def _column_sums(rows: Tensor) -> Tensor:
-    """(n,D) -> (D,): summed in wide rows first, which is several times faster on CPU."""
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    n, width = rows.shape
-    if n % 32 == 0:
-        rows = rows.view(n // 32, 32 * width).sum(0, dtype=dtype).view(32, width)
-    return rows.sum(0, dtype=dtype)
+def blocks(rows: Tensor) -> Iterator[slice]:
+    """Slices that cover the rows of (n,D)."""
+    size = _block_size(rows)
+    for start in range(0, len(rows), size):
+        yield slice(start, min(start + size, len(rows)))
 
 
-def _block_size(pixels: Tensor) -> int:
-    return PIXELS_PER_BLOCK if pixels.device.type == "cpu" else pixels[0, ..., 0].numel()
+def _block_size(rows: Tensor) -> int:
+    return min(len(rows), PIXELS_PER_BLOCK) if rows.device.type == "cpu" else len(rows)
 
 
-def _blocks(pixels: Tensor) -> Iterator[tuple[int, slice]]:
-    """(image, slice of its flattened pixels), covering (B,H,W,D)."""
-    total, size = pixels[0, ..., 0].numel(), _block_size(pixels)
-    for image in range(len(pixels)):
-        for start in range(0, total, size):
-            yield image, slice(start, min(start + size, total))
-
-
-def _rows(pixels: Tensor, image: int, block: slice) -> Tensor:
-    return pixels[image].flatten(0, 1)[block]  # (n,D)
+def _scratch(rows: Tensor, count: int) -> Tensor:
+    """(count, rows of a block, D), uninitialised."""
+    return rows.new_empty(count, _block_size(rows), rows.shape[1])

@@ -1,12 +1,14 @@
 """Rotary position code of the encoded image (AnyUp, section 3; RoFormer, Su et al. 2021), with learned frequencies."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-PIXELS_PER_BLOCK = 4096
+from core.streamed_encoder import refuse_second_derivatives
+
+PIXELS_PER_BLOCK = 1024
 
 
 class Rotary(nn.Module):
@@ -30,35 +32,75 @@ class Rotary(nn.Module):
         if self.twice_differentiable or torch.compiler.is_compiling():
             return self.plain(x, self.freqs)
         if torch.is_grad_enabled():
-            return checkpoint(self.plain, x, self.freqs, use_reentrant=False)
-        return self._in_place(x)
+            return _Rotate.apply(x, self.freqs)
+        return _rotate(x, self.freqs, out=x)
 
     def plain(self, x: Tensor, freqs: Tensor) -> Tensor:
         """The definition."""
-        rows, columns = (torch.linspace(0, 1, n, device=x.device, dtype=freqs.dtype) for n in x.shape[-2:])
+        rows, columns = _positions(x, freqs)
         angle = rows[:, None, None] * freqs[0] + columns[:, None] * freqs[1]  # (H,W,D)
         angle = angle.permute(2, 0, 1)  # (D,H,W)
         first, second = x.chunk(2, 1)
         turned = torch.cat([-second, first], 1)  # (B,D,H,W)
         return x * angle.cos().to(x.dtype) + turned * angle.sin().to(x.dtype)
 
-    def _in_place(self, x: Tensor) -> Tensor:
-        """The same through cos(a + b) and sin(a + b), so that only rows and columns need a cosine."""
-        pixels = x.permute(0, 2, 3, 1)  # (B,H,W,D), a view
-        _, height, width, dim = pixels.shape
-        rows, columns = (torch.linspace(0, 1, n, device=x.device, dtype=self.freqs.dtype) for n in (height, width))
-        by_row = (rows[:, None] * self.freqs[0])[:, None]  # (H,1,D)
-        by_column = columns[:, None] * self.freqs[1]  # (W,D)
-        row_cos, row_sin, column_cos, column_sin = by_row.cos(), by_row.sin(), by_column.cos(), by_column.sin()
-        step = max(1, PIXELS_PER_BLOCK // width) if x.device.type == "cpu" else height
-        half = dim // 2
-        for start in range(0, height, step):
-            some = slice(start, start + step)
-            cos = torch.addcmul(row_cos[some] * column_cos, row_sin[some], column_sin, value=-1).to(x.dtype)
-            sin = torch.addcmul(row_sin[some] * column_cos, row_cos[some], column_sin).to(x.dtype)  # (rows,W,D)
-            for image in pixels[:, some]:
-                turned = image * cos
-                turned[..., :half].addcmul_(image[..., half:], sin[..., :half], value=-1)
-                turned[..., half:].addcmul_(image[..., :half], sin[..., half:])
-                image.copy_(turned)
-        return x
+
+def _rotate(x: Tensor, freqs: Tensor, out: Tensor) -> Tensor:
+    """`Rotary.plain` in blocks of rows, into `out`, which may be x; both (B,D,H,W)."""
+    half = x.shape[1] // 2
+    for rows, cos, sin in _angles(x, freqs):
+        for image, target in zip(*(t.permute(0, 2, 3, 1)[:, rows] for t in (x, out)), strict=True):  # (rows,W,D)
+            turned = image * cos
+            turned[..., :half].addcmul_(image[..., half:], sin[..., :half], value=-1)
+            turned[..., half:].addcmul_(image[..., :half], sin[..., half:])
+            target.copy_(turned)
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, freqs):
+        ctx.save_for_backward(x, freqs)
+        return _rotate(x, freqs, torch.empty_like(x))
+
+    @staticmethod
+    def backward(ctx, grad):
+        refuse_second_derivatives()
+        x, freqs = ctx.saved_tensors
+        grad_x, grad_freqs, half = torch.empty_like(x), torch.zeros_like(freqs), x.shape[1] // 2
+        positions = _positions(x, freqs)
+        for rows, cos, sin in _angles(x, freqs):
+            grad_angle = torch.zeros_like(cos, dtype=freqs.dtype)  # (rows,W,D)
+            for image, given, target in zip(*(t.permute(0, 2, 3, 1)[:, rows] for t in (x, grad, grad_x)), strict=True):
+                along, across = given * cos, given * sin
+                first, second = image[..., :half], image[..., half:]
+                grad_angle[..., :half] -= first * across[..., :half] + second * along[..., :half]
+                grad_angle[..., half:] -= second * across[..., half:] - first * along[..., half:]
+                along[..., :half] += across[..., half:]
+                along[..., half:] -= across[..., :half]
+                target.copy_(along)
+            grad_freqs[0] += positions[0][rows] @ grad_angle.sum(1)
+            grad_freqs[1] += positions[1] @ grad_angle.sum(0)
+        return grad_x, grad_freqs
+
+
+def _angles(x: Tensor, freqs: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows of pixels, with cosine and sine of their angles, (rows,W,D), in the dtype of x.
+
+    By cos(a + b) and sin(a + b), so that only rows and columns need a cosine.
+    """
+    rows, columns = _positions(x, freqs)
+    by_row = (rows[:, None] * freqs[0])[:, None]  # (H,1,D)
+    by_column = columns[:, None] * freqs[1]  # (W,D)
+    row_cos, row_sin, column_cos, column_sin = by_row.cos(), by_row.sin(), by_column.cos(), by_column.sin()
+    step = max(1, PIXELS_PER_BLOCK // len(columns)) if x.device.type == "cpu" else len(rows)
+    for start in range(0, len(rows), step):
+        some = slice(start, start + step)
+        cos = torch.addcmul(row_cos[some] * column_cos, row_sin[some], column_sin, value=-1)
+        sin = torch.addcmul(row_sin[some] * column_cos, row_cos[some], column_sin)
+        yield some, cos.to(x.dtype), sin.to(x.dtype)
+
+
+def _positions(x: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows (H,) and columns (W,)."""
+    return tuple(torch.linspace(0, 1, n, device=x.device, dtype=freqs.dtype) for n in x.shape[-2:])

@@ -1,15 +1,17 @@
 """Baseline fillers of `unifier`: AnyUp's feature-agnostic layer, and the ablation without a feature path."""
 
+from collections.abc import Iterator
 from enum import Enum
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from core.encoder import Encoder
 from core.hooks import Unifier
 from core.registry import register
+from core.streamed_encoder import refuse_second_derivatives
 
 MAX_RESPONSES = {"cpu": 2**18, "cuda": 2**26}  # filter responses held at once: on CPU they stay in cache
 
@@ -39,36 +41,112 @@ class BasisConvolution(nn.Module):
     def forward(self, features: Tensor, basis: Tensor | None = None) -> Tensor:
         """`basis`: filters for this call, (num_basis,1,k,k), in place of the learned ones."""
         basis = self.basis if basis is None else basis
-        batch, channels, height, width = features.shape
-        num_basis, _, kernel_size, _ = basis.shape
+        kernel_size, (height, width) = basis.shape[-1], features.shape[-2:]
         padding = kernel_size // 2
         taps = features.new_ones(1, 1, kernel_size, kernel_size)
         inside = F.conv2d(features.new_ones(1, 1, height, width), taps, padding=padding)  # (1,1,h,w)
         padded = F.pad(features, (padding,) * 4)
-        keep_little = torch.is_grad_enabled() and not (self.twice_differentiable or torch.compiler.is_compiling())
-        budget = MAX_RESPONSES.get(features.device.type, 2**18)
-        step = max(1, budget // (batch * width * channels * num_basis))
-        bands = []
-        for top in range(0, height, step):
-            bottom = min(top + step, height)
-            band = padded[:, :, top : bottom + 2 * padding], inside[:, :, top:bottom], basis, budget
-            bands.append(checkpoint(self._band, *band, use_reentrant=False) if keep_little else self._band(*band))
-        return torch.cat(bands, 2)  # (B,M,h,w)
+        if self.twice_differentiable or torch.compiler.is_compiling():
+            return self.plain(padded, inside, basis)
+        return _Unify.apply(padded.to(basis.dtype), inside, basis, self.ordering)
 
-    def _band(self, padded: Tensor, inside: Tensor, basis: Tensor, budget: int) -> Tensor:
-        """Rows of cells: (B,C,rows+k-1,w+k-1), (1,1,rows,w) -> (B,M,rows,w)."""
-        batch, channels = padded.shape[:2]
-        num_basis, _, kernel_size, _ = basis.shape
-        patches = padded.unfold(2, kernel_size, 1).unfold(3, kernel_size, 1) / inside[..., None, None]
-        patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, channels, kernel_size**2)  # (B·rows·w,C,k²)
-        unified = []
-        for some in patches.split(max(1, budget // (channels * num_basis))):
-            responses = some.flatten(0, 1) @ basis.flatten(1).t()  # (cells·C,M)
-            if self.ordering is Ordering.released:
-                unified.append(responses.view(-1, num_basis, channels).softmax(1).mean(2))
-            else:
-                unified.append(responses.view(-1, channels, num_basis).softmax(2).mean(1))
-        return torch.cat(unified).view(batch, *inside.shape[-2:], num_basis).permute(0, 3, 1, 2)
+    def plain(self, padded: Tensor, inside: Tensor, basis: Tensor) -> Tensor:
+        """The definition: (B,C,h+k-1,w+k-1), (1,1,h,w), (M,1,k,k) -> (B,M,h,w)."""
+        bands = [
+            torch.cat([_responses(patches, basis, self.ordering).softmax(1).mean(2) for patches in blocks])
+            for _, blocks in _bands(padded, inside, basis)
+        ]
+        return _as_grid(bands, padded, inside)
+
+
+class _Unify(torch.autograd.Function):
+    """`BasisConvolution.plain`, in float32 under autocast; keeps nothing and computes the responses again."""
+
+    @staticmethod
+    def forward(ctx, padded, inside, basis, ordering):
+        ctx.save_for_backward(padded, inside, basis)
+        ctx.ordering = ordering
+        bands = []
+        with torch.autocast(padded.device.type, enabled=False):
+            for _, blocks in _bands(padded, inside, basis):
+                softmaxes = (_softmax(_responses(patches, basis, ordering)) for patches in blocks)
+                bands.append(torch.cat([exps @ share[..., None] for exps, share in softmaxes]))
+        return _as_grid(bands, padded, inside)
+
+    @staticmethod
+    def backward(ctx, grad):
+        refuse_second_derivatives()
+        padded, inside, basis = ctx.saved_tensors
+        grad_basis = torch.zeros_like(basis.flatten(1))
+        grad_padded = torch.zeros_like(padded) if ctx.needs_input_grad[0] else None
+        with torch.autocast(padded.device.type, enabled=False):
+            for rows, blocks in _bands(padded, inside, basis):
+                given = grad[:, :, rows].permute(0, 2, 3, 1).flatten(0, 2).split(len(blocks[0]))  # (cells,M) each
+                grads = [
+                    _responses_gradient(*block, basis, ctx.ordering) for block in zip(blocks, given, strict=True)
+                ]  # (cells·C,M) each
+                for patches, grad_responses in zip(blocks, grads, strict=True):
+                    grad_basis.addmm_(grad_responses.t(), patches.flatten(0, 1))
+                if grad_padded is not None:
+                    _add_patches(torch.cat(grads) @ basis.flatten(1), inside, rows, grad_padded)
+        return grad_padded, None, grad_basis.view_as(basis), None
+
+
+def _bands(padded: Tensor, inside: Tensor, basis: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """Rows of cells, and the patches around them, (cells,C,k²), in blocks whose responses stay in cache."""
+    (batch, channels), (num_basis, _, size, _), (height, width) = padded.shape[:2], basis.shape, inside.shape[-2:]
+    budget = MAX_RESPONSES.get(padded.device.type, 2**18)
+    step = max(1, budget // (batch * width * channels * num_basis))
+    for top in range(0, height, step):
+        rows = slice(top, min(top + step, height))
+        band = padded[:, :, top : rows.stop + size - 1].unfold(2, size, 1).unfold(3, size, 1)  # (B,C,rows,w,k,k)
+        band = band.permute(0, 2, 3, 1, 4, 5).reshape(batch, -1, channels, size**2)  # (B,rows·w,C,k²)
+        band = (band / inside[:, 0, rows].flatten(1)[..., None, None]).flatten(0, 1)
+        yield rows, band.split(max(1, budget // (channels * num_basis)))
+
+
+def _responses(patches: Tensor, basis: Tensor, ordering: Ordering) -> Tensor:
+    """(cells,C,k²), (M,1,k,k) -> (cells,M,C)."""
+    (cells, channels, _), num_basis = patches.shape, len(basis)
+    responses = patches.flatten(0, 1) @ basis.flatten(1).t()  # (cells·C,M)
+    if ordering is Ordering.released:
+        return responses.view(cells, num_basis, channels)
+    return responses.view(cells, channels, num_basis).transpose(1, 2)
+
+
+def _softmax(responses: Tensor) -> tuple[Tensor, Tensor]:
+    """(cells,M,C) -> the exponentials, in the same memory, and what to multiply each channel's with for a mean of
+    softmaxes, (cells,C).
+
+    Several times faster than PyTorch's softmax where that runs slowly (see `core/silu.py`), never slower.
+    """
+    exps = responses.sub_(responses.amax(1, keepdim=True)).exp_()
+    return exps, (exps.sum(1) * exps.shape[2]).reciprocal_()
+
+
+def _responses_gradient(patches: Tensor, grad: Tensor, basis: Tensor, ordering: Ordering) -> Tensor:
+    """(cells,C,k²), (cells,M) gradient of the mean -> (cells·C,M)."""
+    exps, share = _softmax(_responses(patches, basis, ordering))
+    along = (grad[:, None] @ exps)[:, 0] * share * share.shape[1]  # (cells,C): mean of grad under each softmax
+    slope = torch.sub(grad[..., None], along[:, None], out=torch.empty_like(exps))  # (cells,M,C)
+    grad = exps.mul_(slope).mul_(share[:, None])
+    return (grad if ordering is Ordering.released else grad.transpose(1, 2)).reshape(-1, len(basis))
+
+
+def _add_patches(grad: Tensor, inside: Tensor, rows: slice, grad_padded: Tensor) -> None:
+    """Adds the gradient of the patches around rows of cells, (cells·C,k²), to that of the padded features."""
+    (batch, channels), width = grad_padded.shape[:2], inside.shape[-1]
+    size = grad_padded.shape[-1] - width + 1
+    grad = grad.view(batch, -1, width, channels, size, size).permute(4, 5, 0, 3, 1, 2)  # (k,k,B,C,rows,w)
+    for down, across in product(range(size), repeat=2):
+        target = grad_padded[:, :, rows.start + down : rows.stop + down, across : across + width]
+        target += grad[down, across] / inside[:, :, rows]
+
+
+def _as_grid(bands: list[Tensor], padded: Tensor, inside: Tensor) -> Tensor:
+    """The values of the cells of each band, (cells,M) or (cells,M,1) -> (B,M,h,w)."""
+    num_basis, width = bands[0].shape[1], inside.shape[-1]
+    return torch.cat([band.view(len(padded), -1, width, num_basis) for band in bands], 1).permute(0, 3, 1, 2)
 
 
 @register("learned_basis")
