@@ -128,7 +128,7 @@ def read_run(run_id: str) -> list[Point]:
 
 
 def plot(trainings: Mapping[str, Iterable[Point]], crops_per_step: int | None = None) -> Figure:
-    """Losses, the total among them, and validation: cosine above bilinear upsampling, for each backbone.
+    """Losses (of several encoders, the total of each), and validation: cosine above bilinear upsampling, for each.
 
     Args:
         trainings: name -> curves. crops_per_step: counts the horizontal axis in image crops instead of steps.
@@ -140,11 +140,12 @@ def plot(trainings: Mapping[str, Iterable[Point]], crops_per_step: int | None = 
     for (training, known), style in zip(curves.items(), _cycled(_STYLES, len(curves)), strict=True):
         prefix = f"{training}: " if len(curves) > 1 else ""
         measured, validated = [], []
+        several = any(name.startswith("loss/") for name in known)  # encoders: then one curve for each
         for name, (x, y) in known.items():
             if name.startswith("val/") and name.endswith("/gain"):
                 validated.append((f"{prefix}{name[4:-5]}", x, y))
-            elif name == "loss" or name.endswith("_loss"):
-                measured.append((f"{prefix}{name}", x, y))
+            elif name.startswith("loss/") if several else name == "loss" or name.endswith("_loss"):
+                measured.append((f"{prefix}{name.removeprefix('loss/')}", x, y))
         for i, (label, x, y) in enumerate(measured):
             (line,) = losses.plot(x, _smooth(y), style, color=f"C{i}", label=label)
             curves_of[line] = x, y

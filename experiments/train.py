@@ -156,7 +156,7 @@ class Training:
             progress.update()
             ends = state.step == last
             if state.step % config.log_every == 0 or ends:
-                self._log(losses, run)
+                self._log(losses, run, views)
             if validation and (state.step % config.validate_every == 0 or state.step == config.steps):
                 self._validate(validation, run)
             if state.step % config.checkpoint_every == 0 or ends:
@@ -254,8 +254,10 @@ class Training:
         more = {"data_fingerprint": self.data.fingerprint, "processes": self.accelerator.num_processes}
         return deciding_settings(self.config) | more
 
-    def _log(self, losses: dict[str, float], run: Run) -> None:
+    def _log(self, losses: dict[str, float], run: Run, views: StepViews) -> None:
         values = dict(losses) | {"loss": sum(losses.values()), "grad_norm": self.optimiser.grad_norm}
+        if len(self.backbones) > 1 and self.micro_steps == 1:  # losses of different encoders make no one curve
+            values[f"loss/{self.backbones[views.backbone].name}"] = values["loss"]
         values["lr"] = self.optimiser.adam.param_groups[0]["lr"]
         values = {key: value for key, value in values.items() if math.isfinite(value)}
         self.curves.add(self.state.step, values)

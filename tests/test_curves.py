@@ -80,6 +80,15 @@ def test_a_training_keeps_its_curves_here_and_in_the_store():
         read_run("0123")
 
 
+def test_losses_of_several_encoders_are_told_apart():
+    more = ["backbones=[{name: hog8}, {name: daisy8}]", "tracking.enabled=false", "validate_every=0"]
+    points = read_table(train(config("train", *more)).curves)
+    totals = {point.step: point.value for point in points if point.name == "loss"}
+    of_each = [point for point in points if point.name.startswith("loss/")]
+    assert {point.step: point.value for point in of_each} == totals
+    assert {point.name for point in of_each} == {"loss/hog8", "loss/daisy8"}
+
+
 def test_a_run_that_goes_on_logs_steps_again_and_the_last_count(monkeypatch):
     found = [("loss", 9.0, 1, 2), ("loss", 1.0, 1, 1), ("loss", 3.0, 5, 2)]
     monkeypatch.setattr("experiments.curves.read_metrics", lambda run_id: found)
@@ -100,6 +109,8 @@ def test_what_is_drawn():
     spike = [*points, Point(101, "loss", 1e8)]
     assert plot({"one": spike}).axes[0].get_ylim()[1] < 10  # one step does not hide all others
     assert gains.get_lines()[0].get_xydata()[:, 1].tolist() == [0, 0.005, 0.01]
+    mixed = [*points, *(Point(step, f"loss/{name}", 1.0) for step, name in ((1, "hog8"), (2, "vit"), (3, "hog8")))]
+    assert [line.get_label() for line in plot({"one": mixed}).axes[0].get_lines()[:2]] == ["hog8", "vit"]
     assert plot({"empty": []}).axes[0].get_legend() is None
 
 
