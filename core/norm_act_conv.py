@@ -92,7 +92,7 @@ def linear(pixels: Tensor, weight: Tensor, out: Tensor) -> Moments:
     for rows, targets in zip(pixels.flatten(1, 2), out.flatten(1, 2), strict=True):
         collect = _Collector(targets)
         for block in blocks(rows):
-            _multiply(rows[block], weight, targets[block])
+            torch.mm(rows[block], weight.t(), out=targets[block])
             collect(block)
         collected.append(collect.moments())
     return _stack(collected)
@@ -118,7 +118,7 @@ def norm_act_conv(
             active = normed_silu(rows[block], scale, shift, active[: len(target)], spare[: len(target)])
             if step.weight is not None:
                 if residual is None:
-                    _multiply(active, step.weight, target)
+                    torch.mm(active, step.weight.t(), out=target)
                 elif residual is out:
                     target.addmm_(active, step.weight.t())
                 else:
@@ -255,14 +255,6 @@ def _channel_sums(rows: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
 def _sum_over_blocks(sums: list[tuple[Tensor, Tensor]]) -> Tensor:
     """The `_channel_sums` of all blocks -> (2,D) in float64."""
     return torch.stack([torch.stack(values).sum(0, dtype=torch.float64) for values in zip(*sums, strict=True)])
-
-
-def _multiply(rows: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out = rows @ weight.t()."""
-    if out.device.type == "cpu":
-        out.zero_().addmm_(rows, weight.t())  # zeros bring cold lines into the cache: a tenth faster than torch.mm
-    else:
-        torch.mm(rows, weight.t(), out=out)
 
 
 def _affine(moments: Moments, image: int, step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_MINUS_ONE = torch.tensor(-1.0)
+
 
 def normed_silu(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
     """silu(x · scale + shift) -> out; all (n,D) but scale and shift, (D,). `out` may be x."""
     if not _through_exp(x):
         return F.silu(torch.addcmul(shift, x, scale, out=out), inplace=True)
     exp = torch.exp(torch.addcmul(-shift, x, -scale, out=out), out=scratch)
-    return torch.div(out, torch.sub(-exp.new_ones(()), exp, out=scratch), out=out)  # -a / (-1 - exp(-a))
+    return torch.div(out, torch.sub(_MINUS_ONE, exp, out=scratch), out=out)  # -a / (-1 - exp(-a))
 
 
 def normed_silu_with_slope(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, slope: Tensor) -> Tensor:
