@@ -26,7 +26,8 @@ SMALL = {
     "depth": PROBE,
     "normals": PROBE,
 }  # fmt: skip
-SLOW = ("num_basis", "paper_ablation", "paper_ablation_rgbd", "any_to_any", "unseen_backbone", "single_to_multi")
+SLOW = ("num_basis", "paper_ablation", "paper_ablation_rgbd", "any_to_any", "unseen_backbone", "single_to_multi",
+        "model_extensions")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
