@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from types import CodeType, FunctionType
 
 from core.registry import choices
 
@@ -67,8 +68,11 @@ def code_version(fillers: Iterable[tuple[str, str]] = ()) -> str:
     digest = hashlib.sha256(_own_code(training=True).encode())
     folders = set()
     for hook, name in fillers:
-        package = choices(hook)[name].__module__.partition(".")[0]
-        if package not in ("core", "experiments"):
+        filler = choices(hook)[name]
+        package = filler.__module__.partition(".")[0]
+        if package == "__main__":  # a notebook's cell: there is no file
+            digest.update(repr([_meaning_of(value) for value in vars(filler).values()]).encode())
+        elif package not in ("core", "experiments"):
             folders.add(package)
     for package in sorted(folders):
         digest.update(_package(package).encode())
@@ -104,15 +108,24 @@ def _own_code(training: bool) -> str:
 
 @cache
 def _package(name: str) -> str:
-    """Of all Python files of an installed package, or of the one file it is; nothing for what a notebook defines."""
+    """Of all Python files of an installed package, or of the one file it is."""
     import importlib.util
 
-    found = importlib.util.find_spec(name) if name != "__main__" else None
+    found = importlib.util.find_spec(name)
     if found is None or found.origin is None:
         return name
     origin = Path(found.origin)
     files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
     return " ".join(map(_digest_of, files))
+
+
+def _meaning_of(value: object) -> object:
+    """What a function or constant of a class does, as far as its compiled code says it."""
+    if isinstance(value, FunctionType):
+        return _meaning_of(value.__code__), value.__defaults__, value.__kwdefaults__
+    if isinstance(value, CodeType):
+        return value.co_code, value.co_names, [_meaning_of(one) for one in value.co_consts]
+    return value if isinstance(value, str | int | float | tuple | bytes) else type(value).__name__
 
 
 def _digest_of(path: Path) -> str:

@@ -194,6 +194,25 @@ def test_an_extension_counts_only_where_it_is_used(own_registry, tmp_path, monke
     code_version_module._package.cache_clear()
 
 
+def test_a_cell_that_was_changed_is_another_idea(monkeypatch):
+    def digest(amount):
+        class Cell(core.Decoder):
+            def __init__(self, embed_dim: int):
+                super().__init__()
+
+            def forward(self, output, features, guidance, coords):
+                return output + 1.0 if amount == 1 else output
+
+        if amount == 2:
+            Cell.forward = lambda self, output, features, guidance, coords: output + 2.0
+        Cell.__module__ = "__main__"
+        monkeypatch.setattr("experiments.code_version.choices", lambda hook: {"cell": Cell})
+        return code_version([("decoder", "cell")])
+
+    assert digest(1) == digest(1)
+    assert digest(1) != digest(2)
+
+
 def test_the_key_knows_settings_seed_data_and_files(config, tmp_path):
     def key(*overrides, seed=0):
         return read_arms(config(arms={"baseline": list(overrides)}))[0].key(seed)
