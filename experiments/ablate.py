@@ -155,7 +155,7 @@ class Sweep:
             member.complete(self.config, parent)
         except TrackingUnavailable:  # not the arm's fault
             raise
-        except Exception as error:
+        except Exception as error:  # an arm is somebody's idea: whatever it raises must not stop the others
             log.error("arm %s failed: %s", member.name, reason_of(error))
             log.debug("arm %s", member.name, exc_info=error)
             member.fail(reason_of(error))

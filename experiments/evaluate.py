@@ -118,7 +118,7 @@ class Evaluation:
         if not rows:
             raise EvaluationError(f"arm {arm}, seed {seed}: no validation image has anything to measure")
         data, backbone = self.names
-        return frame(rows, data=data, backbone=backbone, arm=arm, seed=seed)
+        return frame(rows, {"data": data, "backbone": backbone, "arm": arm, "seed": seed})
 
     @property
     def pictures(self) -> list[Picture]:

@@ -164,7 +164,7 @@ class Member:
                 checkpoint = self._train(config, run)
                 for task in self.tasks:
                     self._evaluate(task, checkpoint, run)
-            except Exception as error:
+            except Exception as error:  # whatever it is, the run says so
                 run.tag("failure", reason_of(error))
                 raise
         self._note_run(parent, run, complete=True)

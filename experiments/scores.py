@@ -74,8 +74,8 @@ def image_rows(
                 yield {"image": image, "measure": measure, "part": part, "numerator": above, "denominator": below}
 
 
-def frame(rows: list[dict[str, object]], **names: object) -> pd.DataFrame:
-    """Rows of `image_rows` with the other keys -> checked scores.
+def frame(rows: list[dict[str, object]], names: Mapping[str, object]) -> pd.DataFrame:
+    """Rows of `image_rows`, with the other keys as `names` (data, backbone, arm, seed, ...) -> checked scores.
 
     Raises:
         ScoreError: as `check`.

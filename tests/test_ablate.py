@@ -53,7 +53,7 @@ class FakeEvaluation:
         rows = [
             row for name, more in zip(IMAGES, noise, strict=True) for row in image_rows(name, {"cosine": level + more})
         ]
-        return frame(rows, task=self.task, data="d", backbone="b", arm=arm, seed=seed)
+        return frame(rows, {"task": self.task, "data": "d", "backbone": "b", "arm": arm, "seed": seed})
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ def scores_of(arm, level, seed=0, measure="cosine", noise=1.0, task="fidelity/2x
     which = sum(arm.encode()) % 9
     values = [level + noise * NOISE[which, seed, i] + 0.1 * (i % 4) for i in range(len(images))]
     rows = [row for name, number in zip(images, values, strict=True) for row in image_rows(name, {measure: number})]
-    return frame(rows, task=task, data="d", backbone="b", arm=arm, seed=seed)
+    return frame(rows, {"task": task, "data": "d", "backbone": "b", "arm": arm, "seed": seed})
 
 
 def sweep_scores(levels, seeds=SEEDS, **how):
@@ -118,7 +118,7 @@ def test_what_is_said_is_what_was_simulated():
         for seed in range(3):
             values = [{"miou": (numerator[seed, i], denominator[seed, i])} for i in range(10)]
             rows = [row for i in range(10) for row in image_rows(f"{i}", values[i])]
-            tables.append(frame(rows, task="t", data="d", backbone="b", arm=arm, seed=seed))
+            tables.append(frame(rows, {"task": "t", "data": "d", "backbone": "b", "arm": arm, "seed": seed}))
     of = found(compare(pd.concat(tables), "baseline", ["one", "two"]))
     spreads = [
         spread(pseudo_values(lambda weights, arm=arm: difference(arm, drawn[0], weights), 10)) for arm in drawn[1:]

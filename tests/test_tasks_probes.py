@@ -68,7 +68,7 @@ def bench(train=None, val=None, backbone=None, output=None, image=(16, 24), laye
 
 def measured(task, model, where, seed=0):
     """(kind, measure) -> value over the set."""
-    scores = frame(list(task.rows(model, seed, where)), data="d", backbone="b", arm="a", seed=seed)
+    scores = frame(list(task.rows(model, seed, where)), {"data": "d", "backbone": "b", "arm": "a", "seed": seed})
     found = {}
     for (name, measure), rows in scores.groupby(["task", "measure"]):
         found[name.split("/")[1], measure] = float(value(*sums(rows)[:2])[0])
@@ -122,7 +122,7 @@ def test_miou_and_accuracy_are_those_of_scikit_learn():
     rows = []
     for i in range(5):
         rows += image_rows(f"i{i}", task.measures(logits[i : i + 1], labels[i : i + 1].to(torch.uint8)))
-    scores = frame(rows, task="t", data="d", backbone="b", arm="a", seed=0)
+    scores = frame(rows, {"task": "t", "data": "d", "backbone": "b", "arm": "a", "seed": 0})
     found = {measure: float(value(*sums(part)[:2])[0]) for measure, part in scores.groupby("measure")}
     predicted, truth = logits.argmax(1), labels[:, 0]
     known = truth != IGNORE
