@@ -10,6 +10,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -454,20 +455,22 @@ def test_a_full_disk_ends_caching_and_nothing_else(encoder, tmp_path, caplog, mo
 
 
 @pytest.fixture
-def disk(tmp_path):
-    """A file system of its own, with 1 MB of room."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
+def disk():
+    """A file system of its own, with 1 MB of room; not in tmp_path, which pytest clears, maybe while it is in use."""
+    folder = Path(tempfile.mkdtemp())
     try:
         done = subprocess.run(
             ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True
         )
     except FileNotFoundError:
+        folder.rmdir()
         pytest.skip("needs mount")
     if done.returncode:
+        folder.rmdir()
         pytest.skip(f"needs the right to mount a file system: {done.stderr.strip()}")
     yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)  # files may still be mapped into memory
+    subprocess.run(["umount", "--lazy", folder], check=True)  # files may still be mapped into memory,
+    shutil.rmtree(folder, ignore_errors=True)  # and then the folder is busy on some systems
 
 
 def fill(disk: Path, room: int) -> Path:
