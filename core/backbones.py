@@ -201,8 +201,9 @@ CHOICES: dict[str, Choice] = {
     "dinov2_vits14_reg": _timm("vit_small_patch14_reg4_dinov2.lvd142m"),
     "dino_vits16": _timm("vit_small_patch16_224.dino"),
     "dino_vitb16": _timm("vit_base_patch16_224.dino"),
-    "clip_vitb16": _timm("vit_base_patch16_clip_224.openai"),
-    "clip_vitb32": _timm("vit_base_patch32_clip_224.openai"),
+    # OpenAI trained with the approximated GELU that timm has under these names
+    "clip_vitb16": _timm("vit_base_patch16_clip_quickgelu_224.openai"),
+    "clip_vitb32": _timm("vit_base_patch32_clip_quickgelu_224.openai"),
     "siglip2_vitb16": _timm("vit_base_patch16_siglip_512.v2_webli"),
     "dinov3_vits16": _timm("vit_small_patch16_dinov3.lvd1689m"),
     "dinov3_vits16plus": _timm("vit_small_plus_patch16_dinov3.lvd1689m"),

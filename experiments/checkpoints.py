@@ -54,6 +54,7 @@ def load_model(config: DictConfig) -> tuple[core.AnyUp, DictConfig]:
         raise SettingError(
             f"checkpoint={config.checkpoint} contradicts {', '.join(wrong)}: leave out the one or the other"
         )
+    model.check_finite = config.get("check_finite", False)
     if config.get("compile"):
         model.compile_encoders()
     return model, OmegaConf.create(asked | model.config)

@@ -46,7 +46,10 @@ def distill(config: DictConfig) -> Path:
     """
     device = pick_device(config.device)
     data = open_data(config.data)
-    teacher = backbone_from_config(config.backbone).to(device)
+    try:
+        teacher = backbone_from_config(config.backbone).to(device)
+    except ValueError as error:  # no such backbone, or weights of another
+        raise SettingError(str(error)) from error
     with track(config, device) as run:
         run.tag("data.fingerprint", data.fingerprint)
         student = student_of(teacher, list(config.blocks)).to(device)

@@ -38,11 +38,11 @@ def git_state(source: Path) -> tuple[str, str]:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """What git prints; nothing where it is not installed or refuses."""
+    """What git prints; nothing where it is not installed, refuses, or takes too long."""
     try:
         command = ["git", "-C", str(folder), "-c", "core.quotepath=off", *arguments]
         return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30).stdout.strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, subprocess.TimeoutExpired):
         return ""
 
 

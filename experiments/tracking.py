@@ -243,11 +243,19 @@ class MlflowStore:
 
     def _experiment(self, name: str) -> str:
         """The identifier of an experiment, made when there is none; beside a local database go its artifacts."""
+        from mlflow.exceptions import MlflowException
+
         known = self._client.get_experiment_by_name(name)
         if known is not None:
             return known.experiment_id
         folder = Path("mlruns").resolve().as_uri() if self.uri.startswith("sqlite:") else None
-        return self._client.create_experiment(name, artifact_location=folder)
+        try:
+            return self._client.create_experiment(name, artifact_location=folder)
+        except MlflowException as error:
+            known = self._client.get_experiment_by_name(name)
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or known is None:
+                raise
+            return known.experiment_id  # another process made it just now
 
 
 def _found(run: "mlflow.entities.Run") -> Found:

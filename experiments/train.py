@@ -36,6 +36,8 @@ from experiments.settings import SettingError, check_writable
 from experiments.tracking import Run, TrackingUnavailable, track
 from experiments.training_setup import (
     alone_in,
+    check_held_out,
+    check_images,
     check_settings,
     deciding_settings,
     make_accelerator,
@@ -116,6 +118,7 @@ class Training:
         if self.leads:
             check_writable(self.out_dir)
         self.data = open_data(config.data)
+        check_images(self.data, self.views_settings)
         self.backbones = open_encoders(config, self.views_settings.view, self.device)
         self.cache = FeatureCache(config.cache.folder, config.cache.max_gb)
         model = replaced_by(make_model(config)).to(self.device).train()
@@ -141,6 +144,7 @@ class Training:
         validation = None
         if self.leads and config.validate_every and state.step < last:
             validation = Validation(config, self.backbones, self.views_settings, self.cache)
+            check_held_out(self.data, validation.data, config.val_images)
         loader = DataLoader(
             self.views, None, sampler=range(state.step, last), num_workers=config.num_workers, persistent_workers=False
         )
@@ -175,11 +179,11 @@ class Training:
         for one in self.of_each_backbone(views):
             batch = self.batch(one)
             losses = self.learner.step(self.model, self.objective, batch, self.optimiser)
-            for name, loss in losses.items():
-                mean = float(self.accelerator.reduce(loss.detach().float(), "mean"))
+            means = {key: float(self.accelerator.reduce(loss.detach().float(), "mean")) for key, loss in losses.items()}
+            if not math.isfinite(sum(means.values())):
+                raise NonFiniteLoss(self._report_non_finite(one, batch, means))
+            for name, mean in means.items():
                 sums[name] = sums.get(name, 0.0) + mean / self.micro_steps
-        if not math.isfinite(sum(sums.values())):
-            raise NonFiniteLoss(self._report_non_finite(one, batch, sums))
         return sums
 
     def of_each_backbone(self, views: StepViews) -> list[StepViews]:

@@ -18,8 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 
 import core
 from core.backbones import Backbone, backbone_from_config
+from experiments.data import DataSet
 from experiments.lock import Locked, lock_folder, unlock_folder
 from experiments.settings import SettingError, check_choice, pick_device
+from experiments.views import ViewSettings
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +91,8 @@ def open_encoders(config: DictConfig, view: int, device: torch.device) -> list[B
     """The encoders of `config.backbones`, each checked to give the grid that its stride promises: crops are cut on it.
 
     Raises:
-        SettingError: none, or such as cannot be used together. ValueError, OSError: as `load_backbone`.
+        SettingError: none, unknown ones, or such as cannot be used together. WeightsError, OSError: as
+            `load_backbone`.
     """
     nodes = OmegaConf.to_container(config.backbones, resolve=True)
     if not nodes:
@@ -111,13 +114,47 @@ def open_encoders(config: DictConfig, view: int, device: torch.device) -> list[B
     return found
 
 
+def check_images(data: DataSet, views: ViewSettings) -> None:
+    """Refuses photographs that are all too small for views to show anything; a warning counts those to be enlarged.
+
+    Raises:
+        SettingError: no image has the size of a view.
+    """
+    sides, wanted = data.shorter_sides, views.scale * views.view
+    if not sides:
+        return
+    if max(sides) < views.view:
+        raise SettingError(
+            f"all {len(sides)} images of data are smaller than views.view={views.view} (the largest has a shorter side "
+            f"of {max(sides)} pixels): give larger ones, or a smaller view"
+        )
+    small = sum(side < wanted for side in sides)
+    if small:
+        log.warning(
+            "%d of %d images are smaller than %d pixels (views.scale x views.view) and are enlarged: what is to be "
+            "reached then has less detail than it could; a smaller views.view, or data.min_size=%d, avoids it",
+            *(small, len(sides), wanted, wanted),
+        )
+
+
+def check_held_out(data: DataSet, val_data: DataSet, count: int) -> None:
+    """Warns when images to validate on, the first `count`, are trained on."""
+    both = data.fingerprint == val_data.fingerprint or set(data.names) & set(val_data.names[:count])
+    if both:
+        log.warning(
+            "val_data has images that are trained on: its numbers, and the choice of best.safetensors, say nothing of "
+            "others. Divide a folder with data.last=N val_data.first=N, or give another val_data.path"
+        )
+
+
 def make_model(config: DictConfig) -> core.AnyUp:
     """New, or warm-started from `init_from`; without gradients for what `freeze` names.
 
     Raises:
-        SettingError: `freeze` names no part. ValueError, WeightsError, OSError: as `from_config` and `warm_start`.
+        SettingError: a value that a part refuses; `freeze` names no part. WeightsError, OSError: as `warm_start`.
     """
-    model = core.from_config({**config, "compile": False})
+    with _refusals_named():
+        model = core.from_config({**config, "compile": False})
     if config.init_from:
         new = core.warm_start(model, Path(config.init_from).expanduser())
         log.info("weights of %s; new: %s", config.init_from, ", ".join(new) or "none")
@@ -144,12 +181,26 @@ def untracked(config: DictConfig) -> DictConfig:
     return quiet
 
 
-def _encoder(node: dict[str, Any], device: torch.device) -> Backbone:
+def _encoder(node: Any, device: torch.device) -> Backbone:
+    if not isinstance(node, dict):
+        raise SettingError(f"backbones has {node!r}: each is {{name: NAME}}, or {{name: NAME, weights: FILE}}")
     file = Path(str(node.get("weights")))
-    if set(node) - {"name", "weights", "model"} or not all(isinstance(value, str | None) for value in node.values()):
-        return backbone_from_config(node)  # which says what is wrong
-    stamp = (file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None
-    return _loaded(tuple(sorted(node.items())), stamp, device)
+    with _refusals_named():
+        if set(node) - {"name", "weights", "model"} or not all(isinstance(x, str | None) for x in node.values()):
+            return backbone_from_config(node)  # which says what is wrong
+        stamp = (file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None
+        return _loaded(tuple(sorted(node.items())), stamp, device)
+
+
+@contextmanager
+def _refusals_named() -> Iterator[None]:
+    """A value that the core refuses is a setting that cannot be used."""
+    try:
+        yield
+    except core.WeightsError:
+        raise
+    except ValueError as error:
+        raise SettingError(str(error)) from error
 
 
 @lru_cache(_KEPT_ENCODERS)

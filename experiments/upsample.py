@@ -109,7 +109,7 @@ def upsample_image(file: ImageFile, model: core.AnyUp, backbone: Backbone, confi
     """Reads one image and writes its picture and, when asked for, its features.
 
     Raises:
-        UnreadableImage: damaged, or too small for the backbone.
+        UnreadableImage: damaged, of a size that the backbone refuses, or with features that are not finite.
         CannotWrite: the picture or the features cannot be written.
     """
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
@@ -120,7 +120,12 @@ def upsample_image(file: ImageFile, model: core.AnyUp, backbone: Backbone, confi
             f"{file.path}: {rgb.shape[-2]} x {rgb.shape[-1]} pixels are too few, "
             f"backbone {backbone.name} needs {needed} on each side"
         )
-    features, backbone_ms = _timed(lambda: backbone(rgb).to(dtype), device)  # (1,C,h,w)
+    try:
+        features, backbone_ms = _timed(lambda: backbone(rgb).to(dtype), device)  # (1,C,h,w)
+    except ValueError as error:  # a size that the encoder refuses
+        raise UnreadableImage(f"{file.path}: backbone {backbone.name} refuses it: {error}") from error
+    if not features.isfinite().all():
+        raise UnreadableImage(f"{file.path}: features of backbone {backbone.name} in {config.dtype} are not finite")
     image = core.imagenet_normalize(rgb).to(dtype)
     size = output_grid(config.output_size, tuple(rgb.shape[-2:]))
     target = Path(config.out_dir, file.name)

@@ -28,7 +28,7 @@ class Validation:
     """
 
     def __init__(self, config: DictConfig, backbones: list[Backbone], views: ViewSettings, cache: FeatureCache):
-        data = open_data(config.val_data)
+        self.data = data = open_data(config.val_data)
         if config.val_images < 1:
             raise SettingError(f"val_images must be at least 1, got {config.val_images}")
         count = min(config.val_images, len(data))

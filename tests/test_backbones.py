@@ -62,6 +62,7 @@ DECLARED = {  # name -> channels, stride, layers, aligned
     "daisy8": (142, 8, 1, True),
     "daisy16": (142, 16, 1, True),
 }
+ACTIVATIONS = {"clip_vitb16": "QuickGELU", "clip_vitb32": "QuickGELU", "vit_small16": "GELU"}
 CLASSICAL = ("hog8", "hog16", "daisy8", "daisy16")
 LARGE = {name for name, (channels, *_) in DECLARED.items() if channels in (768, 1024)} - {"convnext_tiny"}
 EVERY = [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in DECLARED]
@@ -790,3 +791,10 @@ def test_squeezenet_with_real_weights_classifies():
     maps = F.relu(F.conv2d(features, state["classifier.1.weight"].float(), state["classifier.1.bias"].float()))
     best = maps.mean((2, 3)).topk(5).indices
     assert (best == labels[:, None]).any(1).float().mean() > 0.65  # .83 on all 800
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_activation_is_that_of_the_weights(name):
+    with torch.device("meta"):
+        trunk = timm.create_model(CHOICES[name].model, num_classes=0)
+    assert {type(block.mlp.act).__name__ for block in trunk.blocks} == {ACTIVATIONS[name]}

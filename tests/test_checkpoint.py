@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,9 @@ import core
 from core.checkpoint import read, rename_published, to_published
 from core.reference import ReferenceAnyUp
 from core.weight_files import WeightsError
+from experiments.images import bundled
+from experiments.images import read as read_image
+from experiments.metrics import fidelity, fidelity_case
 
 IMAGE, FEATURES = torch.randn(1, 3, 32, 40), torch.randn(1, 5, 4, 6)
 SMALL = ["embed_dim=16", "unifier.num_basis=8"]
@@ -719,6 +723,21 @@ def test_trained_baselines_come_along(ordering):
     assert not model.training
     untrained = core.build([f"unifier.ordering={ordering}"]).state_dict()
     assert not any(torch.equal(value, untrained[name]) for name, value in model.state_dict().items() if value.dim() > 1)
+
+
+@pytest.mark.parametrize("ordering", ["paper", "released"])
+def test_trained_baselines_beat_bilinear_upsampling(ordering):
+    """Three photographs of those that come along, none of which was trained on; features of the embedded encoder."""
+    model, encoder = core.AnyUp.from_pretrained(f"anyup_{ordering}"), core.load_backbone("embedded")
+    gains = []
+    for name in ("astronaut", "coffee", "china"):
+        image = read_image(bundled(name))[0]
+        case = fidelity_case(image, encoder, 2, 224, 112)
+        with torch.no_grad():
+            ours = model(case.guidance, case.features, case.output_size)
+        bilinear = F.interpolate(case.features, case.output_size, mode="bilinear")
+        gains.append(fidelity(ours, case)["cosine"] - fidelity(bilinear, case)["cosine"])
+    assert min(gains) > 0.001
 
 
 def test_the_baseline_by_default_is_that_of_the_paper():

@@ -400,3 +400,15 @@ def test_only_tracking_knows_mlflow_and_only_when_a_run_starts():
     assert knowing == ["tracking.py"]
     code = "import sys, experiments.tracking; sys.exit('mlflow' in sys.modules or 'sqlalchemy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_an_experiment_that_another_process_makes_meanwhile_is_taken(tmp_path, monkeypatch):
+    """Between asking for it and making it, another process makes it: this one asks in vain once."""
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    theirs = MlflowClient(uri).create_experiment("shared")
+    ask, asked = MlflowClient.get_experiment_by_name, []
+    monkeypatch.setattr(
+        MlflowClient, "get_experiment_by_name", lambda self, name: ask(self, name) if asked or asked.append(1) else None
+    )
+    assert tracking.MlflowStore(MlflowClient(uri), uri)._experiment("shared") == theirs

@@ -344,6 +344,39 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch_saved(config, monkeypatc
     assert train(made).state.step == 6
 
 
+def test_of_several_backbones_in_a_step_the_batch_that_fails_is_saved(config, monkeypatch):
+    """The loss of the step's first encoder is NaN; the second, of another width, is not reached."""
+    made = config("backbones=[{name: hog8}, {name: daisy8}]", "backbones_per_step=2")
+    seen = []
+    measure = core.training.cosine_mse
+
+    def breaks_at_once(prediction, target):
+        seen.append(prediction.shape[1])
+        return measure(prediction, target) * math.nan
+
+    monkeypatch.setattr(core.training, "cosine_mse", breaks_at_once)
+    with pytest.raises(NonFiniteLoss, match="step 0: the loss is not finite"):
+        train(made)
+    (saved,) = Path(made.out_dir).glob("non_finite_step_0.safetensors")
+    assert set(seen) == {load_file(saved)["features"].shape[1]}
+
+
+def test_validation_on_images_that_are_trained_on_is_told(config, caplog):
+    train(config("validate_every=2", "val_images=1", "data.first=1", "steps=1"))
+    assert "trained on" not in caplog.text
+    train(config("validate_every=2", "val_images=2", "data.first=1", "steps=2", "resume=never"))
+    assert "val_data has images that are trained on" in caplog.text
+
+
+def test_small_images_are_counted_or_refused(config, caplog):
+    Training(config())
+    assert "enlarged" not in caplog.text
+    Training(config("views.view=64"))
+    assert "images are smaller than 128 pixels" in caplog.text
+    with pytest.raises(SettingError, match=r"all \d+ images of data are smaller than views.view=512 \(the largest has"):
+        Training(config("views.view=512"))
+
+
 def test_features_that_are_not_finite_are_named(config, monkeypatch):
     training = Training(config())
     monkeypatch.setattr(
@@ -368,7 +401,9 @@ def test_bfloat16(config):
         (["backbones_per_step=2"], SettingError, "but there are 1 backbones"),
         (["backbones=[{name: hog8}, {name: hog16}]", "backbones_per_step=2"], SettingError, "hog8 8, hog16 16"),
         (["backbones=[{name: squeezenet, weights: random}]", "views.view=64"], SettingError, "squeezenet gives 3x3"),
-        (["backbones=[{name: hog9}]"], ValueError, "no backbone is called 'hog9'"),
+        (["backbones=[{name: hog9}]"], SettingError, "no backbone is called 'hog9'"),
+        (["backbones=[hog8]"], SettingError, "backbones has 'hog8': each is {name: NAME}"),
+        (["embed_dim=12"], SettingError, "embed_dim"),
         (["data.min_size=500"], DataError, "at least 500 pixels"),
         (["data.path=[/nowhere/at/all]"], NoImages, "no such file or folder"),
         (["init_from=/nowhere.safetensors"], FileNotFoundError, "there is no such file"),

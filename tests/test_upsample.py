@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import core
+from core.classical import HogBackbone
 from experiments import atomic
 from experiments.atomic import CannotWrite, replacing
 from experiments.checkpoints import load_model
@@ -129,6 +131,26 @@ def test_odd_images_are_skipped_and_told(photos, caplog):
     assert summary.exit_code == 1
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert sum("skipped" in message for message in warned) == 2
+
+
+def test_features_that_cannot_be_are_skipped_and_told(photos, monkeypatch):
+    """A backbone that refuses a size, and one that gives NaN."""
+    encode = HogBackbone.features
+
+    def odd(self, image, layer):
+        if "a" in odd.left:
+            odd.left.remove("a")
+            raise ValueError("I want 224 pixels")
+        return encode(self, image, layer) * math.nan
+
+    odd.left = ["a"]
+    monkeypatch.setattr(HogBackbone, "features", odd)
+    summary = upsample(config(f"images=[{photos}/a.png,{photos}/d.png]", "features=npy"))
+    assert not summary.done
+    assert not made()
+    first, second = summary.skipped.values()
+    assert "backbone hog8 refuses it: I want 224 pixels" in first
+    assert "features of backbone hog8 in float32 are not finite" in second
 
 
 def test_nothing_but_odd_images(photos):
@@ -251,6 +273,8 @@ def test_a_checkpoint_decides_what_the_model_is(checkpoint, photos, caplog):
     assert told.attention == {"name": "global", "num_heads": 2}
     assert told.max_size == settings.max_size
     assert not caplog.records
+    assert not model.check_finite
+    assert load_model(config(f"checkpoint={checkpoint}", "check_finite=true"))[0].check_finite
     summary = upsample(config(f"images={photos}/a.png", f"checkpoint={checkpoint}", "features=npy"))
     assert summary.exit_code == 0
     untrained, _ = expected(photos / "a.png")

@@ -55,6 +55,9 @@ class DataSet(ABC):
     videos: Mapping[str, Sequence[int]] | None = None
     """Name of each video -> its samples in order; None: single images."""
 
+    shorter_sides: Sequence[int] | None = None
+    """In pixels, of all images; None: not known without reading them."""
+
     names: Sequence[str]
     """Of all samples, in order."""
     fingerprint: str

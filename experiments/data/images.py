@@ -38,7 +38,7 @@ class ImageFolder(DataSet):
         if not self.files:
             raise DataError(f"data=images: no image of {path} is left between number {first} and {last}")
         digest = hashlib.sha256()
-        kept, damaged, small = [], [], []
+        kept, sides, damaged, small = [], [], [], []
         for file in self.files:
             try:
                 side, content = _examined(file.path, *_stamp(file.path))
@@ -50,6 +50,7 @@ class ImageFolder(DataSet):
                 continue
             digest.update(file.name.encode() + b"\0" + content)
             kept.append(file)
+            sides.append(side)
         if damaged and not skip_damaged:
             raise DataError(
                 f"{len(damaged)} of {len(self.files)} images cannot be read: {'; '.join(damaged[:3])}"
@@ -66,7 +67,7 @@ class ImageFolder(DataSet):
             log.warning(
                 "left out %d images with a side below %d pixels: %s", len(small), min_size, "; ".join(small[:3])
             )
-        self.files = kept
+        self.files, self.shorter_sides = kept, sides
         self.names = [file.name for file in kept]
         self.fingerprint = digest.hexdigest()
 

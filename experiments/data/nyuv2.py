@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +98,7 @@ class NYUv2(FileSet):
 
 @register_data("nyuv2_mat")
 class NYUv2Mat(DataSet):
-    """The 1449 labelled images of NYUv2 in the authors' `nyu_depth_v2_labeled.mat`, with its 894 classes; needs h5py.
+    """The 1449 labelled images of NYUv2 in the authors' `nyu_depth_v2_labeled.mat`, with its 894 classes.
 
     Normals are computed from depth.
 
@@ -109,15 +108,10 @@ class NYUv2Mat(DataSet):
         raw_depth: depth as measured, 0 where it was not, instead of filled in.
 
     Raises:
-        DataError: h5py or a file is missing, or the file is another one.
+        DataError: a file is missing, or the file is another one.
     """
 
     def __init__(self, path: str, split: str = "all", raw_depth: bool = False):
-        if find_spec("h5py") is None:
-            raise DataError(
-                "data=nyuv2_mat reads nyu_depth_v2_labeled.mat with h5py, which is not installed: `pip install h5py`, "
-                "or export the file into folders for data=nyuv2"
-            )
         file = Path(path).expanduser()
         self.file = file / "nyu_depth_v2_labeled.mat" if file.is_dir() else file
         self.depth_key = "rawDepths" if raw_depth else "depths"
