@@ -30,6 +30,7 @@ from experiments.feature_cache import NotFinite
 from experiments.images import NoImages
 from experiments.lock import Locked, lock_folder, unlock_folder
 from experiments.members import Member, read_tasks, reason_of
+from experiments.provenance import Origin
 from experiments.report_tables import Report, record_report, rich_tables, write_report
 from experiments.scores import ScoreError
 from experiments.settings import SettingError, check_writable, pick_device
@@ -132,6 +133,8 @@ class Sweep:
     def report(self, run: Run) -> Report:
         """Compares what there is, and writes and records it."""
         results = self.results()
+        results.origin = Origin.of_this_process("experiments.ablate", "experiments.ablate.ablate(config), from Python")
+        run.text(results.origin.to_json(), "origin.json")
         models = dict(self._models(results))
         results.costs = measure_costs(models, self.plan.baseline, self.config.cost, pick_device(self.config.device))
         report = write_report(results, self.folder)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -54,7 +55,7 @@ class Arm:
         """Digest of what the arm's results with this seed depend on, apart from the evaluation."""
         if self.training is not None:
             settings = deciding_settings(self.training) | {"seed": seed}
-            known = {"settings": settings, "data": fingerprint_of(self.training.data), "files": _files(settings)}
+            known = {"settings": settings, "data": fingerprint_of(self.training.data), "files": files_of(settings)}
         else:
             known = {"name": self.name, "file": _digest(self.checkpoint) if self.checkpoint else ""}
         return digest_of({"kind": self.kind, "code": self._code} | known)
@@ -84,9 +85,12 @@ def read_arms(config: DictConfig) -> list[Arm]:
         SettingError: no arms, two of one name or of one training, no baseline among them, an unknown override or peer,
             a checkpoint that is missing.
     """
+    check_names("arms", "product")
     arms = [_arm(name, value, config) for name, value in _named(config).items()]
     if not arms:
-        raise SettingError("there are no arms: arms={NAME: [OVERRIDE, ...], ...}, or product={KEY: [VALUE, ...], ...}")
+        raise SettingError(
+            "there are no arms: '+arms={NAME: [OVERRIDE, ...], ...}', or '+product={KEY: [VALUE, ...], ...}'"
+        )
     for name in config.peers:
         if name not in peers():
             raise SettingError(f"peers={name} is none; there are: {', '.join(sorted(peers()))}")
@@ -145,6 +149,32 @@ def _flat(node: object) -> list[object]:
     return [value for inner in node for value in _flat(inner)] if isinstance(node, ListConfig) else [node]
 
 
+def check_names(*keys: str) -> None:
+    """Refuses what Hydra lets pass: one name twice in a mapping on the command line, where only the last would count.
+
+    Raises:
+        SettingError: names it.
+    """
+    for override in HydraConfig.get().overrides.task if HydraConfig.initialized() else ():
+        key, _, text = override.partition("=")
+        names = _top_names(text) if key.lstrip("+") in keys else []
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise SettingError(f"{key.lstrip('+')} names {', '.join(twice)} twice: give each a name of its own")
+
+
+def _top_names(text: str) -> list[str]:
+    """The keys of a mapping as Hydra writes it, `{key: value, ...}`, those of mappings inside it apart."""
+    names, depth, start = [], 0, 0
+    for position, letter in enumerate(text):
+        if depth == 1 and letter == ":" and start:
+            names.append(text[start:position].strip(" '\""))
+            start = 0
+        depth += (letter in "[{") - (letter in "]}")
+        if depth == 1 and letter in "{,":
+            start = position + 1
+    return names
+
+
 def standalone(node: DictConfig) -> DictConfig:
     """A part of a configuration by itself, with what it refers to."""
     return OmegaConf.create(OmegaConf.to_container(node, resolve=True))
@@ -172,7 +202,11 @@ def fingerprint_of(data: DictConfig) -> str:
 def _named(config: DictConfig) -> dict[str, object]:
     """Name -> overrides, or {checkpoint: FILE}; the product's arms have their overrides as names."""
     named: dict[str, object] = {name: config.arms[name] for name in config.arms or {}}
-    values = {key: list(values) for key, values in dict(config.product or {}).items()}
+    values: dict[str, list[object]] = {}
+    for key, node in dict(config.product or {}).items():
+        if not isinstance(node, ListConfig) or not node:
+            raise SettingError(f"product.{key} must be a list of at least one value, such as [1, 2], got {node!r}")
+        values[key] = list(node)
     for choice in itertools.product(*values.values()) if values else ():
         overrides = [f"{key}={value}" for key, value in zip(values, choice, strict=True)]
         name = ",".join(overrides)
@@ -193,6 +227,8 @@ def _arm(name: str, value: object, config: DictConfig) -> Arm:
             raise SettingError(f"arm {name}: its checkpoint {path} does not exist")
         return Arm(name, "checkpoint", checkpoint=path)
     overrides = value if isinstance(value, list) else strings(config, "arms", name)
+    if any(override.lstrip("+").partition("=")[0] == "seed" for override in [*strings(config, "train"), *overrides]):
+        raise SettingError(f"arm {name} sets a seed: all arms have the same ones, those of seeds=[...]")
     discover()
     try:
         training = composed("train", [*strings(config, "train"), *overrides, f"device={config.device}"])
@@ -217,12 +253,12 @@ def _check_distinct(arms: Sequence[Arm]) -> None:
             seen[settings] = arm.name
 
 
-def _files(settings: object) -> dict[str, str]:
+def files_of(settings: object) -> dict[str, str]:
     """Files that settings name (weights to start from, an encoder's) -> digest of their content."""
     if isinstance(settings, Mapping):
-        return {path: known for value in settings.values() for path, known in _files(value).items()}
+        return {path: known for value in settings.values() for path, known in files_of(value).items()}
     if isinstance(settings, list):
-        return {path: known for value in settings for path, known in _files(value).items()}
+        return {path: known for value in settings for path, known in files_of(value).items()}
     if isinstance(settings, str) and settings and Path(settings).expanduser().is_file():
         return {settings: _digest(Path(settings).expanduser())}
     return {}

@@ -21,7 +21,7 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from experiments.arms import Arm, composed, digest_of, fingerprint_of, standalone, strings
+from experiments.arms import Arm, check_names, composed, digest_of, files_of, fingerprint_of, standalone, strings
 from experiments.atomic import replacing
 from experiments.code_version import evaluation_version
 from experiments.evaluate import Evaluation
@@ -83,17 +83,19 @@ class SweepTask:
         settings = {key: value for key, value in settings.items() if key not in (*_FREE_KEYS, *_UNUSED_KEYS)}
         used = ("data", "val_data") if self.trains else ("val_data",)
         data = {key: fingerprint_of(self.config[key]) for key in used}
-        return digest_of({"settings": settings, "data": data, "code": evaluation_version()})
+        known = {"settings": settings, "data": data, "files": files_of(settings), "code": evaluation_version()}
+        return digest_of(known)
 
 
 def read_tasks(config: DictConfig) -> list[SweepTask]:
     """The tasks of a sweep, composed.
 
     Raises:
-        SettingError: none, an unknown override, or two tasks that are the same.
+        SettingError: none, two of one name or that are the same, or an unknown override.
     """
     if not config.tasks:
-        raise SettingError("there are no tasks: tasks={NAME: [OVERRIDES of experiments.evaluate], ...}")
+        raise SettingError("there are no tasks: '+tasks={NAME: [OVERRIDES of experiments.evaluate], ...}'")
+    check_names("tasks")
     found: list[SweepTask] = []
     for name in config.tasks:
         try:

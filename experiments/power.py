@@ -6,6 +6,7 @@ then drawn, of other sizes, and compared as `experiments.verdicts` does it.
 """
 
 import logging
+import math
 import os
 import shlex
 import sys
@@ -108,16 +109,19 @@ def read_components(config: DictConfig) -> Components:
     if config.components is not None:
         if set(config.components) != {"seed", "image", "residual"}:
             raise SettingError(f"components has the keys seed, image, residual; got {', '.join(config.components)}")
-        return Components(**{key: float(value) for key, value in config.components.items()})
+        given = {key: _deviation(key, value) for key, value in config.components.items()}
+        return Components(**given)
     if not Path(config.scores).is_file():
         raise SettingError(f"scores={config.scores} does not exist")
     rows = check(pd.read_parquet(config.scores))
-    for column in ("task", "measure"):
+    for column in ("measure", "task"):
         rows = _chosen(rows, column, config[column])
     if len(rows.drop_duplicates(FAMILY)) > 1:
         raise SettingError("the scores are of several data sets or backbones: choose a task of one")
     found = arrays(rows)
     names = [name for name in found if name != config.baseline and len(found[name][1]) > 1]
+    if config.arm is not None and config.arm == config.baseline:
+        raise SettingError(f"arm={config.arm} is the baseline: its difference to itself is zero; choose another arm")
     names = names if config.arm is None else [config.arm]
     if config.baseline not in found or not names or names[0] not in found:
         raise SettingError(f"baseline={config.baseline}, arm={config.arm}: the scores have {', '.join(found)}")
@@ -128,6 +132,12 @@ def read_components(config: DictConfig) -> Components:
         components_of(pseudo_values(partial(difference, found[name][0], theirs), theirs[0].shape[1])) for name in names
     ]
     return Components(*np.sqrt(np.mean([np.square(astuple(one)) for one in each], axis=0)).tolist())
+
+
+def _deviation(key: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise SettingError(f"components.{key} must be a deviation, a finite number from 0, got {value}")
+    return float(value)
 
 
 def curves(config: DictConfig, components: Components) -> pd.DataFrame:

@@ -1,15 +1,55 @@
 """What a result came from: commit, uncommitted changes, packages, machine, memory."""
 
+import json
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
-from importlib.metadata import distributions
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What made a table: kept with it, so that it can be made again elsewhere and later without saying otherwise."""
+
+    command: str
+    date: str
+    commit: str
+    """Empty: not known."""
+    changed: bool
+    """Whether there were uncommitted changes."""
+    packages: str
+
+    @classmethod
+    def of_this_process(cls, module: str, otherwise: str) -> "Origin":
+        """`module` as the command line calls it; `otherwise` where no command line is."""
+        command = otherwise
+        if HydraConfig.initialized():
+            command = shlex.join(["python", "-m", module, *HydraConfig.get().overrides.task])
+        commit, changes = git_state(Path(__file__))
+        packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "scipy"))
+        date = f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
+        return cls(command, date, commit, bool(changes), f"Python {platform.python_version()}, {packages}")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Origin":
+        return cls(**json.loads(text))
+
+    def __str__(self) -> str:
+        changes = " with uncommitted changes" if self.changed else ""
+        return f"{self.date}, commit {self.commit[:12] or 'unknown'}{changes}"
 
 
 def environment() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from experiments.atomic import CannotWrite
+from experiments.provenance import Origin
 from experiments.report_tables import Report, rich_tables, write_report
 from experiments.scores import ScoreError
 from experiments.settings import SettingError, check_writable
@@ -57,6 +58,9 @@ def fetch(run_id: str | None = None, experiment: str = "ablate") -> Results:
         members = [child for child in store.children(found.run_id) if "arm" in child.tags]
         units = [unit for child in members for unit in _units(store, child, plan)]
         results = gather(plan, units, _reasons(members))
+        if "origin.json" in store.sizes(found.run_id, ""):
+            path = store.artifact(found.run_id, "origin.json", Path(folder))
+            results.origin = Origin.from_json(path.read_text(encoding="utf-8"))
         if "report/costs.csv" in store.sizes(found.run_id, "report"):
             results.costs = pd.read_csv(store.artifact(found.run_id, "report/costs.csv", Path(folder)))
     return results

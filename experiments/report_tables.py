@@ -1,19 +1,13 @@
 """A sweep in words and numbers: Markdown, CSV, the terminal, and what goes to MLflow."""
 
-import platform
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 
-from hydra.core.hydra_config import HydraConfig
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from experiments.atomic import replacing
-from experiments.provenance import git_state
 from experiments.report_figures import cost_quality, forest, panels, title_of
 from experiments.run import Run
 from experiments.statistics import Interval
@@ -136,21 +130,18 @@ def cost_cells(results: Results) -> list[list[str]]:
 
 def _header(results: Results) -> str:
     plan = results.plan
-    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None
-    command = shlex.join(["python", "-m", "experiments.ablate", *(overrides or [])])
     seeds = sorted({member.seed for member in plan.members})
-    commit, changes = git_state(Path(__file__))
+    origin = results.origin
     return "\n".join(
         [
             f"# {plan.name}",
             "",
-            f"    {command if overrides is not None else 'experiments.ablate.ablate(config), from Python'}",
+            f"    {origin.command}" if origin else "The sweep's run does not say how it was made.",
             "",
-            f"- {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}, commit {commit[:12] or 'unknown'}"
-            + (" with uncommitted changes" if changes else ""),
+            *([f"- {origin}"] if origin else []),
             f"- seeds {', '.join(map(str, seeds))}; baseline {plan.baseline}; {len(plan.competing)} arms; intervals of "
             f"{plan.confidence:.0%}",
-            f"- Python {platform.python_version()}, torch {version('torch')}, scipy {version('scipy')}",
+            *([f"- {origin.packages}"] if origin else []),
         ]
     )
 

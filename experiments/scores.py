@@ -89,7 +89,7 @@ def check(scores: pd.DataFrame) -> pd.DataFrame:
 
     Raises:
         ScoreError: a column is missing, a measure is unknown, two rows share their keys, a value is not finite, or
-            the arms were not measured on the same images.
+            the arms that have a measure do not have it of the same images.
     """
     if missing := [column for column in [*KEYS, *VALUES] if column not in scores]:
         raise ScoreError(f"scores lack the columns {', '.join(missing)}")
@@ -99,7 +99,7 @@ def check(scores: pd.DataFrame) -> pd.DataFrame:
         raise ScoreError(f"{len(twice)} scores occur twice, the first: {_where(twice[0])}")
     if bad := scores[~np.isfinite(scores[VALUES]).all(axis=1)].to_dict("records"):
         raise ScoreError(f"{len(bad)} scores are not finite, the first: {_where(bad[0])}")
-    for keys, rows in scores.groupby(["task", "data", "backbone"], sort=False):
+    for keys, rows in scores.groupby(["task", "data", "backbone", "measure"], sort=False):
         images = {arm: frozenset(of_arm["image"]) for arm, of_arm in rows.groupby(["arm", "seed"], sort=False)}
         everything = frozenset().union(*images.values())
         for (arm, seed), seen in images.items():

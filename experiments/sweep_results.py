@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from experiments.provenance import Origin
 from experiments.scores import KEYS, VALUES, check, sums, value
 
 
@@ -94,6 +95,8 @@ class Results:
     """Arm -> why it is not in the tables."""
     costs: pd.DataFrame | None = None
     """Of `experiments.arm_cost`."""
+    origin: Origin | None = None
+    """What made them; None: not known."""
 
 
 def gather(plan: Plan, units: Iterable[Unit], reasons: Mapping[str, str]) -> Results:

@@ -9,7 +9,8 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from core import registry
 
@@ -74,3 +75,24 @@ def own_registry(monkeypatch) -> Iterator[None]:
     yield
     for hook, nodes in groups.items():
         store.repo[hook] = nodes
+
+
+class LargestTensor(TorchDispatchMode):
+    """Values in the largest storage that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self.values = max(self.values, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+@pytest.fixture
+def largest_tensor() -> type[LargestTensor]:
+    """An instance is entered around what is watched."""
+    return LargestTensor

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,11 +20,12 @@ from omegaconf import OmegaConf
 import core
 from core.registry import discover
 from experiments import ablate as ablate_module
-from experiments import members
+from experiments import arms, members
 from experiments.ablate import Sweep, ablate
-from experiments.arms import Arm, composed, read_arms, strings
+from experiments.arms import Arm, check_names, composed, read_arms, strings
 from experiments.code_version import code_version, evaluation_version, meaning
 from experiments.lock import lock_folder, unlock_folder
+from experiments.members import read_tasks
 from experiments.report import fetch
 from experiments.report_tables import write_report
 from experiments.scores import ScoreError, frame, image_rows
@@ -90,7 +93,7 @@ def table_of(report):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arms": {}}, "there are no arms: arms="),
+        ({"arms": {}}, r"there are no arms: '\+arms="),
         ({"baseline": "missing"}, "baseline=missing is no arm; there are: baseline, no_window, nearest"),
         ({"baseline": "bilinear"}, "baseline=bilinear is no arm"),
         ({"arms": {"baseline": [], "nearest": ["attention=global"]}}, "two arms are called nearest"),
@@ -104,6 +107,9 @@ def table_of(report):
         ({"arms": {"baseline": {"checkpoint": "gone.safetensors"}}}, "arm baseline: its checkpoint gone.safe"),
         ({"arms": {"baseline": {"file": "x"}}}, "arm baseline must be a list of overrides, or {checkpoint: FILE}"),
         ({"arms": {"baseline": [3]}}, "arms.baseline must be a list of overrides"),
+        ({"arms": {"baseline": [], "lucky": ["seed=5"]}}, r"arm lucky sets a seed: all arms have the same ones"),
+        ({"product": {"unifier": "none"}}, "product.unifier must be a list of at least one value"),
+        ({"product": {"unifier": []}}, "product.unifier must be a list of at least one value"),
         ({"seeds": [0, 1, 0]}, "seeds=.* names one twice: it would be counted twice"),
         ({"seeds": []}, "seeds must be a list of whole numbers"),
         ({"tasks": {}}, "there are no tasks"),
@@ -122,6 +128,34 @@ def test_what_cannot_work_is_refused_by_name(config, fake, changes, message):
     with pytest.raises(SettingError, match=message):
         Sweep(config(**changes))
     assert not fake.asked
+
+
+@pytest.mark.parametrize(
+    ("written", "twice"),
+    [
+        ("+arms={baseline:[],x:[attention=global],x:[steps=3]}", "arms names x twice"),
+        ("+tasks={a: [task=depth], 'b': [\"views={x:1,x:1}\"], 'b': []}", "tasks names b twice"),
+        ("arms={baseline:[],x:[init_from=a:b],y:{checkpoint:x}}", None),
+        ("+arms.x=[steps=3]", None),
+        ("seeds=[1,1]", None),
+    ],
+)
+def test_a_name_that_is_given_twice_on_the_command_line_is_refused(monkeypatch, written, twice):
+    """Hydra would keep the last."""
+    told = SimpleNamespace(overrides=SimpleNamespace(task=[written]))
+    monkeypatch.setattr(arms, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: told))
+    with pytest.raises(SettingError, match=twice) if twice else nullcontext():
+        check_names("arms", "tasks")
+
+
+def test_the_key_of_a_task_knows_the_encoders_weights(config, tmp_path):
+    """The same path with other content is another task."""
+    file, keys = tmp_path / "w.safetensors", []
+    for content in (b"a", b"b"):
+        file.write_bytes(content)
+        made = config(tasks={"one": ["task=fidelity", "backbone=vit_tiny16", f"backbone.weights={file}"]})
+        keys.append(read_tasks(made)[0].key)
+    assert keys[0] != keys[1]
 
 
 def test_the_product_adds_an_arm_for_each_combination(config):
@@ -440,7 +474,7 @@ def test_mlflow_alone_gives_the_same_tables(config, tmp_path, monkeypatch):
     rebuilt = write_report(results, tmp_path / "rebuilt")
     assert [file.name for file in rebuilt.files] == [file.name for file in report.files]
     for ours, theirs in zip(rebuilt.files, report.files, strict=True):
-        if ours.suffix in (".csv", ".parquet"):
+        if ours.suffix in (".csv", ".parquet", ".md"):
             assert ours.read_bytes() == theirs.read_bytes(), ours.name
     with pytest.raises(SettingError, match="there is no sweep nowhere in sqlite"):
         fetch("nowhere")

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import core
 from core import AnyUp, Attention, Refiner, Temporal, build, points
@@ -267,35 +266,20 @@ def test_blocks_change_nothing(monkeypatch):
             assert close(decoder(**arguments), whole)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Values in the largest storage that any operation returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.values = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor):
-                self.values = max(self.values, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
-
-
 def large(channels: int = 64, side: int = 32) -> dict[str, Tensor]:
     arguments = {name: tensor.float() for name, tensor in given(channels, size=(side, side), batch=1).items()}
     arguments["output"] = arguments["output"].contiguous(memory_format=torch.channels_last)
     return arguments
 
 
-def test_the_hidden_layer_never_exists_at_once(monkeypatch):
+def test_the_hidden_layer_never_exists_at_once(monkeypatch, largest_tensor):
     """It would be 3 times the output, and what is gathered 8 times; nothing is larger than the output itself."""
     monkeypatch.setattr(inr, "MAX_HIDDEN", {"cpu": 2**14})
     decoder, arguments = make().float(), large()
-    with torch.no_grad(), LargestTensor() as largest:
+    with torch.no_grad(), largest_tensor() as largest:
         decoder(**arguments)
     assert largest.values == arguments["output"].numel()
-    with torch.no_grad(), LargestTensor() as largest:
+    with torch.no_grad(), largest_tensor() as largest:
         decoder(**large(channels=1))
     assert largest.values <= 2**16, "the context of a block"  # 4 x hidden_dim values a point
 
@@ -481,12 +465,12 @@ def seen_from(model, image, features, values):
 
 
 @torch.no_grad()
-def test_points_in_blocks(model_of, monkeypatch):
+def test_points_in_blocks(model_of, monkeypatch, largest_tensor):
     model, (image, features), coords = model_of({}), inputs(), noise(40, 2).sigmoid().float()
     expected = model.query(image, features, coords)
     monkeypatch.setattr(points, "MAX_GATHERED", {"cpu": 1000})
     assert close(model.query(image, features, coords), expected, 1e-6)
-    with LargestTensor() as largest:
+    with largest_tensor() as largest:
         points.attend(noise(1, 400, 8), noise(1, 20, 20, 8), noise(1, 20, 20, 8), noise(400, 2).sigmoid(), 0.1, 2)
     assert largest.values <= max(400 * 25, 400 * 8), "more than indices and the result"
 

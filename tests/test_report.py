@@ -7,7 +7,7 @@ from PIL import Image
 
 from experiments.report_figures import cost_quality, forest, front
 from experiments.report_tables import markdown, rich_tables, write_report
-from experiments.scores import ScoreError, frame, image_rows
+from experiments.scores import ScoreError, check, frame, image_rows
 from experiments.simulation import Scenario, draw_scores, simulate
 from experiments.statistics import holm, pseudo_values, spread
 from experiments.sweep_results import Plan, Planned, Results, SweepError, Unit, gather, means
@@ -107,6 +107,15 @@ def test_images_without_the_measure_do_not_count():
     edges = edges[~edges["image"].isin(IMAGES[:4])]
     of = {(one.measure, one.arm): one for one in compare(pd.concat([scores, edges]), "baseline", ["up"])}
     assert (of["cosine", "up"].num_images, of["edge_cosine", "up"].num_images) == (12, 8)
+
+
+def test_a_measure_that_one_arm_lacks_of_an_image_is_refused():
+    """All arms have the image, by another measure."""
+    errors = sweep_scores({"baseline": 0.5, "up": 0.6}, measure="error")
+    scores = sweep_scores({"baseline": 0.5, "up": 0.6})
+    scores = scores[~((scores["arm"] == "up") & (scores["image"] == IMAGES[2]))]
+    with pytest.raises(ScoreError, match=f"arm up, seed 0 lacks 1 images that other arms have, the first: {IMAGES[2]}"):
+        check(pd.concat([scores, errors]))
 
 
 def test_what_is_said_is_what_was_simulated():

@@ -1,13 +1,15 @@
 """Statistics of sweeps: against brute force, against scipy, and against sweeps whose truth is known."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 from experiments.power import Components, components_of, curves, power, read_components
-from experiments.scores import value
+from experiments.scores import frame, image_rows, value
 from experiments.settings import SettingError
 from experiments.simulation import Scenario, draw_scores, simulate, true_difference
 from experiments.statistics import Spread, holm, paired_difference, pseudo_values, spread, two_way_bootstrap
@@ -214,6 +216,22 @@ def test_power_refuses(changes, message, tmp_path):
         check_settings(settings(out_dir=str(tmp_path), **changes))
 
 
+def test_power_takes_the_task_that_has_the_measure(tmp_path):
+    random, tables = np.random.default_rng(0), []
+    for task, measure in (("fidelity/2x", "cosine"), ("segmentation", "accuracy")):
+        for arm in ("baseline", "one"):
+            for seed in range(2):
+                rows = [row for i in range(4) for row in image_rows(f"{i}", {measure: float(random.uniform(0.1, 0.9))})]
+                tables.append(frame(rows, {"task": task, "data": "d", "backbone": "b", "arm": arm, "seed": seed}))
+    file = tmp_path / "scores.parquet"
+    pd.concat(tables).to_parquet(file)
+    assert read_components(settings(components=None, scores=str(file), measure="cosine")).residual > 0
+    with pytest.raises(SettingError, match="choose measure="):
+        read_components(settings(components=None, scores=str(file)))
+    with pytest.raises(SettingError, match="arm=baseline is the baseline"):
+        read_components(settings(components=None, scores=str(file), measure="cosine", arm="baseline"))
+
+
 def test_what_power_reads_is_named(tmp_path):
     with pytest.raises(SettingError, match="give either scores"):
         read_components(settings(scores="x.parquet"))
@@ -221,6 +239,9 @@ def test_what_power_reads_is_named(tmp_path):
         read_components(settings(scores="gone.parquet", components=None))
     with pytest.raises(SettingError, match="components has the keys seed, image, residual"):
         read_components(settings(components={"seed": 1}))
+    for wrong in (math.nan, -1, "abc", True):
+        with pytest.raises(SettingError, match=r"components\.residual must be a deviation, a finite number from 0"):
+            read_components(settings(components={"seed": 1, "image": 1.5, "residual": wrong}))
     assert len(curves(settings(effects=[0.1], seeds=[2, 3], images=[10]), Components(0.1, 0.1, 0.1))) == 2
 
 
