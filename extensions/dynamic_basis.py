@@ -124,6 +124,10 @@ class DynamicBasis(LearnedBasis):
         bank_size: number R of filters in the bank.
         hidden_dim: width of the meta network.
         contrast: False leaves the responses as they are.
+        open_at_start: how far the gates are open at the start, from 0 to below 1: not the baseline then.
+
+    Raises:
+        ValueError: one of them is out of its range.
     """
 
     def __init__(
@@ -137,17 +141,21 @@ class DynamicBasis(LearnedBasis):
         bank_size: int = 8,
         hidden_dim: int = 64,
         contrast: bool = True,
+        open_at_start: float = 0.0,
     ):
         super().__init__(embed_dim, num_basis, kernel_size, ordering)  # draws the shared weights as the baseline does
         for name, size in (("bank_size", bank_size), ("hidden_dim", hidden_dim)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1 (unifier=learned_basis changes no filter), got {size}")
+        if not 0 <= open_at_start < 1:
+            raise ValueError(f"open_at_start must be from 0 to below 1, got {open_at_start}")
         self.radius = kernel_size // 2 if per_location else None
         self.meta = MetaNetwork(_conditioning(conditioning), embed_dim, hidden_dim)
         self.head = nn.Linear(hidden_dim, num_basis * (bank_size + 1))
         self.bank = nn.Parameter(torch.randn(bank_size, kernel_size**2))
-        self.gate = nn.Parameter(torch.zeros(num_basis))
-        self.contrast = nn.Parameter(torch.zeros(num_basis)) if contrast else None
+        start = torch.full((num_basis,), math.atanh(open_at_start) / GATE_SPEED)
+        self.gate = nn.Parameter(start)
+        self.contrast = nn.Parameter(start.clone()) if contrast else None
         self._seen: tuple[Tensor, int] | None = None
 
     def forward(self, features: Tensor, guidance: Tensor) -> Tensor:

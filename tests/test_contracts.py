@@ -46,7 +46,12 @@ ROWS = [
     Row("unifier", "none"),
     Row("unifier", "dynamic_basis", {"num_basis": 8, "hidden_dim": 8, "bank_size": 3}, neutral={}),
     Row("unifier", "dynamic_basis", {"num_basis": 16, "conditioning": "features", "per_location": True}),
-    Row("unifier", "dynamic_basis", {"num_basis": 8, "conditioning": "guidance", "ordering": "released"}, "change"),
+    Row(
+        "unifier",
+        "dynamic_basis",
+        {"num_basis": 8, "conditioning": "guidance", "open_at_start": 0.5, "ordering": "released"},
+        "change",
+    ),
     Row("attention", "window", {"num_heads": 2}, neutral={"num_heads": 4}),
     Row("attention", "window", {"num_heads": 4, "window_ratio": 0.3}),
     Row("attention", "global", {"num_heads": 2}),

@@ -223,6 +223,20 @@ def test_a_trained_baseline_goes_on_as_it_is(tmp_path, perturbed):
         assert torch.equal(model(*inputs()), baseline(*inputs()))
 
 
+def test_gates_that_are_open_at_the_start():
+    """As far as asked for; all other weights are those of closed gates, and another output comes from them."""
+    filler, closed = (
+        build(["embed_dim=32", "unifier=dynamic_basis", f"unifier.open_at_start={x}"]).unifier for x in (0.9, 0.0)
+    )
+    for gate in (filler.gate, filler.contrast):
+        torch.testing.assert_close((GATE_SPEED * gate).tanh(), torch.full_like(gate, 0.9))
+    own, theirs = filler.state_dict(), closed.state_dict()
+    assert [name for name in own if not torch.equal(own[name], theirs[name])] == ["gate", "contrast"]
+    features, guidance = noise(1, 6, 4, 5).float(), noise(1, 32, 16, 20).float()
+    with torch.no_grad():
+        assert (filler(features, guidance) - closed(features, guidance)).abs().max() > 1e-3
+
+
 @every
 def test_gates_open_by_training(conditioning, per_location):
     """At the start the gates have gradients; once they moved, everything has, and it is another model."""
@@ -384,6 +398,8 @@ def test_pictures_are_of_the_first_image_of_the_latest_forward():
         ({"kernel_size": 4}, "kernel_size must be odd and positive, got 4"),
         ({"bank_size": 0}, r"bank_size must be at least 1 \(unifier=learned_basis changes no filter\), got 0"),
         ({"hidden_dim": -1}, "hidden_dim must be at least 1 .* got -1"),
+        ({"open_at_start": 1.0}, "open_at_start must be from 0 to below 1, got 1.0"),
+        ({"open_at_start": -0.1}, "open_at_start must be from 0 to below 1, got -0.1"),
         ({"conditioning": "image"}, "conditioning must be one of features, guidance, both, got 'image'"),
     ],
 )
