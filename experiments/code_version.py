@@ -62,20 +62,20 @@ _PACKAGES = ("torch", "torchvision", "timm", "torchmetrics")
 def code_version(fillers: Iterable[tuple[str, str]] = ()) -> str:
     """Digest of the code that trains, with the packages of the given fillers (hook point, name).
 
-    An extension counts only where one of its package's fillers is used, so that a new idea in `extensions/` invalidates
-    no result of others.
+    An extension counts only where it is used, with what it imports of its own package, so that a new idea in
+    `extensions/` invalidates no result of others.
     """
     digest = hashlib.sha256(_own_code(training=True).encode())
-    folders = set()
+    modules = set()
     for hook, name in fillers:
         filler = choices(hook)[name]
         package = filler.__module__.partition(".")[0]
         if package == "__main__":  # a notebook's cell: there is no file
-            digest.update(repr([_meaning_of(value) for value in vars(filler).values()]).encode())
+            digest.update(repr(_meaning_of(filler, set())).encode())
         elif package not in ("core", "experiments"):
-            folders.add(package)
-    for package in sorted(folders):
-        digest.update(_package(package).encode())
+            modules.add(filler.__module__)
+    for module in sorted(modules):
+        digest.update(_module(module).encode())
     return digest.hexdigest()
 
 
@@ -107,25 +107,69 @@ def _own_code(training: bool) -> str:
 
 
 @cache
-def _package(name: str) -> str:
-    """Of all Python files of an installed package, or of the one file it is."""
+def _module(name: str) -> str:
+    """Of a module's file, and of those of its package that it imports, directly or not."""
+    found: dict[str, str] = {}
+    waiting = [name]
+    while waiting:
+        module = waiting.pop()
+        file = None if module in found else _file_of(module)
+        if file is not None:
+            found[module] = _digest_of(file)
+            waiting += _imports(file.read_text(encoding="utf-8"), module, is_package=file.name == "__init__.py")
+    return " ".join(found[module] for module in sorted(found))
+
+
+def _file_of(module: str) -> Path | None:
     import importlib.util
 
-    found = importlib.util.find_spec(name)
-    if found is None or found.origin is None:
-        return name
-    origin = Path(found.origin)
-    files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
-    return " ".join(map(_digest_of, files))
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # a name that is imported from a module is not always a module
+        return None
+    return None if spec is None or spec.origin is None or not spec.has_location else Path(spec.origin)
 
 
-def _meaning_of(value: object) -> object:
-    """What a function or constant of a class does, as far as its compiled code says it."""
+def _imports(source: str, module: str, is_package: bool) -> list[str]:
+    """The modules of its own package, or what may be such, that a source file imports."""
+    inside, names = module.split("."), []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = inside[: len(inside) - node.level + is_package] if node.level else []
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            names += [origin, *(f"{origin}.{alias.name}" for alias in node.names)]
+    return [name for name in names if name.partition(".")[0] == inside[0]]
+
+
+def _meaning_of(value: object, seen: set[str]) -> object:
+    """What a function, class or constant does, as far as its compiled code says it; `seen`: globals already told."""
     if isinstance(value, FunctionType):
-        return _meaning_of(value.__code__), value.__defaults__, value.__kwdefaults__
+        used = [(name, value.__globals__[name]) for name in _names(value.__code__) if name in value.__globals__]
+        own = [(name, one) for name, one in used if _is_of_a_notebook(one) and name not in seen]
+        seen.update(name for name, _ in own)
+        known = [(name, _meaning_of(one, seen)) for name, one in own]
+        return _meaning_of(value.__code__, seen), value.__defaults__, value.__kwdefaults__, known
     if isinstance(value, CodeType):
-        return value.co_code, value.co_names, [_meaning_of(one) for one in value.co_consts]
+        return value.co_code, value.co_names, [_meaning_of(one, seen) for one in value.co_consts]
+    if isinstance(value, type) and _is_of_a_notebook(value):
+        own = [one for one in value.__mro__ if _is_of_a_notebook(one)]
+        return [_meaning_of(inner, seen) for one in own for inner in vars(one).values()]
     return value if isinstance(value, str | int | float | tuple | bytes) else type(value).__name__
+
+
+def _names(code: CodeType) -> list[str]:
+    """All names that code, and code inside it, may look up."""
+    inner = [name for one in code.co_consts if isinstance(one, CodeType) for name in _names(one)]
+    return list(dict.fromkeys([*code.co_names, *inner]))
+
+
+def _is_of_a_notebook(value: object) -> bool:
+    """Constants, and functions and classes that were defined in a cell."""
+    if isinstance(value, FunctionType | type):
+        return value.__module__ == "__main__"
+    return isinstance(value, str | int | float | tuple | bytes)
 
 
 def _digest_of(path: Path) -> str:

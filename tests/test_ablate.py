@@ -209,23 +209,40 @@ def test_a_change_of_what_measures_asks_for_no_training(tmp_path, monkeypatch):
 
 
 def test_an_extension_counts_only_where_it_is_used(own_registry, tmp_path, monkeypatch):
-    package = tmp_path / "somebodys_idea.py"
-    package.write_text(
-        "from core.attention import WindowAttention\nfrom core.registry import register\n\n"
-        '@register("idea")\nclass Idea(WindowAttention):\n    factor = 1\n'
-    )
+    """With what it imports of its own package, and without what it does not."""
+    package = tmp_path / "somebodys_ideas"
+    package.mkdir()
+    files = {
+        "__init__": "",
+        "idea": "from core.attention import WindowAttention\nfrom core.registry import register\n"
+        "from . import parts\n\n"
+        '@register("idea")\nclass Idea(WindowAttention):\n    factor = 1\n',
+        "parts": "from somebodys_ideas.numbers import ONE\n",
+        "numbers": "ONE = 1\n",
+        "other": "x = 1\n",
+    }
+    for name, text in files.items():
+        (package / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     import importlib
 
-    importlib.import_module("somebodys_idea")
+    importlib.import_module("somebodys_ideas.idea")
     code_version_module = sys.modules["experiments.code_version"]
-    plain, used = code_version([("attention", "window")]), code_version([("attention", "idea")])
+
+    def versions():
+        code_version_module._module.cache_clear()
+        return code_version([("attention", "window")]), code_version([("attention", "idea")])
+
+    plain, used = versions()
     assert plain != used
-    package.write_text(package.read_text().replace("factor = 1", "factor = 2"))
-    code_version_module._package.cache_clear()
-    assert code_version([("attention", "window")]) == plain
-    assert code_version([("attention", "idea")]) != used
-    code_version_module._package.cache_clear()
+    known = {used}
+    for name in ("idea", "parts", "numbers", "other"):
+        (package / f"{name}.py").write_text(files[name] + "more = 2\n")
+        plain_now, used = versions()
+        assert plain_now == plain
+        assert (used in known) == (name == "other"), name
+        known.add(used)
+    code_version_module._module.cache_clear()
 
 
 def test_a_cell_that_was_changed_is_another_idea(monkeypatch):
@@ -245,6 +262,34 @@ def test_a_cell_that_was_changed_is_another_idea(monkeypatch):
 
     assert digest(1) == digest(1)
     assert digest(1) != digest(2)
+
+
+def test_a_cell_whose_helpers_were_changed_is_another_idea(monkeypatch):
+    """A function that it calls through another, a constant, a base class, all from cells; what it does not use: no."""
+    cells = """
+import core
+AMOUNT = 1
+UNUSED = 1
+def twice(x): return 2 * x
+def pushed(x): return twice(x) + AMOUNT
+class Base(core.Decoder):
+    def __init__(self, embed_dim: int):
+        super().__init__()
+        self.layers = [x for x in range(3)]
+class Cell(Base):
+    def forward(self, output, features, guidance, coords):
+        return (lambda x: pushed(x))(output)
+"""
+
+    def digest(before="", after=""):
+        namespace = {"__name__": "__main__"}
+        exec(cells.replace(before, after), namespace)
+        monkeypatch.setattr("experiments.code_version.choices", lambda hook: {"cell": namespace["Cell"]})
+        return code_version([("decoder", "cell")])
+
+    changes = [("AMOUNT = 1", "AMOUNT = 2"), ("2 * x", "3 * x"), ("range(3)", "range(4)")]
+    assert len({digest(), *(digest(*change) for change in changes)}) == 4
+    assert digest() == digest() == digest("UNUSED = 1", "UNUSED = 2")
 
 
 def test_the_key_knows_settings_seed_data_and_files(config, tmp_path):
