@@ -21,6 +21,7 @@ from core.reference import ReferenceAnyUp, reference_of
 from core.rotary import Rotary
 from core.unifiers import BasisConvolution, Ordering
 from core.windows import tiles, window_bounds
+from experiments.measure import peak_in_child
 
 FEW = settings(max_examples=12)
 
@@ -1000,3 +1001,26 @@ def test_reference_in_parts_is_the_reference():
     with torch.no_grad():
         inputs = inputs_of(2, 3, (3, 4), (17, 22))
         assert close(reference(*inputs, queries_at_once=7), reference(*inputs))
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def forward_at(side: int, channels: int):
+    """A forward that has run before, on a small image, with inputs in place; imported by the process that measures."""
+    model = build().eval()
+    image, features = noise(1, 3, side, side).float(), noise(1, channels, side // 14, side // 14).float()
+
+    def forward() -> torch.Tensor:
+        with torch.inference_mode():
+            return model(image, features)
+
+    with torch.inference_mode():
+        model(image[..., :56, :56], features[..., :4, :4])
+    return forward
+
+
+def test_peak_memory_is_the_output_and_three_images():
+    """Output + 3·H·W·512 B + 10 %; the dense algorithm's logits alone would take 4 times that."""
+    side, channels = 336, 64
+    assert peak_in_child(partial(forward_at, side, channels)) <= 1.1 * side**2 * (channels * 4 + 3 * 512)
