@@ -16,7 +16,8 @@ from pathlib import Path
 
 import hydra
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -76,6 +77,7 @@ class Sweep:
         self.config, self.folder = config, Path(config.out_dir).expanduser()
         self.started = time.time()
         arms, tasks = read_arms(config), read_tasks(config)
+        check_resolves(config)
         check_writable(self.folder)
         self.members = []
         for seed in config.seeds:
@@ -206,6 +208,18 @@ def check_settings(config: DictConfig) -> None:
     if type(config.worker) is not int or config.worker < 0:
         raise SettingError(f"worker must be a whole number from 0, got {config.worker}")
     check_cost(config.cost)
+
+
+def check_resolves(config: DictConfig) -> None:
+    """Refuses what could not be recorded: a setting, maybe of a task that was left out, that refers to a missing one.
+
+    Raises:
+        SettingError: names it.
+    """
+    try:
+        OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise SettingError(f"{str(error).splitlines()[0]}; give it a value") from error
 
 
 discover()  # Hydra needs all choices before it composes

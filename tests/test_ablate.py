@@ -158,6 +158,14 @@ def test_the_key_of_a_task_knows_the_encoders_weights(config, tmp_path):
     assert keys[0] != keys[1]
 
 
+def test_a_value_that_only_a_task_left_out_would_need_is_asked_for(config, fake):
+    made = config()
+    made.depth_probe = ["data.path=${rgbd_train}"]
+    made.rgbd_train = "???"
+    with pytest.raises(SettingError, match=r"rgbd_train; give it a value"):
+        Sweep(made)
+
+
 def test_the_product_adds_an_arm_for_each_combination(config):
     made = config(product={"unifier.num_basis": [16, 24], "attention": ["window", "global"]}, arms={"baseline": []})
     names = [arm.name for arm in read_arms(made) if arm.kind == "trained"]
