@@ -277,6 +277,11 @@ def test_pictures_show_intervals_and_the_front(results):
     (axes,) = forest(comparisons, 0.95).axes
     assert [text.get_text() for text in axes.get_yticklabels()] == ["up", "bilinear", "encoder"]
     up = found(comparisons)["up"].difference
+    low, high = axes.get_xlim()
+    assert low < min(0, up.low) < max(0, up.high) < high
+    beyond = [one for one in comparisons if one.difference and not low <= one.difference.value <= high]
+    assert [text.get_text().strip() for text in axes.texts] == [f"{one.difference.value:+.3g}" for one in beyond]
+    assert beyond
     assert [list(line.get_xdata()) for line in axes.lines[:2]] == [[up.value], [up.low, up.high]]
     (axes,) = cost_quality(comparisons, results.costs).axes
     assert {text.get_text() for text in axes.texts} == {"baseline", "up"}
