@@ -20,7 +20,7 @@ a correction by one small network.
 The output follows the features when they are scaled, shifted or their channels permuted. The size of an output pixel
 (LIIF's cell decoding) is no input: points have none, and bands of rows do not tell.
 
-Status: measured (docs/extensions.md): helps feature fidelity, not probes.
+Status: measured (docs/extensions.md): helps feature fidelity, hurts probes on CamVid.
 """
 
 import math
