@@ -3,22 +3,18 @@
 import csv
 import platform
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rich.table import Table
 
 from experiments.atomic import replacing
 from experiments.benchmark_cases import Case
-from experiments.provenance import git_state
+from experiments.provenance import Origin
 
 COLOURS = {"dense": "tab:gray", "ours": "tab:blue", "compiled": "tab:orange"}
 LINES = {"float32": "-", "bfloat16": "--", "float16": ":"}
@@ -105,17 +101,13 @@ def header(config: DictConfig, device: torch.device) -> str:
 
 def origin(module: str, function: str, device: torch.device, num_threads: int, dtype: str, tf32: bool) -> list[str]:
     """Lines of Markdown: the command of `module` (or that its `function` was called), when, where and with what."""
-    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None
-    command = shlex.join(["python", "-m", module, *(overrides or [])])
-    commit, changes = git_state(Path(__file__))
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy"))
+    made = Origin.of_this_process(module, f"{module}.{function}(config), from Python")
     return [
-        f"    {command if overrides is not None else f'{module}.{function}(config), from Python'}",
+        f"    {made.command}",
         "",
-        f"- {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}, commit {commit[:12] or 'unknown'}"
-        + (" with uncommitted changes" if changes else ""),
+        f"- {made}",
         f"- {device_name(device)}, {num_threads} CPU thread{'s' * (num_threads > 1)}, {dtype}",
-        f"- Python {platform.python_version()}, {versions}, {platform.system()}"
+        f"- {made.packages}, {platform.system()}"
         + (f", CUDA {torch.version.cuda}, TF32 {'on' if tf32 else 'off'}" if device.type == "cuda" else ""),
     ]
 

@@ -1,20 +1,16 @@
 """Scores of an evaluation -> tables for terminal and files, and the metrics of a run."""
 
 import platform
-import shlex
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from experiments.atomic import replacing
-from experiments.provenance import git_state
+from experiments.provenance import Origin
 from experiments.scores import MEASURES
 from experiments.statistics import Interval
 from experiments.verdicts import FLOOR, Comparison, table
@@ -32,9 +28,7 @@ NOTES = f"""\
 
 def header(config: DictConfig, fingerprints: Mapping[str, str], num_seeds: int) -> str:
     """Markdown: the command, and with what it ran."""
-    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None
-    command = shlex.join(["python", "-m", "experiments.evaluate", *(overrides or [])])
-    commit, changes = git_state(Path(__file__))
+    made = Origin.of_this_process("experiments.evaluate", "experiments.evaluate.evaluate(config), from Python")
     sizes = ", ".join(f"{name} {config[f'{name}_size']}" for name in ("image", "encoder", "guidance", "output"))
     task = ", ".join(f"{k} {v}" for k, v in OmegaConf.to_container(config.task, resolve=True).items() if k != "name")
     data = "; ".join(f"{role}={config[role].name}, fingerprint {d[:12]}" for role, d in fingerprints.items())
@@ -42,14 +36,13 @@ def header(config: DictConfig, fingerprints: Mapping[str, str], num_seeds: int) 
         [
             f"# {config.task.name}: {config.val_data.name}, {config.backbone.name}",
             "",
-            f"    {command if overrides is not None else 'experiments.evaluate.evaluate(config), from Python'}",
+            f"    {made.command}",
             "",
-            f"- {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}, commit {commit[:12] or 'unknown'}"
-            + (" with uncommitted changes" if changes else ""),
+            f"- {made}",
             f"- {data}; at most {config.max_train_images or 'all'} and {config.max_val_images or 'all'} images",
             f"- sizes (None: as the image): {sizes}; the ceiling's encoder sees {config.ceiling_scale} times its size",
             f"- {task or 'no settings'}; seeds: {num_seeds}; intervals of {config.confidence:.0%}",
-            f"- {platform.machine()}, Python {platform.python_version()}, torch {version('torch')}",
+            f"- {platform.machine()}, {made.packages}",
         ]
     )
 

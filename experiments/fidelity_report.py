@@ -1,16 +1,11 @@
 """Fidelity per image -> what is said about each arm: differences with intervals, tables, a plot, metrics of a run."""
 
-import platform
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 import torch
-from hydra.core.hydra_config import HydraConfig
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rich.box import SIMPLE_HEAD
@@ -20,7 +15,7 @@ from experiments.atomic import replacing
 from experiments.data import DataSet
 from experiments.metrics import FidelityError
 from experiments.peers.ceilings import CEILINGS
-from experiments.provenance import git_state
+from experiments.provenance import Origin
 from experiments.statistics import Interval, paired_difference, share_of_gap
 
 BASELINE = "bilinear"
@@ -88,9 +83,7 @@ def summarise(images: pd.DataFrame, confidence: float = 0.95, num_resamples: int
 
 def header(config: DictConfig, data: DataSet, images: pd.DataFrame, device: torch.device) -> str:
     """Markdown: the command, and with what it ran."""
-    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None
-    command = shlex.join(["python", "-m", "experiments.fidelity", *(overrides or [])])
-    commit, changes = git_state(Path(__file__))
+    made = Origin.of_this_process("experiments.fidelity", "experiments.fidelity.measure_fidelity(config), from Python")
     enlarged = images.drop_duplicates(["image", "scale"]).groupby("scale")["enlarged"].sum()
     enlarged = ", ".join(f"{count} at {scale}x" for scale, count in enlarged.items() if count) or "none"
     guidance = config.view if config.guidance is None else config.guidance
@@ -98,15 +91,14 @@ def header(config: DictConfig, data: DataSet, images: pd.DataFrame, device: torc
         [
             f"# Feature fidelity: {config.backbone.name}",
             "",
-            f"    {command if overrides is not None else 'experiments.fidelity.measure_fidelity(config), from Python'}",
+            f"    {made.command}",
             "",
-            f"- {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}, commit {commit[:12] or 'unknown'}"
-            + (" with uncommitted changes" if changes else ""),
+            f"- {made}",
             f"- {len(data)} images, data={config.data.name}, fingerprint {data.fingerprint[:12]}; smaller than "
             f"scale·view, so that their crops show no more detail: {enlarged}",
             f"- view {config.view}, guidance {guidance} pixels; {config.num_resamples} resamples, intervals of "
             f"{config.confidence:.0%}, seed {config.seed}",
-            f"- {device.type}, Python {platform.python_version()}, torch {version('torch')}, scipy {version('scipy')}",
+            f"- {device.type}, {made.packages}",
         ]
     )
 
