@@ -8,7 +8,6 @@ then drawn, of other sizes, and compared as `experiments.verdicts` does it.
 import logging
 import math
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -18,7 +17,6 @@ from pathlib import Path
 import hydra
 import numpy as np
 import pandas as pd
-from hydra.core.hydra_config import HydraConfig
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rich.box import SIMPLE_HEAD
@@ -26,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.atomic import CannotWrite, replacing
+from experiments.provenance import Origin
 from experiments.scores import ScoreError, check
 from experiments.settings import SettingError, check_writable
 from experiments.simulation_report import write_simulation
@@ -170,12 +169,15 @@ def plot(table: pd.DataFrame, wanted: float) -> Figure:
 def write(config: DictConfig, components: Components, table: pd.DataFrame) -> list[Path]:
     """Writes NAME.md and NAME.png -> their paths."""
     paths = [Path(config.out_dir) / f"{config.name}{suffix}" for suffix in (".md", ".png")]
-    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    made = Origin.of_this_process("experiments.power", "experiments.power.write(config, ...), from Python")
     known = ", ".join(f"{name} {value:.3g}" for name, value in vars(components).items())
     lines = [
         "# Seeds and images that an effect needs",
         "",
-        f"    {shlex.join(['python', '-m', 'experiments.power', *overrides])}",
+        f"    {made.command}",
+        "",
+        f"- {made}",
+        f"- {made.packages}",
         "",
         f"Deviations of the difference between two arms: {known}"
         + (f" (of {Path(config.scores).name})" if config.scores else " (as given)")
