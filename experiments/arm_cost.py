@@ -62,7 +62,7 @@ def measure_costs(
     memory = {name: _peak(call, device) for name, call in calls.items()}
     rows = []
     for name, model in models.items():
-        row = {"arm": name, "parameters": sum(p.numel() for p in model.parameters()), "memory_mb": memory[name] / 2**20}
+        row = {"arm": name, "parameters": sum(p.numel() for p in model.parameters()), "memory_mb": memory[name] / 1e6}
         mine, theirs = times[name], times[baseline]
         if isinstance(mine, Times):
             row["time_ms"] = float(pd.Series(mine.time).median())

@@ -87,6 +87,6 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def peak_memory_mb() -> float:
-    """The most this process has held so far; Linux counts in KiB, macOS in bytes."""
+    """The most this process has held so far, in 1e6 bytes; Linux counts in KiB, macOS in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return (peak if sys.platform == "darwin" else peak * 2**10) / 1e6

@@ -60,7 +60,7 @@ def record(
     finally:
         used = {"time_s": time.perf_counter() - started, "peak_memory_mb": peak_memory_mb()}
         if torch.cuda.is_available():
-            used["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+            used["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 1e6
         run.metrics(used)
         run.end(status)
         uploader.finish(config.tracking.patience_s)

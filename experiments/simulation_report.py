@@ -36,7 +36,7 @@ degrees of freedom, the second is well known. The half width is therefore (Baner
     sqrt(t(S - 1)^2 · seeds + t(N - 1)^2 · images - z^2 · rest)
 
 which covers at least as often as it says, whatever the shares of the two are. Its price: where seeds hardly differ it
-is wider than needed, with three seeds by up to a half. The usual single quantile (Satterthwaite) is narrower and was
+is wider than needed: with three seeds up to twice as wide, where images and seeds have no effect of their own. The usual single quantile (Satterthwaite) is narrower and was
 tried: with three seeds whose effect is large, and four arms, it called identical arms different in 14 of 100 sweeps.
 The percentile bootstrap over seeds and images (Owen 2007), given beside it in the .csv, is in the table. With one seed
 nothing is known of others, and the verdict says "over images only".

@@ -218,7 +218,7 @@ def two_way_bootstrap(
 ) -> tuple[float, float]:
     """Percentile interval of the mean over seeds, with seeds and images drawn again (Owen, AoAS 2007), to compare with.
 
-    With few seeds it is too narrow: three of them, drawn again, spread by a third less than three others would, and
+    With few seeds it is too narrow: three of them, drawn again, have a third less variance than three others would, and
     a ninth of the draws has only one of them.
 
     Args:

@@ -1,8 +1,8 @@
 """What each training step looks at: a pure function of (seed, step), so that nothing has to be remembered.
 
 An image is brought to `scale * view` pixels square. The whole of it, shrunk to `view`, is what the encoder and the
-upsampler see; crops of `view` pixels, cut where the encoder's cells of the whole would lie at that resolution, are
-what the encoder's features must be reached (the released procedure has 448, 224 and 4 crops; AnyUp, section 3.4).
+upsampler see; crops of `view` pixels are cut where the encoder's cells of the whole would lie at that resolution, and
+their features are what must be reached (the released procedure has 448, 224 and 4 crops; AnyUp, section 3.4).
 """
 
 import hashlib
