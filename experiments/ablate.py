@@ -87,6 +87,9 @@ class Sweep:
                 mine = [task for task in mine if task.trains or not same]
                 if mine:
                     self.members.append(Member(arm, seed, mine, self.folder))
+        for member in self.members:
+            if member.seed == config.seeds[0]:
+                member.prepare(config)
         for task in tasks:
             if not all(member.scores_file(task).exists() for member in self.members if task in member.tasks):
                 task.open()  # so that what it refuses is known before anything is trained

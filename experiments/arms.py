@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 import core
+from core import checkpoint
 from core.hooks import HOOK_POINTS
 from core.registry import discover
 from experiments.code_version import code_version
@@ -62,8 +64,11 @@ class Arm:
 
     @cached_property
     def _code(self) -> str:
-        fillers = [] if self.training is None else [(hook, self.training[hook].name) for hook in HOOK_POINTS]
-        return code_version(fillers)
+        config = self.training
+        if self.checkpoint is not None:
+            with suppress(core.WeightsError, OSError):  # which this arm fails of, when it is measured
+                config = checkpoint.read(self.checkpoint)[1]
+        return code_version([(hook, config[hook]["name"]) for hook in HOOK_POINTS if hook in config] if config else [])
 
     def model(self, trained: Path | None = None) -> nn.Module | Ceiling:
         """The upsampler, from what training left at `trained`, or what stands in its place.
@@ -196,7 +201,12 @@ def fingerprint_of(data: DictConfig) -> str:
     Raises:
         DataError: as `open_data`.
     """
-    return _fingerprint(json.dumps(OmegaConf.to_container(data, resolve=True, enum_to_str=True)))
+    return _known_of(json.dumps(OmegaConf.to_container(data, resolve=True, enum_to_str=True)))[0]
+
+
+def names_of(data: DictConfig) -> frozenset[str]:
+    """Of all samples of a data set; raises as `fingerprint_of`."""
+    return _known_of(json.dumps(OmegaConf.to_container(data, resolve=True, enum_to_str=True)))[1]
 
 
 def _named(config: DictConfig) -> dict[str, object]:
@@ -233,6 +243,8 @@ def _arm(name: str, value: object, config: DictConfig) -> Arm:
     try:
         training = composed("train", [*strings(config, "train"), *overrides, f"device={config.device}"])
         training.tracking = standalone(config.tracking)
+        if training.stop_after is not None:
+            raise SettingError("stop_after: a sweep trains to the last step; shorten it with steps=...")
         with torch.random.fork_rng():
             make_model(training)
     except (ValueError, OSError) as error:  # what Hydra, the fillers and the checkpoint to start from refuse
@@ -276,5 +288,6 @@ def _content(path: Path, _changed: int, _size: int) -> str:
 
 
 @cache
-def _fingerprint(node: str) -> str:
-    return open_data(json.loads(node)).fingerprint
+def _known_of(node: str) -> tuple[str, frozenset[str]]:
+    data = open_data(json.loads(node))
+    return data.fingerprint, frozenset(data.names)

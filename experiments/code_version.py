@@ -84,6 +84,14 @@ def evaluation_version() -> str:
     return hashlib.sha256(_own_code(training=False).encode()).hexdigest()
 
 
+@cache
+def encoder_version() -> str:
+    """Digest of the code that encodes images, and of what it is made of."""
+    packages = ("torch", "torchvision", "timm", "scikit-image")
+    known = [_module("core.backbones"), *(f"{name}={version(name)}" for name in packages)]
+    return hashlib.sha256(" ".join(known).encode()).hexdigest()
+
+
 def meaning(source: str) -> str:
     """What of a source file can change what it does: its syntax tree without docstrings."""
     tree = ast.parse(source)

@@ -22,6 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from core.backbones import Backbone, backbone_from_config
 from core.registry import discover
+from experiments.arm_cost import check_cost, measure_costs
 from experiments.atomic import CannotWrite
 from experiments.data import DataError, open_data
 from experiments.evaluation_report import header, metrics, rich_tables, write
@@ -121,6 +122,16 @@ class Evaluation:
         return frame(rows, {"data": data, "backbone": backbone, "arm": arm, "seed": seed})
 
     @property
+    def notes(self) -> list[str]:
+        """What a reader of the scores must know of the images."""
+        return self.task.notes
+
+    @property
+    def image_names(self) -> list[str]:
+        """Of all images that are measured."""
+        return self.bench.val.names
+
+    @property
     def pictures(self) -> list[Picture]:
         """Of the images that the arm measured last did worst on, worst first; none of some tasks."""
         return self.task.worst
@@ -134,6 +145,8 @@ class Report:
     """Per image: `experiments.scores`."""
     results: list[Comparison]
     """One per task, measure and arm, compared with bilinear."""
+    costs: pd.DataFrame | None
+    """Of `experiments.arm_cost`; None: not measured."""
     files: list[Path]
 
 
@@ -154,6 +167,7 @@ def evaluate(config: DictConfig) -> Report:
             f"ceilings of task={evaluation.task.choice} may be {', '.join(evaluation.task.ceilings)}, got {unknown[0]}"
         )
     seeds = list(config.seeds) if evaluation.task.trains else list(config.seeds)[:1]
+    check_cost(config.cost)
     with track(config, evaluation.device) as run, logging_redirect_tqdm():
         for role, digest in evaluation.data_fingerprints.items():
             run.data(role, digest)
@@ -166,12 +180,14 @@ def evaluate(config: DictConfig) -> Report:
         scores = pd.concat(tables, ignore_index=True)
         trained = [name for name in models if name not in (*peers(), *config.ceilings)]
         results = compare(scores, FLOOR, trained, config.confidence, num_resamples=0)
-        top = header(config, evaluation.data_fingerprints, len(seeds))
-        files = write(results, scores, Path(config.out_dir), config.name, top)
+        networks = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
+        costs = measure_costs(networks, FLOOR, config.cost, evaluation.device)
+        top = header(config, evaluation.data_fingerprints, len(seeds), evaluation.notes)
+        files = write(results, scores, costs, Path(config.out_dir), config.name, top)
         run.metrics(metrics(results))
         for file in files:
             run.file(file, f"tables/{file.name}")
-    return Report(scores, results, files)
+    return Report(scores, results, costs, files)
 
 
 def _check(config: DictConfig) -> None:
@@ -247,7 +263,7 @@ def main(config: DictConfig) -> None:
         log.error("%s", error)
         sys.exit(2)
     console = Console()
-    for table in rich_tables(report.results):
+    for table in rich_tables(report.results, report.costs):
         console.print(table)
     for file in report.files:
         console.print(os.path.relpath(file), markup=False, highlight=False, soft_wrap=True)

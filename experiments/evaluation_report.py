@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from experiments.arm_cost import cost_markdown, cost_table
 from experiments.atomic import replacing
 from experiments.provenance import Origin
 from experiments.scores import MEASURES
@@ -26,8 +27,8 @@ NOTES = f"""\
 - Scores per image: the .parquet file of the same name."""
 
 
-def header(config: DictConfig, fingerprints: Mapping[str, str], num_seeds: int) -> str:
-    """Markdown: the command, and with what it ran."""
+def header(config: DictConfig, fingerprints: Mapping[str, str], num_seeds: int, notes: Sequence[str] = ()) -> str:
+    """Markdown: the command, with what it ran, and what else a reader must know."""
     made = Origin.of_this_process("experiments.evaluate", "experiments.evaluate.evaluate(config), from Python")
     sizes = ", ".join(f"{name} {config[f'{name}_size']}" for name in ("image", "encoder", "guidance", "output"))
     task = ", ".join(f"{k} {v}" for k, v in OmegaConf.to_container(config.task, resolve=True).items() if k != "name")
@@ -43,11 +44,14 @@ def header(config: DictConfig, fingerprints: Mapping[str, str], num_seeds: int) 
             f"- sizes (None: as the image): {sizes}; the ceiling's encoder sees {config.ceiling_scale} times its size",
             f"- {task or 'no settings'}; seeds: {num_seeds}; intervals of {config.confidence:.0%}",
             f"- {platform.machine()}, {made.packages}",
+            *(f"- {note}" for note in notes),
         ]
     )
 
 
-def write(results: Sequence[Comparison], scores: pd.DataFrame, out_dir: Path, name: str, top: str) -> list[Path]:
+def write(
+    results: Sequence[Comparison], scores: pd.DataFrame, costs: pd.DataFrame | None, out_dir: Path, name: str, top: str
+) -> list[Path]:
     """Writes NAME.md, NAME.csv and NAME.parquet (the scores), each whole or not at all -> their paths."""
     paths = [out_dir / f"{name}{suffix}" for suffix in (".md", ".csv", ".parquet")]
     parts = [top]
@@ -57,6 +61,8 @@ def write(results: Sequence[Comparison], scores: pd.DataFrame, out_dir: Path, na
         lines += [["---", *["---:"] * len(measures), "---:", "---"], *cells(of_task)]
         count = max(result.num_images for result in of_task)
         parts += [f"## {task}, {count} images", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    if costs is not None:
+        parts.append(cost_markdown(costs))
     with replacing(paths[0]) as part:
         part.write_text("\n\n".join([*parts, NOTES]) + "\n", encoding="utf-8")
     with replacing(paths[1]) as part:
@@ -66,8 +72,8 @@ def write(results: Sequence[Comparison], scores: pd.DataFrame, out_dir: Path, na
     return paths
 
 
-def rich_tables(results: Sequence[Comparison]) -> list[Table]:
-    """For the terminal, the first measure of each task with all that is known of it, and the other values."""
+def rich_tables(results: Sequence[Comparison], costs: pd.DataFrame | None = None) -> list[Table]:
+    """For the terminal: the first measure of each task with all that is known of it, the other values, and costs."""
     tables = []
     for task, of_task in by_task(results).items():
         first, *others = dict.fromkeys(result.measure for result in of_task)
@@ -82,7 +88,7 @@ def rich_tables(results: Sequence[Comparison]) -> list[Table]:
             style = "dim" if main.verdict == "reference" else ""
             shown.add_row(arm, number(main.mean), signed(main.difference), gap, *rest, style=style)
         tables.append(shown)
-    return tables
+    return tables if costs is None else [*tables, cost_table(costs)]
 
 
 def cells(results: Sequence[Comparison]) -> list[list[str]]:

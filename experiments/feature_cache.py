@@ -1,8 +1,8 @@
 """Features of frozen encoders, kept on disk: one file for each image and view, found by what it was made from.
 
-The key is a digest of the encoder's weights and of the pixels it saw, so a stale entry cannot be found. Entries are
-written beside their place and renamed: concurrent runs may share a folder, and at worst compute the same entry twice.
-An entry carries a checksum; a damaged one is dropped and computed again.
+The key is a digest of the encoder's weights, its code and the pixels it saw, so a stale entry cannot be found. Entries
+are written beside their place and renamed: concurrent runs may share a folder, and at worst compute the same entry
+twice. An entry carries a checksum; a damaged one is dropped and computed again.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from core.backbones import Backbone
 from experiments.atomic import CannotWrite, replacing
+from experiments.code_version import encoder_version
 from experiments.settings import SettingError, check_writable
 
 log = logging.getLogger(__name__)
@@ -56,29 +57,32 @@ class FeatureCache:
         """(N,3,H,W) RGB in [0,1] -> (N,C,h,w) features, from the cache where they are there. Without gradients.
 
         Entries are stored in half precision; computed ones are rounded to it too, so that it makes no difference
-        whether a feature was found or computed. Without a folder nothing is rounded.
+        whether a feature was found or computed, or whether there is a folder.
 
         Raises:
-            NotFinite: the encoder gave NaN or infinite values; names backbone and image.
+            NotFinite: the encoder gave NaN, or what half precision cannot hold; names backbone and image.
         """
         if self.folder is None:
-            return self._compute(backbone, images, names)
+            return self._compute(backbone, images, names).float()
         identity = fingerprint(backbone)
         places = [self._place(identity, image) for image in images]
         found = [self._read(place) for place in places]
         missing = [i for i, features in enumerate(found) if features is None]
         self.hits, self.misses = self.hits + len(found) - len(missing), self.misses + len(missing)
         for i in missing:  # one by one: together, the last bits of each would depend on which others were missing
-            found[i] = self._compute(backbone, images[i : i + 1], [names[i]])[0].half()
+            found[i] = self._compute(backbone, images[i : i + 1], [names[i]])[0]
             self._write(places[i], found[i])
         return torch.stack([features.to(images.device) for features in found]).float()  # (N,C,h,w)
 
     def _compute(self, backbone: Backbone, images: Tensor, names: list[str]) -> Tensor:
         with torch.no_grad():
-            features = backbone(images)  # (N,C,h,w)
+            features = backbone(images).half()  # (N,C,h,w)
         bad = [name for name, one in zip(names, features, strict=True) if not torch.isfinite(one).all()]
         if bad:
-            raise NotFinite(f"backbone {backbone.name} gives NaN or infinite features for {', '.join(bad[:5])}")
+            raise NotFinite(
+                f"backbone {backbone.name} gives features that are NaN, or too large for half precision (65504), for "
+                f"{', '.join(bad[:5])}"
+            )
         return features
 
     def _place(self, identity: str, image: Tensor) -> Path:
@@ -158,10 +162,11 @@ class CachedBackbone:
 
 
 def fingerprint(backbone: Backbone) -> str:
-    """Digest of a backbone: its name, geometry and every weight."""
+    """Digest of a backbone: its name, geometry, every weight, and the code that runs it."""
     known = backbone.__dict__.get("_fingerprint")
     if known is None:
         digest = hashlib.sha256(f"{backbone.name}/{backbone.default_layer}/{backbone.mean}/{backbone.std}".encode())
+        digest.update(encoder_version().encode())
         for name, tensor in sorted(backbone.state_dict().items()):
             digest.update(name.encode() + tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         known = backbone._fingerprint = digest.hexdigest()

@@ -5,6 +5,7 @@
     last.safetensors, state.safetensors   of the training, which goes on where it was left
     trained.json                          the training is done
     TASK-KEY.parquet                      scores, KEY of the task's configuration, code and data; whole or absent
+    TASK-KEY/                             pictures of the images it did worst on
     runs.json                             sweep's run -> this member's run, and whether all is recorded there
     failed.json                           why it failed the last time
     lock                                  held by the process at work here
@@ -12,8 +13,9 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -21,22 +23,33 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from experiments.arms import Arm, check_names, composed, digest_of, files_of, fingerprint_of, standalone, strings
+from experiments.arms import (
+    Arm,
+    check_names,
+    composed,
+    digest_of,
+    files_of,
+    fingerprint_of,
+    names_of,
+    standalone,
+    strings,
+)
 from experiments.atomic import replacing
 from experiments.code_version import evaluation_version
 from experiments.evaluate import Evaluation
 from experiments.pictures import panel
+from experiments.run import clean_name
 from experiments.scores import check
 from experiments.settings import SettingError, pick_device
 from experiments.sweep_results import Planned, Unit, means
-from experiments.tasks import tasks
+from experiments.tasks import Ceiling, tasks
 from experiments.tracking import Run, track
 from experiments.train import Training
 
 log = logging.getLogger(__name__)
 
 _FREE_KEYS = ("tracking", "out_dir", "device", "cache", "name", "confidence")
-_UNUSED_KEYS = ("checkpoints", "peers", "ceilings", "seeds")
+_UNUSED_KEYS = ("checkpoints", "peers", "ceilings", "seeds", "cost")
 """Settings of an evaluation that do not change its scores, and those that only its own command reads."""
 
 
@@ -46,6 +59,10 @@ class SweepTask:
 
     name: str
     config: DictConfig
+    renames: bool = False
+    """Whether its scores are called after it, and not after the kind of task, because another's would be called so."""
+    _told: set[str] = field(default_factory=set)
+    """Arms that a warning was given about."""
 
     @property
     def trains(self) -> bool:
@@ -56,6 +73,11 @@ class SweepTask:
     def ceilings(self) -> tuple[str, ...]:
         """The ceilings that it can measure."""
         return tasks()[self.config.task.name].ceilings
+
+    @property
+    def of(self) -> tuple[str, str, str]:
+        """Kind of task, data and backbone: what scores say of it."""
+        return self.config.task.name, self.config.val_data.name, self.config.backbone.name
 
     @cached_property
     def evaluation(self) -> Evaluation:
@@ -84,7 +106,27 @@ class SweepTask:
         used = ("data", "val_data") if self.trains else ("val_data",)
         data = {key: fingerprint_of(self.config[key]) for key in used}
         known = {"settings": settings, "data": data, "files": files_of(settings), "code": evaluation_version()}
-        return digest_of(known)
+        return digest_of(known | ({"called": self.name} if self.renames else {}))
+
+    def scores(self, arm: Arm, seed: int, model: nn.Module | Ceiling) -> pd.DataFrame:
+        """What an arm reaches, and in `attrs` what the tables must say of it. Raises as `Evaluation.scores`."""
+        scores = self.evaluation.scores(model, arm=arm.name, seed=seed)
+        if self.renames:
+            scores["task"] = [f"{self.name}/{called.partition('/')[2]}".rstrip("/") for called in scores["task"]]
+        notes = [f"{self.name}: {note}" for note in self.evaluation.notes]
+        if seen := self._seen_by(arm):
+            notes.append(f"{self.name}: {seen} of the {len(self.evaluation.image_names)} images were trained on")
+            if arm.name not in self._told:
+                log.warning("arm %s, %s; data.last=N, val_data.first=N divide a folder", arm.name, notes[-1])
+                self._told.add(arm.name)
+        scores.attrs = {"fingerprint": self.evaluation.fingerprint, "task": self.name, "notes": notes}
+        return scores
+
+    def _seen_by(self, arm: Arm) -> int:
+        """How many of its images the arm was trained on, as far as files of one name in one kind of data are one."""
+        if arm.training is None or arm.training.data.name != self.config.val_data.name:
+            return 0
+        return len(names_of(arm.training.data) & set(self.evaluation.image_names))
 
 
 def read_tasks(config: DictConfig) -> list[SweepTask]:
@@ -108,6 +150,10 @@ def read_tasks(config: DictConfig) -> list[SweepTask]:
             if other.key == task.key:
                 raise SettingError(f"tasks {other.name} and {name} are the same evaluation: leave one out")
         found.append(task)
+    alike = Counter(task.of for task in found)
+    for task in found:
+        task.renames = alike[task.of] > 1
+        task.__dict__.pop("key", None)  # which depends on it
     return found
 
 
@@ -133,6 +179,23 @@ class Member:
 
     def scores_file(self, task: SweepTask) -> Path:
         return self.folder / f"{task.name}-{task.key[:12]}.parquet"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.arm.training is None or (self.folder / "trained.json").exists()
+
+    def prepare(self, sweep: DictConfig) -> None:
+        """Opens all that its training needs, so that what that refuses is known before anything is computed.
+
+        Raises:
+            SettingError: names the arm.
+        """
+        if not self.is_trained:
+            try:
+                Training(self._config(sweep))
+            except (ValueError, OSError) as error:
+                raise SettingError(f"arm {self.arm.name}: {str(error).splitlines()[0]}") from error
 
     def is_done(self, parent: str) -> bool:
         """Whether all is computed, and recorded below the sweep's run."""
@@ -176,8 +239,11 @@ class Member:
         if self.arm.training is None:
             return self.arm.checkpoint
         checkpoint = self.folder / "last.safetensors"
-        if not (self.folder / "trained.json").exists():
-            trained = Training(config).run(run)
+        if not self.is_trained:
+            training = Training(config)
+            training.resume()
+            training.state.run_id = run.run_id
+            trained = training.run(run)
             _write(self.folder / "trained.json", {"steps": trained.state.step, "seconds": trained.state.seconds})
         else:
             run.file(checkpoint)
@@ -187,17 +253,21 @@ class Member:
 
     def _evaluate(self, task: SweepTask, checkpoint: Path | None, run: Run) -> None:
         path = self.scores_file(task)
+        pictures = path.with_suffix("")
         if not path.exists():
             model = self.arm.model(checkpoint)
             if isinstance(model, nn.Module):
                 model = model.to(pick_device(task.config.device)).eval()
-            scores = check(task.evaluation.scores(model, arm=self.arm.name, seed=self.seed))
-            scores.attrs = {"fingerprint": task.evaluation.fingerprint, "member": self.key, "task": task.name}
+            scores = check(task.scores(self.arm, self.seed, model))
+            scores.attrs["member"] = self.key
+            for picture in task.evaluation.pictures:
+                with replacing(pictures / f"{clean_name(picture.name).replace('/', '_')}.png") as part:
+                    panel(picture.columns).save(part, format="png")
             with replacing(path) as part:
                 scores.to_parquet(part, index=False)
-            for picture in task.evaluation.pictures:
-                run.picture(panel(picture.columns), f"pictures/{task.name}/{picture.name}.png")
         scores = pd.read_parquet(path)
+        for picture in sorted(pictures.glob("*.png")):
+            run.file(picture, f"pictures/{task.name}/{picture.name}")
         run.data(task.name, scores.attrs["fingerprint"])
         run.file(path, f"scores/{task.name}.parquet")
         run.metrics(means(scores))

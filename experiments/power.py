@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
+from pyarrow import ArrowInvalid
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -112,7 +113,10 @@ def read_components(config: DictConfig) -> Components:
         return Components(**given)
     if not Path(config.scores).is_file():
         raise SettingError(f"scores={config.scores} does not exist")
-    rows = check(pd.read_parquet(config.scores))
+    try:
+        rows = check(pd.read_parquet(config.scores))
+    except (ArrowInvalid, OSError) as error:
+        raise SettingError(f"scores={config.scores} cannot be read as a table of scores (.parquet): {error}") from error
     for column in ("measure", "task"):
         rows = _chosen(rows, column, config[column])
     if len(rows.drop_duplicates(FAMILY)) > 1:
@@ -206,6 +210,7 @@ def _needed(table: pd.DataFrame, effect: float, wanted: float) -> str:
     if enough.empty:
         return f"none of these sizes shows it with a chance of {wanted:.0%}:"
     least = enough.drop_duplicates("seeds")
+    least = least[least["images"] < least["images"].cummin().shift(fill_value=math.inf)]  # more seeds: fewer images
     return (
         f"a chance of {wanted:.0%} needs "
         + ", or ".join(f"{row.seeds} seeds and {row.images} images" for row in least.itertuples())
@@ -231,7 +236,7 @@ def check_settings(config: DictConfig) -> None:
     for key in ("effects", "seeds", "images"):
         least = 1 if key != "effects" else None
         values = _numbers(config[key])
-        if not values or (least and not all(isinstance(value, int) and value >= least for value in values)):
+        if not values or not all(_is_number(value, least) for value in values):
             raise SettingError(
                 f"{key} must be a list of {'whole numbers from 1' if least else 'numbers'}, got {config[key]}"
             )
@@ -241,7 +246,15 @@ def check_settings(config: DictConfig) -> None:
         raise SettingError(
             "wanted must lie between 0 and 1, confidence between 0.5 and 1; num_arms from 1, num_draws from 100"
         )
+    if config.simulate is not None and (type(config.simulate) is not int or config.simulate < 1):
+        raise SettingError(f"simulate must be null or a whole number of sweeps from 1, got {config.simulate}")
     check_writable(Path(config.out_dir))
+
+
+def _is_number(value: object, least: int | None) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if least is None else isinstance(value, int) and value >= least
 
 
 def _numbers(values: object) -> Sequence[float]:

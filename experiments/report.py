@@ -13,6 +13,7 @@ from pathlib import Path
 import hydra
 import pandas as pd
 from omegaconf import DictConfig
+from PIL import Image
 from rich.console import Console
 
 from experiments.atomic import CannotWrite
@@ -58,12 +59,34 @@ def fetch(run_id: str | None = None, experiment: str = "ablate") -> Results:
         members = [child for child in store.children(found.run_id) if "arm" in child.tags]
         units = [unit for child in members for unit in _units(store, child, plan)]
         results = gather(plan, units, _reasons(members))
+        results.run_id = found.run_id
         if "origin.json" in store.sizes(found.run_id, ""):
             path = store.artifact(found.run_id, "origin.json", Path(folder))
             results.origin = Origin.from_json(path.read_text(encoding="utf-8"))
-        if "report/costs.csv" in store.sizes(found.run_id, "report"):
+        if store.sizes(found.run_id, "report").get("report/costs.csv"):
             results.costs = pd.read_csv(store.artifact(found.run_id, "report/costs.csv", Path(folder)))
     return results
+
+
+def pictures(results: Results, arm: str) -> dict[str, Image.Image]:
+    """TASK/IMAGE -> a picture of an image that an arm did badly on, as its run has them; of one seed.
+
+    Args:
+        results: as `fetch` gives them.
+
+    Raises:
+        SettingError: the sweep has no such arm. TrackingUnavailable, StoreAway: the store does not answer.
+    """
+    store, found = open_store(), {}
+    runs = [child for child in store.children(results.run_id) if child.tags.get("arm") == arm]
+    if not runs:
+        raise SettingError(f"sweep {results.plan.name} has no run of arm {arm}; it has {', '.join(results.plan.kinds)}")
+    with tempfile.TemporaryDirectory() as folder:
+        for task in store.sizes(runs[0].run_id, "pictures"):
+            for name in store.sizes(runs[0].run_id, task):
+                with Image.open(store.artifact(runs[0].run_id, name, Path(folder))) as image:
+                    found[name.removeprefix("pictures/").removesuffix(".png")] = image.convert("RGB")
+    return found
 
 
 def _units(store: MlflowStore, child: Found, plan: Plan) -> Iterator[Unit]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from experiments.arm_cost import cost_markdown, cost_table
 from experiments.atomic import replacing
 from experiments.report_figures import cost_quality, forest, panels, title_of
 from experiments.run import Run
@@ -75,8 +76,9 @@ def record_report(report: Report, run: Run) -> None:
             known = {"difference": one.difference.value, "low": one.difference.low, "high": one.difference.high}
             values |= {f"{key}/{end}": value for end, value in known.items() if value is not None}
     run.metrics(values)
-    for arm, reason in report.results.failures.items():
-        run.tag(f"failed.{arm}", reason)
+    if report.results.costs is None:
+        run.text("", "report/costs.csv")  # of an earlier start, maybe
+    run.tag("failed", "; ".join(f"{arm}: {reason}" for arm, reason in report.results.failures.items()))
 
 
 def markdown(results: Results, comparisons: Sequence[Comparison]) -> str:
@@ -90,7 +92,7 @@ def markdown(results: Results, comparisons: Sequence[Comparison]) -> str:
             parts.append(_table(["arm", "mean", "difference", "p", "verdict", "gap closed"],
                                 [_cells(one) for one in mine if one.measure == measure]))  # fmt: skip
     if results.costs is not None:
-        parts += ["## Cost of one forward", _table(COST_COLUMNS, cost_cells(results))]
+        parts.append(cost_markdown(results.costs))
     return "\n\n".join([*parts, NOTES]) + "\n"
 
 
@@ -105,27 +107,8 @@ def rich_tables(report: Report) -> list[Table]:
             shown.add_row(*cells[:3], *cells[4:], style=STYLES.get(one.verdict, ""))
         tables.append(shown)
     if report.results.costs is not None:
-        shown = _rich("cost of one forward", COST_COLUMNS)
-        for line in cost_cells(report.results):
-            shown.add_row(*line)
-        tables.append(shown)
+        tables.append(cost_table(report.results.costs))
     return tables
-
-
-COST_COLUMNS = ["arm", "parameters", "ms", "times the baseline's", "MB", "memory, times the baseline's"]
-
-
-def cost_cells(results: Results) -> list[list[str]]:
-    """One line per arm."""
-    lines = []
-    for row in results.costs.itertuples():
-        known = row.time_ms == row.time_ms  # else it ran out of memory
-        ratio = f"{row.time_ratio:.2f} [{row.time_ratio_low:.2f}, {row.time_ratio_high:.2f}]" if known else ""
-        time = f"{row.time_ms:.1f}" if known else "out of memory"
-        lines.append(
-            [row.arm, f"{row.parameters:,}", time, ratio, _number(row.memory_mb, 0), _number(row.memory_ratio, 2)]
-        )
-    return lines
 
 
 def _header(results: Results) -> str:
@@ -142,6 +125,7 @@ def _header(results: Results) -> str:
             f"- seeds {', '.join(map(str, seeds))}; baseline {plan.baseline}; {len(plan.competing)} arms; intervals of "
             f"{plan.confidence:.0%}",
             *([f"- {origin.packages}"] if origin else []),
+            *(f"- {note}" for note in results.notes),
         ]
     )
 
@@ -174,7 +158,3 @@ def _signed(interval: Interval | None, digits: int) -> str:
         return ""
     ends = "" if interval.low is None else f" [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
     return f"{interval.value:+.{digits}f}{ends}"
-
-
-def _number(value: float, digits: int) -> str:
-    return "" if value != value else f"{value:.{digits}f}"

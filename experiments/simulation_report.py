@@ -35,11 +35,11 @@ degrees of freedom, the second is well known. The half width is therefore (Baner
 
     sqrt(t(S - 1)^2 · seeds + t(N - 1)^2 · images - z^2 · rest)
 
-which covers at least as often as it says, whatever the shares of the two are. Its price: where seeds hardly differ it
-is wider than needed: with three seeds up to twice as wide, where images and seeds have no effect of their own. The usual single quantile (Satterthwaite) is narrower and was
-tried: with three seeds whose effect is large, and four arms, it called identical arms different in 14 of 100 sweeps.
-The percentile bootstrap over seeds and images (Owen 2007), given beside it in the .csv, is in the table. With one seed
-nothing is known of others, and the verdict says "over images only".
+which covers at least as often as it says, whatever the shares of the two are. Its price: where neither seeds nor
+images have an effect of their own it is wider than needed, with three seeds twice as wide. The usual single quantile
+(Satterthwaite) is narrower and was tried: with three seeds whose effect is large, and four arms, it called identical
+arms different in 14 of 100 sweeps. The percentile bootstrap over seeds and images (Owen 2007), given beside it in the
+.csv, is in the table. With one seed nothing is known of others, and the verdict says "over images only".
 
 p is the least error for which the interval leaves out 0, after Holm's correction for the number of arms within one
 measure of one task. Measures and tasks are judged one by one.
@@ -53,6 +53,8 @@ measure of one task. Measures and tasks are judged one by one.
 - False: sweeps of identical arms in which any arm is said to help or hurt; nominal: at most {error:.0%}.
 - Coverage: intervals that hold the true difference; nominal: at least {confidence:.0%}. "Arms differ": where all arms
   truly differ from the baseline.
+- Spread: deviations of seeds, images and rest are 0, 0 and .3 ("no seed effect"), .1, .3 and .3 ("all three"), .3, .3
+  and .1 ("large seed effect").
 - Tails: normal deviates, or Student's t with 3 degrees of freedom. mIoU: 11 classes, of which images show some, in
   sizes that differ hundredfold.
 """

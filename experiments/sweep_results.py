@@ -75,13 +75,16 @@ class Unit:
     fingerprint: str
     """Of the evaluation."""
     scores: pd.DataFrame
+    notes: list[str] = field(default_factory=list)
+    """What the tables must say of them."""
 
     @classmethod
     def read(cls, path: Path, arm: str, seed: int, task: str) -> "Unit":
         """From the Parquet file that the sweep wrote, which says what it was made with."""
         scores = pd.read_parquet(path)
         known = scores.attrs
-        return cls(arm, seed, task, str(known.get("member")), str(known.get("fingerprint")), scores)
+        member, fingerprint = str(known.get("member")), str(known.get("fingerprint"))
+        return cls(arm, seed, task, member, fingerprint, scores, known.get("notes", []))
 
 
 @dataclass
@@ -93,10 +96,14 @@ class Results:
     """Of all arms that have every seed on every task."""
     failures: Mapping[str, str] = field(default_factory=dict)
     """Arm -> why it is not in the tables."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader must know of how they were measured."""
     costs: pd.DataFrame | None = None
     """Of `experiments.arm_cost`."""
     origin: Origin | None = None
     """What made them; None: not known."""
+    run_id: str = ""
+    """Of the sweep, where they come from the tracking store."""
 
 
 def gather(plan: Plan, units: Iterable[Unit], reasons: Mapping[str, str]) -> Results:
@@ -132,7 +139,8 @@ def gather(plan: Plan, units: Iterable[Unit], reasons: Mapping[str, str]) -> Res
     tasks = list(dict.fromkeys(task for _, _, task in planned))
     kept = [found[key] for task in tasks for key in planned if key[2] == task and key[0] not in failures]
     scores = pd.concat([unit.scores for unit in kept], ignore_index=True)
-    return Results(plan, check(scores), failures)
+    notes = list(dict.fromkeys(note for unit in kept for note in unit.notes))
+    return Results(plan, check(scores), failures, notes)
 
 
 def means(scores: pd.DataFrame) -> dict[str, float]:

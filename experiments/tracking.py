@@ -232,7 +232,12 @@ class MlflowStore:
 
     def _search(self, condition: str) -> "list[mlflow.entities.Run]":
         experiments = [found.experiment_id for found in self._client.search_experiments()]
-        return list(self._client.search_runs(experiments, condition))
+        found, token = [], None
+        while True:
+            page = self._client.search_runs(experiments, condition, page_token=token)
+            found += page
+            if not (token := page.token):
+                return found
 
     def _tags(self, start: Record) -> dict[str, str]:
         parent = start["parent"]

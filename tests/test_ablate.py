@@ -26,7 +26,7 @@ from experiments.arms import Arm, check_names, composed, read_arms, strings
 from experiments.code_version import code_version, evaluation_version, meaning
 from experiments.lock import lock_folder, unlock_folder
 from experiments.members import read_tasks
-from experiments.report import fetch
+from experiments.report import fetch, pictures
 from experiments.report_tables import write_report
 from experiments.scores import ScoreError, frame, image_rows
 from experiments.settings import SettingError
@@ -42,7 +42,7 @@ class FakeEvaluation:
     """Scores in no time: a function of the model's weights, the seed and the image; counts what it is asked."""
 
     asked: list[tuple[str, int]] = []  # noqa: RUF012
-    pictures = ()
+    pictures, notes, image_names = (), (), IMAGES
 
     def __init__(self, config):
         self.task, self.fingerprint = config.task.name, "everything"
@@ -120,8 +120,11 @@ def table_of(report):
         ({"confidence": 1.0}, "confidence must lie between"),
         ({"name": "a/b"}, "name must be that of a file"),
         ({"worker": -1}, "worker must be"),
-        ({"cost": {"image": 8, "patch": 16, "channels": 1, "num_runs": 3}}, "cost.patch=16 is larger"),
+        ({"cost": {"image": 8, "patch": 16, "channels": 1, "num_runs": 3}},
+         "cost.patch=16 gives less than 2x2 features of cost.image=8"),
         ({"train": ["steps=${nowhere}"]}, "train: .*nowhere"),
+        ({"train": ["stop_after=1"]}, "arm baseline: stop_after: a sweep trains to the last step"),
+        ({"arms": {"baseline": [], "odd": ["backbones=[{name: gone}]"]}}, "arm odd: .*gone"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_by_name(config, fake, changes, message):
@@ -340,7 +343,7 @@ def test_what_is_done_is_not_done_again(config, fake, monkeypatch):
         raise AssertionError("trained again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(members, "Training", must_not)
+        patched.setattr(members.Training, "run", must_not)
         again = ablate(config())
         assert table_of(again) == first
         assert not again.results.failures
@@ -360,6 +363,33 @@ def test_a_failing_arm_fails_alone_and_the_table_says_so(config, fake):
     assert {one.arm for one in report.comparisons} == {"baseline", "no_window", "nearest", "bilinear", "encoder"}
     text = next(file for file in report.files if file.suffix == ".md").read_text()
     assert "- FAILED: wild: seed 0: NonFiniteLoss" in text
+
+
+def test_a_training_in_a_sweep_goes_on_where_it_was_left(config, fake, monkeypatch):
+    made = config(arms={"baseline": []}, seeds=[0], cost=None)
+    made.train = [*made.train, "steps=4", "checkpoint_every=1"]
+    seen, step = [], members.Training.step
+
+    def dies(self, views):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(views.step)
+        return step(self, views)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(members.Training, "step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            ablate(made)
+    monkeypatch.setattr(members.Training, "step", lambda self, views: seen.append(views.step) or step(self, views))
+    ablate(made)
+    assert seen == [0, 1, 2, 3]
+
+
+def test_tasks_that_differ_in_settings_only_keep_apart(config, fake):
+    """Scores say kind, data and backbone, which is the same of both."""
+    tasks = {"near": ["task=fidelity"], "far": ["task=fidelity", "task.view=64"], "other": ["task=segmentation"]}
+    report = ablate(config(tasks=tasks, seeds=[0], cost=None))
+    assert {one.task for one in report.comparisons} == {"near", "far", "segmentation"}
 
 
 def test_without_its_baseline_a_sweep_says_nothing(config, fake):
@@ -431,6 +461,15 @@ def test_a_unit_somebody_is_at_is_left_to_them(config, fake):
     unlock_folder(taken.folder, lock)
     assert sweep.work("") is False
     assert taken.is_done("")
+
+
+def test_the_key_of_a_checkpoint_knows_the_code_of_its_fillers(tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(arms, "code_version", lambda fillers: used.extend(fillers) or "")
+    small = ["embed_dim=16", "attention.num_heads=2", "unifier.num_basis=8", "decoder=inr"]
+    core.save(core.build(small), tmp_path / "w.safetensors")
+    arms.Arm("given", "checkpoint", checkpoint=tmp_path / "w.safetensors").key(0)
+    assert ("decoder", "inr") in used
 
 
 def test_a_checkpoint_can_be_an_arm(config, fake, tmp_path):
@@ -515,13 +554,21 @@ def test_mlflow_alone_gives_the_same_tables(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = config("tracking.enabled=true", arms={"baseline": [], "wild": ["optimiser.lr=1e30", "steps=3"]},
                   cost={"image": 32, "patch": 8, "channels": 4, "num_runs": 3}, peers=["bilinear"])  # fmt: skip
+    ablate(config("tracking.enabled=true", arms={"baseline": []}, cost=None, peers=["bilinear"]))  # of the same results
     report = ablate(made)
     store = open_store()
+    assert store.latest("ablate", "sweep").tags["failed"].startswith("wild: seed 0: NonFiniteLoss")
+    assert "- fidelity: 6 of the 6 images were trained on" in (tmp_path / "sweep/debug_fast.md").read_text()
     (child,) = [run for run in store.children(store.latest("ablate", "sweep").run_id) if run.tags["arm"] == "bilinear"
                 and run.tags["arm.seed"] == "0"]  # fmt: skip
     assert store.sizes(child.run_id, "pictures/scenes")  # the worst images
     shutil.rmtree(tmp_path / "sweep/members")
     results = fetch()
+    drawn = pictures(results, "bilinear")
+    assert drawn
+    assert all(name.startswith("scenes/") and min(image.size) > 32 for name, image in drawn.items())
+    with pytest.raises(SettingError, match="has no run of arm gone; it has baseline, wild, bilinear"):
+        pictures(results, "gone")
     assert set(results.failures) == {"wild"}
     assert results.failures == report.results.failures
     rebuilt = write_report(results, tmp_path / "rebuilt")

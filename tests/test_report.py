@@ -3,8 +3,13 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from omegaconf import OmegaConf
 from PIL import Image
+from torch import nn
 
+from experiments.arm_cost import cost_markdown, measure_costs
+from experiments.peers import make_peer
 from experiments.report_figures import cost_quality, forest, front
 from experiments.report_tables import markdown, rich_tables, write_report
 from experiments.scores import ScoreError, check, frame, image_rows
@@ -264,6 +269,19 @@ def test_a_report_is_written_and_can_be_read(results, tmp_path):
     for name in ("sweep_forest.png", "sweep_cost_quality.png"):
         assert np.asarray(Image.open(tmp_path / name)).std() > 10
     assert [len(shown.rows) for shown in rich_tables(report)] == [4, 3]
+
+
+def test_an_arm_whose_cost_cannot_be_measured_does_not_take_the_others_along():
+    class Refuses(nn.Module):
+        def forward(self, image, features, size=None):
+            raise RuntimeError("not today")
+
+    cost = OmegaConf.create({"image": 32, "patch": 8, "channels": 4, "num_runs": 3})
+    costs = measure_costs({"bilinear": make_peer("bilinear"), "idea": Refuses()}, "bilinear", cost, torch.device("cpu"))
+    text = cost_markdown(costs)
+    assert "4x4 features of 4 channels to 32x32, one image, float32; median of 3 forwards" in text
+    assert "| idea | 0 | RuntimeError: not today |" in text
+    assert costs.set_index("arm").loc["bilinear", "time_ratio"] == 1
 
 
 def test_without_costs_there_are_none(results, tmp_path):

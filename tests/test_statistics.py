@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from experiments.power import Components, components_of, curves, power, read_components
+from experiments.power import Components, _needed, components_of, curves, power, read_components
 from experiments.scores import frame, image_rows, value
 from experiments.settings import SettingError
 from experiments.simulation import Scenario, draw_scores, simulate, true_difference
@@ -207,6 +207,8 @@ def test_the_command_writes_curves(tmp_path, monkeypatch):
         ({"images": [0]}, "images must be a list of whole numbers from 1"),
         ({"seeds": [1], "images": [1]}, "one seed with one image shows nothing"),
         ({"num_arms": 0}, "num_arms from 1"),
+        ({"effects": ["a"]}, "effects must be a list of numbers"),
+        ({"simulate": 0}, "simulate must be null or a whole number of sweeps from 1"),
     ],
 )
 def test_power_refuses(changes, message, tmp_path):
@@ -214,6 +216,18 @@ def test_power_refuses(changes, message, tmp_path):
 
     with pytest.raises(SettingError, match=message):
         check_settings(settings(out_dir=str(tmp_path), **changes))
+
+
+def test_more_seeds_are_offered_only_where_they_save_images():
+    sizes = [(2, 100, 0.1), (5, 100, 0.9), (10, 100, 0.95), (20, 30, 0.9)]
+    table = pd.DataFrame([{"effect": 0.1, "seeds": s, "images": n, "power": p} for s, n, p in sizes])
+    assert _needed(table, 0.1, 0.8) == "a chance of 80% needs 5 seeds and 100 images, or 20 seeds and 30 images:"
+
+
+def test_a_file_that_is_no_table_is_named(tmp_path):
+    (tmp_path / "scores.md").write_text("# scores")
+    with pytest.raises(SettingError, match=r"scores=.*scores.md cannot be read as a table of scores"):
+        read_components(settings(components=None, scores=str(tmp_path / "scores.md")))
 
 
 def test_power_takes_the_task_that_has_the_measure(tmp_path):

@@ -47,6 +47,21 @@ def bench(data, backbone="hog8", image=(48, 64), output=None):
     return Bench(None, Cases(data, None, encoder, sizes, memory, CPU), encoder, sizes, memory, 2, CPU)
 
 
+def test_fidelity_says_which_images_are_enlarged(caplog):
+    listed = Listed([Sample(f"{side}", torch.rand(3, side, side + 8)) for side in (40, 64, 100)])
+    listed.shorter_sides = [40, 64, 100]
+    task = make_task({"name": "fidelity", "scales": [2, 4], "view": 32, "guidance": 32})
+    task.check(bench(listed))
+    near, far = task.notes
+    assert near.startswith(
+        "at 2x 1 of 3 images are smaller than 64 pixels (2 x view) and are enlarged, in the median 1.0"
+    )
+    assert far.startswith(
+        "at 4x 3 of 3 images are smaller than 128 pixels (4 x view) and are enlarged, in the median 2.0"
+    )
+    assert "a smaller task.view" in caplog.text
+
+
 class Painter(nn.Module):
     """Gives its n-th call the n-th painting."""
 

@@ -402,6 +402,21 @@ def test_only_tracking_knows_mlflow_and_only_when_a_run_starts():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_all_pages_of_a_search_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client, search = MlflowClient(uri), MlflowClient.search_runs
+    experiment = client.create_experiment("pages")
+    for _ in range(3):
+        client.create_run(experiment, tags={"mlflow.parentRunId": "above"})
+    monkeypatch.setattr(
+        MlflowClient,
+        "search_runs",
+        lambda self, *which, page_token: search(self, *which, max_results=2, page_token=page_token),
+    )
+    assert len(tracking.MlflowStore(client, uri).children("above")) == 3
+
+
 def test_an_experiment_that_another_process_makes_meanwhile_is_taken(tmp_path, monkeypatch):
     """Between asking for it and making it, another process makes it: this one asks in vain once."""
     monkeypatch.chdir(tmp_path)

@@ -29,7 +29,7 @@ from core.registry import discover
 from experiments.atomic import CannotWrite
 from experiments.curves import CURVES_NAME
 from experiments.data import DataError, open_data
-from experiments.feature_cache import FeatureCache, NotFinite
+from experiments.feature_cache import FeatureCache, NotFinite, fingerprint
 from experiments.images import NoImages, centre_square
 from experiments.optimisation import Optimiser, OptimiserSettings
 from experiments.settings import SettingError
@@ -439,11 +439,19 @@ def test_cached_features_are_the_computed_ones(encoder, tmp_path):
     cache = FeatureCache(tmp_path)
     first = cache.encode(encoder, images, ["a", "b", "c"])
     torch.testing.assert_close(first, encoder(images), rtol=1e-3, atol=1e-3)
+    assert torch.equal(FeatureCache(None).encode(encoder, images, ["a", "b", "c"]), first)  # a folder changes nothing
     again = FeatureCache(tmp_path)
     assert torch.equal(again.encode(encoder, images.flip(0), ["c", "b", "a"]).flip(0), first)
     assert (again.hits, again.misses) == (3, 0)
     other = core.load_backbone("daisy8")
     assert again.encode(other, images, ["a", "b", "c"]).shape[1] == other.channels
+
+
+def test_an_encoder_of_other_code_is_another(monkeypatch):
+    before = fingerprint(core.load_backbone("hog8"))
+    assert fingerprint(core.load_backbone("hog8")) == before
+    monkeypatch.setattr("experiments.feature_cache.encoder_version", lambda: "another")
+    assert fingerprint(core.load_backbone("hog8")) != before
 
 
 def test_a_damaged_entry_is_computed_again(encoder, tmp_path, caplog):

@@ -20,7 +20,8 @@ class ImageFolder(DataSet):
             these.
         skip_damaged: leave out files that cannot be decoded (each is reported) instead of refusing the folder.
         min_size: leave out images with a side below this many pixels (each is reported).
-        first, last: keep only images first <= number < last of the list, path after path and each sorted; None: to the end.
+        first, last: keep only images first <= number < last of the list, path after path and each sorted; None: to
+            the end.
 
     Raises:
         NoImages: the path leads to no image. DataError: damaged files, or nothing left.

@@ -59,9 +59,11 @@ class Task(ABC):
     """The ceilings it can measure."""
     worst: list[Picture]
     """The images that the arm measured last did worst on, worst first; empty if the task draws none."""
+    notes: list[str]
+    """What a reader of its scores must know of the images, found by `check`."""
 
     def __init__(self) -> None:
-        self.worst = []
+        self.worst, self.notes = [], []
 
     @abstractmethod
     def check(self, bench: "Bench") -> None:

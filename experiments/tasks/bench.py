@@ -129,6 +129,12 @@ class Cases:
     def __len__(self) -> int:
         return len(self.indices)
 
+    @property
+    def shorter_sides(self) -> list[int]:
+        """In pixels, of all images; none where the data set does not know them without reading."""
+        sides = self.data.shorter_sides
+        return [] if sides is None else [sides[i] for i in self.indices]
+
     def sample(self, i: int) -> Sample:
         """Image i as the data set gives it."""
         return self.data[self.indices[i]]

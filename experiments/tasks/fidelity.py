@@ -1,5 +1,6 @@
 """`task=fidelity`: upsampled features against those of high-resolution crops, without labels."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ from experiments.scores import image_rows
 from experiments.settings import SettingError
 from experiments.tasks import Ceiling, EvaluationError, Task, register_task
 from experiments.tasks.bench import Bench
+
+log = logging.getLogger(__name__)
 
 
 @register_task("fidelity")
@@ -46,6 +49,16 @@ class Fidelity(Task):
         """Contract: `Task.check`; any images will do."""
         if self.view < (least := bench.encoder.least):
             raise SettingError(f"task.view={self.view}: backbone={bench.encoder.name} needs at least {least} pixels")
+        sides = bench.val.shorter_sides
+        for scale in self.scales:
+            wanted = scale * self.view
+            if small := sum(side < wanted for side in sides):
+                typical = wanted / sorted(sides)[len(sides) // 2]
+                self.notes.append(
+                    f"at {scale}x {small} of {len(sides)} images are smaller than {wanted} pixels ({scale} x view) and "
+                    f"are enlarged, in the median {typical:.1f} times: targets show no more detail than the images have"
+                )
+                log.warning("task=fidelity: %s; a smaller task.view, or larger images, avoid it", self.notes[-1])
 
     def rows(self, model: nn.Module | Ceiling, seed: int, bench: Bench) -> Iterator[dict[str, object]]:
         """Contract: `Task.rows`; the seed plays no part."""
