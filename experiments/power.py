@@ -210,7 +210,7 @@ def _needed(table: pd.DataFrame, effect: float, wanted: float) -> str:
     if enough.empty:
         return f"none of these sizes shows it with a chance of {wanted:.0%}:"
     least = enough.drop_duplicates("seeds")
-    least = least[least["images"] < least["images"].cummin().shift(fill_value=math.inf)]  # more seeds: fewer images
+    least = least[least["images"] < least["images"].cummin().shift().fillna(math.inf)]  # more seeds: fewer images
     return (
         f"a chance of {wanted:.0%} needs "
         + ", or ".join(f"{row.seeds} seeds and {row.images} images" for row in least.itertuples())
