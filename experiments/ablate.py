@@ -8,7 +8,6 @@ makes the report. Whoever is killed, the others, or the next one to come, go on.
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ import hydra
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import core
@@ -32,7 +30,7 @@ from experiments.images import NoImages
 from experiments.lock import Locked, lock_folder, unlock_folder
 from experiments.members import Member, read_tasks, reason_of
 from experiments.provenance import Origin
-from experiments.report_tables import Report, record_report, rich_tables, write_report
+from experiments.report_tables import Report, record_report, show, write_report
 from experiments.scores import ScoreError
 from experiments.settings import SettingError, check_writable, pick_device
 from experiments.sweep_results import Plan, Results, SweepError, gather
@@ -239,11 +237,7 @@ def main(config: DictConfig) -> None:
     if report is None:
         log.info("another process leads this sweep, and reports")
         return
-    console = Console()
-    for table in rich_tables(report):
-        console.print(table)
-    for file in report.files:
-        console.print(os.path.relpath(file), markup=False, highlight=False, soft_wrap=True)
+    show(report)
     for arm, reason in report.results.failures.items():
         log.error("arm %s failed: %s", arm, reason)
     if report.results.failures:

@@ -147,6 +147,8 @@ class Report:
     """One per task, measure and arm, compared with bilinear."""
     costs: pd.DataFrame | None
     """Of `experiments.arm_cost`; None: not measured."""
+    notes: list[str]
+    """What a reader must know of how they were measured."""
     files: list[Path]
 
 
@@ -187,7 +189,7 @@ def evaluate(config: DictConfig) -> Report:
         run.metrics(metrics(results))
         for file in files:
             run.file(file, f"tables/{file.name}")
-    return Report(scores, results, costs, files)
+    return Report(scores, results, costs, evaluation.notes, files)
 
 
 def _check(config: DictConfig) -> None:
@@ -265,8 +267,8 @@ def main(config: DictConfig) -> None:
     console = Console()
     for table in rich_tables(report.results, report.costs):
         console.print(table)
-    for file in report.files:
-        console.print(os.path.relpath(file), markup=False, highlight=False, soft_wrap=True)
+    for line in (*report.notes, *map(os.path.relpath, report.files)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

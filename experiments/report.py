@@ -4,7 +4,6 @@ A sweep's run keeps its plan (which arms, seeds and tasks, and of what), the run
 """
 
 import logging
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,11 +13,10 @@ import hydra
 import pandas as pd
 from omegaconf import DictConfig
 from PIL import Image
-from rich.console import Console
 
 from experiments.atomic import CannotWrite
 from experiments.provenance import Origin
-from experiments.report_tables import Report, rich_tables, write_report
+from experiments.report_tables import Report, show, write_report
 from experiments.scores import ScoreError
 from experiments.settings import SettingError, check_writable
 from experiments.sweep_results import Plan, Results, SweepError, Unit, gather
@@ -121,11 +119,7 @@ def main(config: DictConfig) -> None:
     except EXPECTED_ERRORS as error:
         log.error("%s", error)
         sys.exit(2)
-    console = Console()
-    for table in rich_tables(made):
-        console.print(table)
-    for file in made.files:
-        console.print(os.path.relpath(file), markup=False, highlight=False, soft_wrap=True)
+    show(made)
     for arm, reason in made.results.failures.items():
         log.error("arm %s failed: %s", arm, reason)
 

@@ -1,10 +1,12 @@
 """A sweep in words and numbers: Markdown, CSV, the terminal, and what goes to MLflow."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from experiments.arm_cost import cost_markdown, cost_table
@@ -109,6 +111,15 @@ def rich_tables(report: Report) -> list[Table]:
     if report.results.costs is not None:
         tables.append(cost_table(report.results.costs))
     return tables
+
+
+def show(report: Report) -> None:
+    """Prints it, as the last thing a command does: the tables, what a reader must know, and where the files are."""
+    console = Console()
+    for shown in rich_tables(report):
+        console.print(shown)
+    for line in (*report.results.notes, *map(os.path.relpath, report.files)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _header(results: Results) -> str:
