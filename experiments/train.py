@@ -44,6 +44,7 @@ from experiments.training_setup import (
     make_model,
     open_encoders,
     untracked,
+    warn_of_small_images,
 )
 from experiments.training_state import STATE_NAME, State, load_state, save_batch, save_state
 from experiments.validation import Validation
@@ -141,6 +142,8 @@ class Training:
         config, state = self.config, self.state
         run.tag("data.fingerprint", self.data.fingerprint)
         last = min(config.steps, config.stop_after or config.steps)
+        if self.leads and state.step < last:
+            warn_of_small_images(self.data, self.views_settings)
         validation = None
         if self.leads and config.validate_every and state.step < last:
             validation = Validation(config, self.backbones, self.views_settings, self.cache)

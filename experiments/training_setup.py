@@ -115,21 +115,23 @@ def open_encoders(config: DictConfig, view: int, device: torch.device) -> list[B
 
 
 def check_images(data: DataSet, views: ViewSettings) -> None:
-    """Refuses photographs that are all too small for views to show anything; a warning counts those to be enlarged.
+    """Refuses photographs that are all too small for views to show anything.
 
     Raises:
         SettingError: no image has the size of a view.
     """
-    sides, wanted = data.shorter_sides, views.scale * views.view
-    if not sides:
-        return
-    if max(sides) < views.view:
+    sides = data.shorter_sides
+    if sides and max(sides) < views.view:
         raise SettingError(
             f"all {len(sides)} images of data are smaller than views.view={views.view} (the largest has a shorter side "
             f"of {max(sides)} pixels): give larger ones, or a smaller view"
         )
-    small = sum(side < wanted for side in sides)
-    if small:
+
+
+def warn_of_small_images(data: DataSet, views: ViewSettings) -> None:
+    """Counts those that will be enlarged."""
+    sides, wanted = data.shorter_sides or (), views.scale * views.view
+    if small := sum(side < wanted for side in sides):
         log.warning(
             "%d of %d images are smaller than %d pixels (views.scale x views.view) and are enlarged: what is to be "
             "reached then has less detail than it could; a smaller views.view, or data.min_size=%d, avoids it",

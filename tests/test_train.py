@@ -369,9 +369,9 @@ def test_validation_on_images_that_are_trained_on_is_told(config, caplog):
 
 
 def test_small_images_are_counted_or_refused(config, caplog):
-    Training(config())
+    train(config("steps=1"))
     assert "enlarged" not in caplog.text
-    Training(config("views.view=64"))
+    train(config("steps=1", "views.view=64", "resume=never"))
     assert "images are smaller than 128 pixels" in caplog.text
     with pytest.raises(SettingError, match=r"all \d+ images of data are smaller than views.view=512 \(the largest has"):
         Training(config("views.view=512"))
