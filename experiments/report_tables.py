@@ -26,7 +26,7 @@ NOTES = """\
 - Gap closed: (arm - bilinear) / (encoder - bilinear); left out where the encoder is not clearly better than bilinear.
 - Peers have no training and no verdict; the ceiling is the encoder itself at a higher resolution. What is the same for
   all seeds was measured once, and of a checkpoint the spread over trainings is not known.
-- Scores per image: the .parquet file."""
+- Scores per image: the file NAME_scores.parquet that the command writes, and its run has."""
 
 
 @dataclass
