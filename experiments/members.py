@@ -94,8 +94,13 @@ class SweepTask:
         except SettingError as error:
             raise SettingError(f"task {self.name}: {error}") from error
 
-    @cached_property
+    @property
     def key(self) -> str:
+        """Digest of what its scores depend on, and of their name where that is its own. Raises as `measured`."""
+        return digest_of({"measured": self.measured, "called": self.name}) if self.renames else self.measured
+
+    @cached_property
+    def measured(self) -> str:
         """Digest of settings, code and data; known without opening it.
 
         Raises:
@@ -106,7 +111,7 @@ class SweepTask:
         used = ("data", "val_data") if self.trains else ("val_data",)
         data = {key: fingerprint_of(self.config[key]) for key in used}
         known = {"settings": settings, "data": data, "files": files_of(settings), "code": evaluation_version()}
-        return digest_of(known | ({"called": self.name} if self.renames else {}))
+        return digest_of(known)
 
     def scores(self, arm: Arm, seed: int, model: nn.Module | Ceiling) -> pd.DataFrame:
         """What an arm reaches, and in `attrs` what the tables must say of it. Raises as `Evaluation.scores`."""
@@ -147,13 +152,12 @@ def read_tasks(config: DictConfig) -> list[SweepTask]:
             raise SettingError(f"task {name}: {error}") from error
         task.config.tracking = standalone(config.tracking)
         for other in found:
-            if other.key == task.key:
+            if other.measured == task.measured:
                 raise SettingError(f"tasks {other.name} and {name} are the same evaluation: leave one out")
         found.append(task)
     alike = Counter(task.of for task in found)
     for task in found:
         task.renames = alike[task.of] > 1
-        task.__dict__.pop("key", None)  # which depends on it
     return found
 
 
