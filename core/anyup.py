@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from core import checkpoint, validation
 from core.attention import WindowAttention, empty_output
 from core.encoder import Encoder
+from core.fast.memory import keep_temporaries
+from core.fast.norm_act_conv import Buffers, autocast_dtype
 from core.hooks import Attention, Decoder, Refiner, Temporal, Unifier
-from core.memory import keep_temporaries
-from core.norm_act_conv import Buffers, autocast_dtype
 from core.passthrough import NoDecoder, NoRefiner, NoTemporal
 from core.points import pixel_centres
 from core.registry import describe

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from core import points, winograd
+from core import points
+from core.fast import winograd
+from core.fast.norm_act_conv import under_autocast
+from core.fast.windows import Tiles, tiles
 from core.hooks import Attention
-from core.norm_act_conv import under_autocast
 from core.registry import register
-from core.windows import Tiles, tiles
 
 MAX_LOGITS = {"cpu": 2**20, "cuda": 2**26}  # held at once: on CPU they stay in cache
 
@@ -25,7 +26,7 @@ class CrossAttention(Attention):
     in the query's window (AnyUp, sections 3.3 and 3.4; JAFAR applies the averaged weights the same way). There is
     no value or output projection and no key bias: none of them would change the result.
 
-    Queries are worked on in tiles that share a run of keys (`core/windows.py`), a band of rows at a time: neither
+    Queries are worked on in tiles that share a run of keys (`core/fast/windows.py`), a band of rows at a time: neither
     a mask nor the logits of all queries ever exist.
     """
 

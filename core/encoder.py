@@ -2,7 +2,7 @@
 
 `Encoder.forward` reads like its definition (UPSTREAM: GroupNorm(8), SiLU, 1x1 convolution, twice, plus identity).
 It runs as plain PyTorch operations where they are wanted (export, compilation, second derivatives) and through
-`core/streamed_encoder.py`, exact, streamed and with little memory, everywhere else.
+`core/fast/streamed_encoder.py`, exact, streamed and with little memory, everywhere else.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.norm_act_conv import NUM_GROUPS, Buffers, Step, under_autocast
-from core.streamed_encoder import Weights, encode
+from core.fast.norm_act_conv import NUM_GROUPS, Buffers, Step, under_autocast
+from core.fast.streamed_encoder import Weights, encode
 
 Stem = Callable[[Tensor], Tensor]
 

@@ -65,7 +65,7 @@ def _weighted(grid: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
 def visible_keys(centre: Tensor, num_keys: int, window_ratio: float) -> tuple[Tensor, Tensor]:
     """Along one axis, the keys around each of N points: (N,K) keys, and (N,K) bool: which of them the point sees.
 
-    The same window as a pixel's with its centre there (`core.windows.window_bounds`), K being that of the widest.
+    The same window as a pixel's with its centre there (`core.fast.windows.window_bounds`), K being that of the widest.
 
     Raises:
         ValueError: the window is so narrow that a point sees nothing.

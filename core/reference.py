@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from core.checkpoint import to_published
 from core.encoder import ResBlock
-from core.windows import window_bounds
+from core.fast.windows import window_bounds
 
 
 class ReferenceAnyUp(nn.Module):

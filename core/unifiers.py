@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.encoder import Encoder
+from core.fast.streamed_encoder import refuse_second_derivatives
 from core.hooks import Unifier
 from core.registry import register
-from core.streamed_encoder import refuse_second_derivatives
 
 MAX_RESPONSES = {"cpu": 2**18, "cuda": 2**26}  # filter responses held at once: on CPU they stay in cache
 
@@ -118,7 +118,7 @@ def _softmax(responses: Tensor) -> tuple[Tensor, Tensor]:
     """(cells,M,C) -> the exponentials, in the same memory, and what to multiply each channel's with for a mean of
     softmaxes, (cells,C).
 
-    Several times faster than PyTorch's softmax where that runs slowly (see `core/silu.py`), never slower.
+    Several times faster than PyTorch's softmax where that runs slowly (see `core/fast/silu.py`), never slower.
     """
     exps = responses.sub_(responses.amax(1, keepdim=True)).exp_()
     return exps, (exps.sum(1) * exps.shape[2]).reciprocal_()

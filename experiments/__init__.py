@@ -1,4 +1,8 @@
-"""What people run. Each experiment is a module with a function and a command line of the same settings."""
+"""What people run. A file here is a command, `python -m experiments.NAME`; what it is made of lies in the rooms.
+
+Imports go one way: commands, then sweeps, then training and measuring, then peers, cost, statistics and tracking, then
+data. Reports take plain results. `settings`, `atomic` and `lock` serve all of them.
+"""
 
 import os
 

@@ -26,7 +26,7 @@ import core
 from core.reference import reference_of
 from core.registry import discover
 from experiments.atomic import CannotWrite
-from experiments.benchmark_cases import (
+from experiments.cost.benchmark_cases import (
     Arm,
     Case,
     cases_of,
@@ -38,8 +38,7 @@ from experiments.benchmark_cases import (
     queries_at_once,
     resolved,
 )
-from experiments.benchmark_report import Row, header, metrics, rich_table, write
-from experiments.measure import (
+from experiments.cost.measure import (
     MIN_RUNS,
     OutOfMemory,
     Times,
@@ -51,8 +50,9 @@ from experiments.measure import (
     peak_in_child,
     peak_on_gpu,
 )
+from experiments.reports.benchmark import Row, header, metrics, rich_table, write
 from experiments.settings import DTYPES, SettingError, pick_device
-from experiments.tracking import TrackingUnavailable, track
+from experiments.tracking.store import TrackingUnavailable, track
 
 log = logging.getLogger(__name__)
 

@@ -1,9 +1,9 @@
 """Whole training steps against the released loop's algorithm: `python -m experiments.benchmark_training`.
 
-A step is what `experiments.train` does in one: views cut from photographs, the encoder on whole images and crops, the
-forwards and all losses, backward, update. The arms have the same weights and see the same images: `dense` trains the
-dense reference in the model's place, `ours` the model, and `shared` is what both contain, views and encoder. Steps are
-timed in turn, peaks measured apart (on CPU in a fresh process). Exit code: 0; 1 when the arms' losses differ; 2 when
+A step is what `experiments.training.loop` does in one: views cut from photographs, the encoder on whole images and
+crops, the forwards and all losses, backward, update. The arms have the same weights and see the same images: `dense`
+trains the dense reference in the model's place, `ours` the model, and `shared` is what both contain, views and encoder.
+Steps are timed in turn, peaks measured apart (on CPU in a fresh process). Exit code: 0; 1 when losses differ; 2 when
 nothing was measured.
 """
 
@@ -28,8 +28,7 @@ import core
 from core.reference import reference_of
 from core.registry import discover
 from experiments.atomic import CannotWrite, replacing
-from experiments.benchmark_report import origin
-from experiments.measure import (
+from experiments.cost.measure import (
     MIN_RUNS,
     OutOfMemory,
     Times,
@@ -40,9 +39,10 @@ from experiments.measure import (
     peak_in_child,
     peak_on_gpu,
 )
+from experiments.reports.benchmark import origin
 from experiments.settings import SettingError, check_writable
-from experiments.tracking import Run, track
-from experiments.train import EXPECTED_ERRORS, Training
+from experiments.tracking.store import Run, track
+from experiments.training.loop import EXPECTED_ERRORS, Training
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def benchmark_training(config: DictConfig) -> list[Row]:
     """Measures all arms, and writes NAME.md and NAME.csv -> one row per arm.
 
     Raises:
-        SettingError, and what `experiments.train.train` refuses: before anything is measured.
+        SettingError, and what `experiments.training.loop.train` refuses: before anything is measured.
         CannotWrite: the disk is full, say.
     """
     check_settings(config)

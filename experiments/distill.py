@@ -26,9 +26,9 @@ from core.registry import discover
 from core.weight_files import WeightsError
 from experiments.atomic import CannotWrite, replacing
 from experiments.data import DataError, DataSet, open_data
-from experiments.images import NoImages
+from experiments.data.image_files import NoImages
 from experiments.settings import SettingError, pick_device
-from experiments.tracking import Run, TrackingUnavailable, track
+from experiments.tracking.store import Run, TrackingUnavailable, track
 
 log = logging.getLogger(__name__)
 

@@ -26,14 +26,14 @@ from core.backbones import Backbone, backbone_from_config
 from core.registry import discover
 from experiments.atomic import CannotWrite, replacing
 from experiments.data import DataError, Sample, open_data
-from experiments.fidelity_pictures import WorstImages
-from experiments.fidelity_report import BASELINE, Result, header, metrics, rich_table, summarise, write
-from experiments.images import NoImages
-from experiments.metrics import FidelityCase, FidelityError, fidelity, fidelity_case
+from experiments.data.image_files import NoImages
+from experiments.measuring.ceilings import CEILINGS
+from experiments.measuring.metrics import FidelityCase, FidelityError, fidelity, fidelity_case
 from experiments.peers import make_peer, peers
-from experiments.peers.ceilings import CEILINGS
+from experiments.reports.fidelity import BASELINE, Result, header, metrics, rich_table, summarise, write
+from experiments.reports.fidelity_pictures import WorstImages
 from experiments.settings import SettingError, check_writable, pick_device
-from experiments.tracking import Run, TrackingUnavailable, track
+from experiments.tracking.store import Run, TrackingUnavailable, track
 
 log = logging.getLogger(__name__)
 

@@ -15,13 +15,13 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from experiments.atomic import CannotWrite
-from experiments.provenance import Origin
-from experiments.report_tables import Report, show, write_report
-from experiments.scores import ScoreError
+from experiments.reports.tables import Report, show, write_report
 from experiments.settings import SettingError, check_writable
-from experiments.sweep_results import Plan, Results, SweepError, Unit, gather
-from experiments.tracking import Found, MlflowStore, TrackingUnavailable, open_store
-from experiments.uploader import StoreAway
+from experiments.statistics.scores import ScoreError
+from experiments.sweeps.results import Plan, Results, SweepError, Unit, gather
+from experiments.tracking.provenance import Origin
+from experiments.tracking.store import Found, MlflowStore, TrackingUnavailable, open_store
+from experiments.tracking.uploader import StoreAway
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from experiments.lock import Locked
-from experiments.spool import Journal, Record, SpoolError, first_record, folders
-from experiments.tracking import TrackingUnavailable, open_store, store_uri
-from experiments.uploader import Drain, Point, Store, StoreAway, StoreRefuses
+from experiments.tracking.spool import Journal, Record, SpoolError, first_record, folders
+from experiments.tracking.store import TrackingUnavailable, open_store, store_uri
+from experiments.tracking.uploader import Drain, Point, Store, StoreAway, StoreRefuses
 
 log = logging.getLogger(__name__)
 

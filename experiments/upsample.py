@@ -28,11 +28,11 @@ import core
 from core.backbones import Backbone, backbone_from_config
 from core.registry import discover
 from experiments.atomic import CannotWrite, allocate_array, replacing
-from experiments.checkpoints import load_model
-from experiments.images import ImageFile, NoImages, UnreadableImage, collect, read, shrink
-from experiments.pictures import fit_colours, panel
+from experiments.data.image_files import ImageFile, NoImages, UnreadableImage, collect, read, shrink
+from experiments.measuring.checkpoints import load_model
+from experiments.reports.pictures import fit_colours, panel
 from experiments.settings import DTYPES, SettingError, check_choice, check_writable, output_grid, pick_device
-from experiments.tracking import Run, TrackingUnavailable, store_uri, track
+from experiments.tracking.store import Run, TrackingUnavailable, store_uri, track
 
 log = logging.getLogger(__name__)
 

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from core.attention import WindowAttention, empty_output, normed
+from core.fast.norm_act_conv import under_autocast
+from core.fast.windows import Tiles, tiles
 from core.hooks import Attention
-from core.norm_act_conv import under_autocast
 from core.registry import register
-from core.windows import Tiles, tiles
 
 MAX_LOGITS = {"cpu": 2**20, "cuda": 2**26}  # held at once: on CPU they stay in cache
 GATE_SPEED = 10.0

@@ -19,20 +19,21 @@ from omegaconf import OmegaConf
 
 import core
 from core.registry import discover
-from experiments import ablate as ablate_module
-from experiments import arms, members
-from experiments.ablate import Sweep, ablate
-from experiments.arms import Arm, check_names, composed, read_arms, strings
-from experiments.code_version import code_version, evaluation_version, meaning
+from experiments import ablate as ablate_command
+from experiments.data.source_digest import meaning, module_digest
 from experiments.lock import lock_folder, unlock_folder
-from experiments.members import read_tasks
+from experiments.measuring.tasks import Ceiling
 from experiments.report import fetch, pictures
-from experiments.report_tables import write_report
-from experiments.scores import ScoreError, frame, image_rows
+from experiments.reports.tables import write_report
 from experiments.settings import SettingError
-from experiments.sweep_results import SweepError
-from experiments.tasks import Ceiling
-from experiments.tracking import open_store
+from experiments.statistics.scores import ScoreError, frame, image_rows
+from experiments.sweeps import arms, members
+from experiments.sweeps.arms import Arm, check_names, composed, read_arms, strings
+from experiments.sweeps.code_version import code_version, evaluation_version
+from experiments.sweeps.members import read_tasks
+from experiments.sweeps.results import SweepError
+from experiments.sweeps.sweep import Sweep, ablate
+from experiments.tracking.store import open_store
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = [f"image{i}" for i in range(5)]
@@ -196,11 +197,12 @@ def test_comments_and_docstrings_are_no_other_code():
 
 
 def test_a_change_of_what_measures_asks_for_no_training(tmp_path, monkeypatch):
-    module = sys.modules["experiments.code_version"]
+    module = sys.modules["experiments.sweeps.code_version"]
     monkeypatch.setattr(module, "ROOT", tmp_path)
-    changes = {"core/anyup": (True, True), "experiments/views": (True, True), "experiments/data/files": (True, True),
-               "experiments/tasks/probes": (False, True), "experiments/scores": (False, True),
-               "experiments/report": (False, False)}  # fmt: skip
+    changes = {"core/anyup": (True, True), "experiments/training/views": (True, True),
+               "experiments/data/files": (True, True), "experiments/measuring/probes": (False, True),
+               "experiments/statistics/scores": (False, True), "experiments/training/curves": (False, True),
+               "experiments/reports/tables": (False, False)}  # fmt: skip
     for name in changes:
         path = tmp_path / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,10 +240,9 @@ def test_an_extension_counts_only_where_it_is_used(own_registry, tmp_path, monke
     import importlib
 
     importlib.import_module("somebodys_ideas.idea")
-    code_version_module = sys.modules["experiments.code_version"]
 
     def versions():
-        code_version_module._module.cache_clear()
+        module_digest.cache_clear()
         return code_version([("attention", "window")]), code_version([("attention", "idea")])
 
     plain, used = versions()
@@ -253,7 +254,7 @@ def test_an_extension_counts_only_where_it_is_used(own_registry, tmp_path, monke
         assert plain_now == plain
         assert (used in known) == (name == "other"), name
         known.add(used)
-    code_version_module._module.cache_clear()
+    module_digest.cache_clear()
 
 
 def test_a_cell_that_was_changed_is_another_idea(monkeypatch):
@@ -268,7 +269,7 @@ def test_a_cell_that_was_changed_is_another_idea(monkeypatch):
         if amount == 2:
             Cell.forward = lambda self, output, features, guidance, coords: output + 2.0
         Cell.__module__ = "__main__"
-        monkeypatch.setattr("experiments.code_version.choices", lambda hook: {"cell": Cell})
+        monkeypatch.setattr("experiments.sweeps.code_version.choices", lambda hook: {"cell": Cell})
         return code_version([("decoder", "cell")])
 
     assert digest(1) == digest(1)
@@ -295,7 +296,7 @@ class Cell(Base):
     def digest(before="", after=""):
         namespace = {"__name__": "__main__"}
         exec(cells.replace(before, after), namespace)
-        monkeypatch.setattr("experiments.code_version.choices", lambda hook: {"cell": namespace["Cell"]})
+        monkeypatch.setattr("experiments.sweeps.code_version.choices", lambda hook: {"cell": namespace["Cell"]})
         return code_version([("decoder", "cell")])
 
     changes = [("AMOUNT = 1", "AMOUNT = 2"), ("2 * x", "3 * x"), ("range(3)", "range(4)")]
@@ -596,7 +597,7 @@ def test_mlflow_alone_gives_the_same_tables(config, tmp_path, monkeypatch):
 
 
 def test_the_command_says_which_arm_failed_and_exits_so(config, fake, caplog, capsys):
-    command = ablate_module.main.__wrapped__  # without Hydra, which wants the command line
+    command = ablate_command.main.__wrapped__  # without Hydra, which wants the command line
     with pytest.raises(SystemExit) as left:
         command(config(arms={"baseline": [], "wild": ["optimiser.lr=1e30", "steps=3"]}, seeds=[0]))
     assert left.value.code == 1

@@ -17,9 +17,9 @@ from hydra import compose, initialize_config_dir
 import core
 from core.reference import reference_of
 from experiments import benchmark as module
-from experiments import measure
 from experiments.benchmark import benchmark
-from experiments.benchmark_cases import Arm, cases_of, dense_bytes, forward_flops, make_arm, make_batch, resolved
+from experiments.cost import measure
+from experiments.cost.benchmark_cases import Arm, cases_of, dense_bytes, forward_flops, make_arm, make_batch, resolved
 from experiments.settings import SettingError
 
 ROOT = Path(__file__).parent.parent

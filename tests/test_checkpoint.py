@@ -20,9 +20,9 @@ import core
 from core.checkpoint import read, rename_published, to_published
 from core.reference import ReferenceAnyUp
 from core.weight_files import WeightsError
-from experiments.images import bundled
-from experiments.images import read as read_image
-from experiments.metrics import fidelity, fidelity_case
+from experiments.data.image_files import bundled
+from experiments.data.image_files import read as read_image
+from experiments.measuring.metrics import fidelity, fidelity_case
 
 IMAGE, FEATURES = torch.randn(1, 3, 32, 40), torch.randn(1, 5, 4, 6)
 SMALL = ["embed_dim=16", "unifier.num_basis=8"]

@@ -9,10 +9,10 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from core.registry import discover
-from experiments import recording
-from experiments.curves import CURVES_NAME, Curves, Point, draw, plot, read_run, read_table, read_training
 from experiments.settings import SettingError
-from experiments.train import train
+from experiments.tracking import recording
+from experiments.training.curves import CURVES_NAME, Curves, Point, draw, plot, read_run, read_table, read_training
+from experiments.training.loop import train
 
 ROOT = Path(__file__).parent.parent
 TINY = ("embed_dim=16", "attention.num_heads=2", "unifier.num_basis=8", "backbones=[{name: hog8}]", "views.view=32",
@@ -91,7 +91,7 @@ def test_losses_of_several_encoders_are_told_apart():
 
 def test_a_run_that_goes_on_logs_steps_again_and_the_last_count(monkeypatch):
     found = [("loss", 9.0, 1, 2), ("loss", 1.0, 1, 1), ("loss", 3.0, 5, 2)]
-    monkeypatch.setattr("experiments.curves.read_metrics", lambda run_id: found)
+    monkeypatch.setattr("experiments.training.curves.read_metrics", lambda run_id: found)
     assert read_run("x") == [Point(1, "loss", 1.0), Point(2, "loss", 3.0)]
 
 

@@ -16,8 +16,8 @@ from scipy.io import savemat
 
 from core.registry import add_root
 from experiments.data import IGNORE, DataError, data_sets, files, open_data
+from experiments.data.image_files import NoImages
 from experiments.data.normals import Intrinsics, normals_from_depth
-from experiments.images import NoImages
 
 H, W = 8, 12
 

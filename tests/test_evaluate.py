@@ -15,12 +15,12 @@ from PIL import Image
 from torch import nn
 
 import core
-from experiments import evaluate as command
-from experiments.evaluate import Evaluation, evaluate
+from experiments.measuring import evaluation as command
+from experiments.measuring.evaluation import Evaluation, evaluate
+from experiments.measuring.tasks import Ceiling, EvaluationError
 from experiments.peers import make_peer
-from experiments.scores import KEYS, VALUES, ScoreError, sums, value
 from experiments.settings import SettingError
-from experiments.tasks import Ceiling, EvaluationError
+from experiments.statistics.scores import KEYS, VALUES, ScoreError, sums, value
 
 ROOT = Path(__file__).parent.parent
 QUICK = (

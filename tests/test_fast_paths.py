@@ -14,14 +14,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from core import AnyUp, attention, build, norm_act_conv, rotary, silu, unifiers, winograd
+from core import AnyUp, attention, build, rotary, unifiers
 from core.attention import GlobalAttention, WindowAttention
 from core.encoder import Encoder
+from core.fast import norm_act_conv, silu, winograd
+from core.fast.windows import tiles, window_bounds
 from core.reference import ReferenceAnyUp, reference_of
 from core.rotary import Rotary
 from core.unifiers import BasisConvolution, Ordering
-from core.windows import tiles, window_bounds
-from experiments.measure import peak_in_child
+from experiments.cost.measure import peak_in_child
 
 FEW = settings(max_examples=12)
 

@@ -17,13 +17,13 @@ from PIL import Image
 import core
 from experiments import fidelity as command
 from experiments.data import DataError, open_data
+from experiments.data.image_files import NoImages
 from experiments.fidelity import measure_fidelity
-from experiments.fidelity_pictures import WorstImages, comparison
-from experiments.fidelity_report import cells, metrics, plot, rich_table, summarise
-from experiments.images import NoImages
-from experiments.metrics import FidelityError, fidelity, fidelity_case
+from experiments.measuring.ceilings import CEILINGS
+from experiments.measuring.metrics import FidelityError, fidelity, fidelity_case
 from experiments.peers import peers
-from experiments.peers.ceilings import CEILINGS
+from experiments.reports.fidelity import cells, metrics, plot, rich_table, summarise
+from experiments.reports.fidelity_pictures import WorstImages, comparison
 from experiments.settings import SettingError
 
 ROOT = Path(__file__).parent.parent

@@ -10,9 +10,9 @@ from safetensors import safe_open
 
 from core import AnyUp, build, from_config
 from core.checkpoint import rename_published, to_published
+from core.fast.windows import window_bounds
 from core.reference import ReferenceAnyUp, reference_of
 from core.training import cosine_mse
-from core.windows import window_bounds
 
 GOLDEN = "reference/anyup_reference.safetensors"
 NUM_CASES, NUM_WINDOWS = 7, 4

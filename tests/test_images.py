@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.images import BUNDLED, NoImages, UnreadableImage, collect, read, shrink
+from experiments.data.image_files import BUNDLED, NoImages, UnreadableImage, collect, read, shrink
 
 RED, BLUE = (220, 20, 20), (20, 20, 220)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 import core
 from core import AnyUp, Attention, Refiner, Temporal, build, points
 from core.attention import GlobalAttention
+from core.fast.windows import window_bounds
 from core.points import nearest_cells, pixel_centres, sample, visible_keys
-from core.windows import window_bounds
 from extensions import inr
 from extensions.inr import INRDecoder
 
@@ -460,7 +460,7 @@ def test_the_window_is_around_the_point_itself(model_of):
 
 
 def seen_from(model, image, features, values):
-    _, query, key = model._guide(image, features, (20, 26), core.norm_act_conv.Buffers())
+    _, query, key = model._guide(image, features, (20, 26), core.fast.norm_act_conv.Buffers())
     return query, key, values
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import measure
-from experiments.measure import OutOfMemory, interleave, paired_ratio, peak_in_child, peak_memory
+from experiments.cost import measure
+from experiments.cost.measure import OutOfMemory, interleave, paired_ratio, peak_in_child, peak_memory
 
 
 def test_arms_take_turns():

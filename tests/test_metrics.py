@@ -11,12 +11,12 @@ from scipy.optimize import minimize, nnls
 import core
 from core.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from experiments import peers as registry
-from experiments.metrics import FidelityCase, FidelityError, fidelity, fidelity_case, image_edges
+from experiments.measuring.ceilings import CEILINGS, oracle, whole_image
+from experiments.measuring.metrics import FidelityCase, FidelityError, fidelity, fidelity_case, image_edges
 from experiments.peers import Peer, make_peer, peers, register_peer
-from experiments.peers.ceilings import CEILINGS, oracle, whole_image
 from experiments.peers.joint_bilateral import JointBilateral
 from experiments.peers.windows import nearby
-from experiments.statistics import paired_difference, share_of_gap
+from experiments.statistics.intervals import paired_difference, share_of_gap
 
 
 class Painter(Backbone):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from experiments import pictures
-from experiments.pictures import fit_colours, panel
+from experiments.reports import pictures
+from experiments.reports.pictures import fit_colours, panel
 
 
 @pytest.fixture

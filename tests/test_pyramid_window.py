@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import core
 from core import build, registry
 from core.attention import WindowAttention
-from experiments.metrics import FidelityCase
-from experiments.validation import Validation
+from experiments.measuring.metrics import FidelityCase
+from experiments.training.validation import Validation
 from extensions import pyramid_window
 from extensions.pyramid_window import GATE_SPEED, PyramidWindowAttention
 

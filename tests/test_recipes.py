@@ -8,9 +8,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from core.registry import discover
-from experiments.ablate import Sweep, ablate
-from experiments.arms import composed
 from experiments.settings import SettingError
+from experiments.sweeps.arms import composed
+from experiments.sweeps.sweep import Sweep, ablate
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs/experiment"
 RECIPES = sorted(

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import core
+from core.fast.windows import window_bounds
 from core.hooks import Attention, Decoder, Refiner, Unifier
-from core.windows import window_bounds
 
 IMAGE, FEATURES = torch.randn(2, 3, 32, 40), torch.randn(2, 5, 4, 6)
 

@@ -8,15 +8,15 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 
-from experiments.arm_cost import cost_markdown, measure_costs
+from experiments.cost.arm_cost import cost_markdown, measure_costs
 from experiments.peers import make_peer
-from experiments.report_figures import cost_quality, forest, front
-from experiments.report_tables import markdown, rich_tables, write_report
-from experiments.scores import ScoreError, check, frame, image_rows
-from experiments.simulation import Scenario, draw_scores, simulate
-from experiments.statistics import holm, pseudo_values, spread
-from experiments.sweep_results import Plan, Planned, Results, SweepError, Unit, gather, means
-from experiments.verdicts import compare, difference, table
+from experiments.reports.figures import cost_quality, forest, front
+from experiments.reports.tables import markdown, rich_tables, write_report
+from experiments.statistics.intervals import holm, pseudo_values, spread
+from experiments.statistics.scores import ScoreError, check, frame, image_rows
+from experiments.statistics.simulation import Scenario, draw_scores, simulate
+from experiments.statistics.verdicts import compare, difference, table
+from experiments.sweeps.results import Plan, Planned, Results, SweepError, Unit, gather, means
 
 SEEDS, IMAGES = (0, 1, 2), [f"image{i}" for i in range(12)]
 NOISE = np.random.default_rng(0).normal(0, 0.01, (9, 3, 12))

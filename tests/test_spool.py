@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from experiments.lock import Locked, lock_folder, unlock_folder
-from experiments.run import Run, SystemMetrics, is_alive, process_tags
-from experiments.spool import Journal, SpoolError, first_record, folders, is_open
-from experiments.uploader import Drain, StoreAway, StoreRefuses, Uploader
+from experiments.tracking.run import Run, SystemMetrics, is_alive, process_tags
+from experiments.tracking.spool import Journal, SpoolError, first_record, folders, is_open
+from experiments.tracking.uploader import Drain, StoreAway, StoreRefuses, Uploader
 
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(

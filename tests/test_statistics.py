@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from experiments.power import Components, _needed, components_of, curves, power, read_components
-from experiments.scores import frame, image_rows, value
 from experiments.settings import SettingError
-from experiments.simulation import Scenario, draw_scores, simulate, true_difference
-from experiments.statistics import Spread, holm, paired_difference, pseudo_values, spread, two_way_bootstrap
+from experiments.statistics.intervals import Spread, holm, paired_difference, pseudo_values, spread, two_way_bootstrap
+from experiments.statistics.power import Components, _needed, components_of, curves, power, read_components
+from experiments.statistics.scores import frame, image_rows, value
+from experiments.statistics.simulation import Scenario, draw_scores, simulate, true_difference
 
 SPREADS = [{"seed": 0, "image": 0}, {"seed": 0.1, "image": 0.3}, {"seed": 0.5, "image": 0.3, "residual": 0.1}]
 
@@ -182,7 +182,7 @@ def test_power_grows_with_effect_seeds_and_images_and_falls_with_arms():
 
 
 def settings(**changes):
-    from experiments.arms import composed
+    from experiments.sweeps.arms import composed
 
     made = composed("power", ["components={seed:0.1,image:0.2,residual:0.3}"])
     for key, new in changes.items():
@@ -212,7 +212,7 @@ def test_the_command_writes_curves(tmp_path, monkeypatch):
     ],
 )
 def test_power_refuses(changes, message, tmp_path):
-    from experiments.power import check_settings
+    from experiments.statistics.power import check_settings
 
     with pytest.raises(SettingError, match=message):
         check_settings(settings(out_dir=str(tmp_path), **changes))

@@ -11,16 +11,16 @@ from torch import nn
 
 from core.backbones import Backbone
 from experiments.data import IGNORE, DataSet, Sample
-from experiments.feature_cache import FeatureCache
+from experiments.data.feature_cache import FeatureCache
+from experiments.measuring.bench import Bench, Cases, Encoder, Memory, Sizes, cut, flip
+from experiments.measuring.heads import DPTHead, at_positions, dpt_layers, enlarged
+from experiments.measuring.probe_training import ProbeSettings
+from experiments.measuring.tasks import EvaluationError, make_task, tasks
+from experiments.measuring.tasks.geometry import angular_measures, depth_measures, gradient_loss, scale_invariant_loss
+from experiments.measuring.tasks.segmentation import near_boundary
 from experiments.peers.interpolation import Bilinear, Nearest
-from experiments.scores import frame, image_rows, sums, value
 from experiments.settings import SettingError
-from experiments.tasks import EvaluationError, make_task, tasks
-from experiments.tasks.bench import Bench, Cases, Encoder, Memory, Sizes, cut, flip
-from experiments.tasks.geometry import angular_measures, depth_measures, gradient_loss, scale_invariant_loss
-from experiments.tasks.heads import DPTHead, at_positions, dpt_layers, enlarged
-from experiments.tasks.probe_training import ProbeSettings
-from experiments.tasks.segmentation import near_boundary
+from experiments.statistics.scores import frame, image_rows, sums, value
 
 CPU = torch.device("cpu")
 

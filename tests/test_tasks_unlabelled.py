@@ -11,14 +11,14 @@ from torch import nn
 import core
 from core.hooks import Temporal
 from experiments.data import DataSet, Sample, open_data
-from experiments.feature_cache import FeatureCache
-from experiments.metrics import fidelity, fidelity_case
+from experiments.data.feature_cache import FeatureCache
+from experiments.measuring.bench import Bench, Cases, Encoder, Memory, Sizes, cut
+from experiments.measuring.metrics import fidelity, fidelity_case
+from experiments.measuring.tasks import Ceiling, EvaluationError, make_task
+from experiments.measuring.tasks.segmentation import near_boundary
+from experiments.measuring.tasks.temporal import estimated_flow, on_grid, warping_error
 from experiments.peers.interpolation import Bicubic, Bilinear, Nearest
 from experiments.settings import SettingError
-from experiments.tasks import Ceiling, EvaluationError, make_task
-from experiments.tasks.bench import Bench, Cases, Encoder, Memory, Sizes, cut
-from experiments.tasks.segmentation import near_boundary
-from experiments.tasks.temporal import estimated_flow, on_grid, warping_error
 
 CPU = torch.device("cpu")
 

@@ -19,12 +19,13 @@ from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 from PIL import Image
 
-import experiments.run
-from experiments import recording, tracking
-from experiments.images import bundled
-from experiments.provenance import git_state
+import experiments.tracking.run
+from experiments.data.image_files import bundled
 from experiments.sync import sync
-from experiments.tracking import TrackingUnavailable, scalars, track
+from experiments.tracking import recording
+from experiments.tracking import store as tracking
+from experiments.tracking.provenance import git_state
+from experiments.tracking.store import TrackingUnavailable, scalars, track
 from experiments.upsample import upsample
 
 tracking._import_mlflow()
@@ -247,7 +248,7 @@ def test_offline_and_uploaded_is_as_online(over_http, monkeypatch):
     client, ids = MlflowClient(over_http[0]), {}
     monkeypatch.setattr(recording, "peak_memory_mb", lambda: 1.0)
     monkeypatch.setattr(recording.time, "perf_counter", lambda: 0.0)
-    for module in (recording, experiments.run):
+    for module in (recording, experiments.tracking.run):
         monkeypatch.setattr(module, "now_ms", clock)
     for offline in (False, True):
         times = iter(range(10**12, 10**12 + 1000))
@@ -398,7 +399,7 @@ def test_only_tracking_knows_mlflow_and_only_when_a_run_starts():
     sources = [path for folder in ("core", "extensions", "experiments") for path in (ROOT / folder).rglob("*.py")]
     knowing = [path.name for path in sources if re.search(r"^\s*(import|from) mlflow", path.read_text(), re.MULTILINE)]
     assert knowing == ["tracking.py"]
-    code = "import sys, experiments.tracking; sys.exit('mlflow' in sys.modules or 'sqlalchemy' in sys.modules)"
+    code = "import sys, experiments.tracking.store; sys.exit('mlflow' in sys.modules or 'sqlalchemy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -27,16 +27,16 @@ from safetensors.torch import load_file, save_file
 import core
 from core.registry import discover
 from experiments.atomic import CannotWrite
-from experiments.curves import CURVES_NAME
 from experiments.data import DataError, open_data
-from experiments.feature_cache import FeatureCache, NotFinite, fingerprint
-from experiments.images import NoImages, centre_square
-from experiments.optimisation import Optimiser, OptimiserSettings
+from experiments.data.feature_cache import FeatureCache, NotFinite, fingerprint
+from experiments.data.image_files import NoImages, centre_square
 from experiments.settings import SettingError
-from experiments.train import NonFiniteLoss, Training, train
-from experiments.training_setup import alone_in
-from experiments.training_state import STATE_NAME, ChangedConfig, read_state
-from experiments.views import Views, ViewSettings
+from experiments.training.curves import CURVES_NAME
+from experiments.training.loop import NonFiniteLoss, Training, train
+from experiments.training.optimiser import Optimiser, OptimiserSettings
+from experiments.training.setup import alone_in
+from experiments.training.state import STATE_NAME, ChangedConfig, read_state
+from experiments.training.views import Views, ViewSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -450,7 +450,7 @@ def test_cached_features_are_the_computed_ones(encoder, tmp_path):
 def test_an_encoder_of_other_code_is_another(monkeypatch):
     before = fingerprint(core.load_backbone("hog8"))
     assert fingerprint(core.load_backbone("hog8")) == before
-    monkeypatch.setattr("experiments.feature_cache.encoder_version", lambda: "another")
+    monkeypatch.setattr("experiments.data.feature_cache.encoder_version", lambda: "another")
     assert fingerprint(core.load_backbone("hog8")) != before
 
 
@@ -484,7 +484,7 @@ def test_a_full_disk_ends_caching_and_nothing_else(encoder, tmp_path, caplog, mo
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("experiments.feature_cache.save_file", full)
+    monkeypatch.setattr("experiments.data.feature_cache.save_file", full)
     image = torch.rand(1, 3, 16, 16)
     features = cache.encode(encoder, image, ["a"])
     assert features.shape == (1, encoder.channels, 2, 2)
@@ -606,7 +606,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TQ
 TRAIN = """
 import sys
 from omegaconf import OmegaConf
-from experiments.train import train
+from experiments.training.loop import train
 if __name__ == "__main__":
     train(OmegaConf.load(sys.argv[1]))
 """
@@ -614,7 +614,7 @@ FORKS = """
 import os, sys
 import torch
 from omegaconf import OmegaConf
-from experiments.train import train
+from experiments.training.loop import train
 torch.set_num_threads(1)
 for line in sys.stdin:  # a training in a new process for each line; everything is imported already
     child = os.fork()

@@ -18,11 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import core
-from core.classical import HogBackbone
+from core.backbones.classical import HogBackbone
 from experiments import atomic
 from experiments.atomic import CannotWrite, replacing
-from experiments.checkpoints import load_model
-from experiments.images import NoImages, read, shrink
+from experiments.data.image_files import NoImages, read, shrink
+from experiments.measuring.checkpoints import load_model
 from experiments.settings import SettingError, output_grid
 from experiments.upsample import upsample
 

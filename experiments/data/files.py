@@ -17,9 +17,9 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from experiments.data import DataError, DataSet, Sample
+from experiments.data.base import DataError, DataSet, Sample
+from experiments.data.image_files import UnreadableImage, read
 from experiments.data.labels import classes_of, read_ids, why
-from experiments.images import UnreadableImage, read
 
 IMAGES = frozenset((".jpg", ".jpeg", ".png"))
 """Suffixes of images in published layouts."""

@@ -5,8 +5,8 @@ import logging
 from functools import lru_cache
 from pathlib import Path
 
-from experiments.data import DataError, DataSet, Sample, register_data
-from experiments.images import UnreadableImage, collect, read
+from experiments.data.base import DataError, DataSet, Sample, register_data
+from experiments.data.image_files import UnreadableImage, collect, read
 
 log = logging.getLogger(__name__)
 

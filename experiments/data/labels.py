@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from experiments.data import DataError
+from experiments.data.base import DataError
 
 # What Pillow's PNG decoder raises on damaged files; it has no common base.
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)

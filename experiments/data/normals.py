@@ -9,7 +9,7 @@ import torch
 from scipy.ndimage import correlate1d
 from torch import Tensor
 
-from experiments.data import DataError
+from experiments.data.base import DataError
 from experiments.data.labels import read_png
 
 JUMP = 0.01

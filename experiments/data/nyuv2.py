@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.data import IGNORE, DataError, DataSet, Sample, register_data
+from experiments.data.base import IGNORE, DataError, DataSet, Sample, register_data
 from experiments.data.class_names import NYU_13, NYU_40
 from experiments.data.files import IMAGES, PNG, FileSet, Record, fingerprint
 from experiments.data.labels import classes_of, table

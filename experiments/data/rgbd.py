@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.data import DataError, Sample, register_data
+from experiments.data.base import DataError, Sample, register_data
 from experiments.data.files import IMAGES, PNG, FileSet
 from experiments.data.labels import read_ids
 from experiments.data.normals import Intrinsics, normals_from_depth

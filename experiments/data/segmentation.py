@@ -6,7 +6,7 @@ and take seconds to import. The tests hold the Cityscapes classes against its ta
 
 from pathlib import Path
 
-from experiments.data import IGNORE, register_data
+from experiments.data.base import IGNORE, register_data
 from experiments.data.class_names import ADE, CAMVID, CITYSCAPES, COCO_STUFF_27, VOC
 from experiments.data.files import IMAGES, PNG, FileSet
 from experiments.data.labels import table

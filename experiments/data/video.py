@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from experiments.data import IGNORE, DataError, register_data
+from experiments.data.base import IGNORE, DataError, register_data
 from experiments.data.files import IMAGES, PNG, FileSet, Record
 from experiments.data.labels import table
 

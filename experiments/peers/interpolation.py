@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from experiments.peers import Peer, register_peer
+from experiments.peers.base import Peer, register_peer
 
 
 class Interpolation(Peer):

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.backbones import IMAGENET_STD
-from experiments.peers import Peer, register_peer
+from experiments.peers.base import Peer, register_peer
 from experiments.peers.windows import nearby
 
 

@@ -1,0 +1,295 @@
+"""GroupNorm, SiLU and a 1x1 convolution as one step over blocks of pixels, exact to rounding, and its gradient.
+
+Images are pixel-major, (B,H,W,D) contiguous, so that a 1x1 convolution is one matrix product. A step reads each
+pixel once, normalises it with moments that the step before collected while it wrote, and collects the moments of
+what it writes. Everything works in memory that it is given; `core/fast/streamed_encoder.py` gives it, and is what
+PyTorch differentiates.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from core.fast.silu import normed_silu, normed_silu_with_slope
+
+NUM_GROUPS = 8
+WELL_CONDITIONED = 16  # squared mean over variance, up to which one-pass moments are exact to 1e-6
+PIXELS_PER_BLOCK = 1024  # half a megabyte at D = 128 in float32: a handful of blocks fits into the second-level cache
+
+Rows = Callable[[slice], Tensor]
+"""A block of an image's flattened pixels -> (n,D)."""
+
+
+class Moments(NamedTuple):
+    """Mean and (biased) variance per image and group, both (B,G) in float32."""
+
+    mean: Tensor
+    var: Tensor
+
+
+class Step(NamedTuple):
+    """The weights of one GroupNorm (in,), SiLU and 1x1 convolution (out,in) without bias; None: no convolution.
+
+    Also the gradients of these.
+    """
+
+    gamma: Tensor
+    beta: Tensor
+    weight: Tensor | None
+    eps: float
+
+
+class Buffers:
+    """Image-sized buffers that the encoders of one forward hand on: fresh memory costs more than a pass over it.
+
+    The last one given back is the first one taken.
+
+    Args:
+        room: contiguous memory that is not needed yet; up to two buffers lie in it. So whoever holds two at a time,
+            and keeps one of them, finds the third outside.
+        reuse: False: every buffer is new and stays as it is, for a backward pass.
+    """
+
+    def __init__(self, room: Tensor | None = None, reuse: bool = True):
+        self.free: list[Tensor] = []
+        self.room = None if room is None else room.flatten()
+        self.uses_of_room = 2
+        self.reuse = reuse
+
+    def take(self, like: Tensor, width: int) -> Tensor:
+        """An uninitialised (B,H,W,width) buffer."""
+        shape = (*like.shape[:-1], width)
+        for i, buffer in reversed(list(enumerate(self.free))):
+            if buffer.shape == shape and buffer.dtype == like.dtype:
+                return self.free.pop(i)
+        return self._in_room(shape) if self._fits(shape, like.dtype) else like.new_empty(shape)
+
+    def over(self, buffer: Tensor) -> Tensor:
+        """Where to write what takes the place of `buffer`: over it, if it may go."""
+        return buffer if self.reuse else torch.empty_like(buffer)
+
+    def _fits(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        room = self.room
+        return room is not None and room.dtype == dtype and self.uses_of_room > 0 and math.prod(shape) <= len(room)
+
+    def _in_room(self, shape: tuple[int, ...]) -> Tensor:
+        self.uses_of_room -= 1
+        buffer, self.room = self.room.tensor_split([math.prod(shape)])
+        return buffer.view(shape)
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Says that nothing reads `buffer` any more."""
+        if self.reuse:
+            self.free.append(buffer)
+
+
+def linear(pixels: Tensor, weight: Tensor, out: Tensor) -> Moments:
+    """A 1x1 convolution (out,in) of (B,H,W,in), into `out`, (B,H,W,out) -> the moments of the result."""
+    collected = []
+    for rows, targets in zip(pixels.flatten(1, 2), out.flatten(1, 2), strict=True):
+        collect = _Collector(targets)
+        for block in blocks(rows):
+            torch.mm(rows[block], weight.t(), out=targets[block])
+            collect(block)
+        collected.append(collect.moments())
+    return _stack(collected)
+
+
+def norm_act_conv(
+    x: Tensor, moments: Moments, step: Step, out: Tensor, residual: Tensor | None = None, want_moments: bool = True
+) -> Moments | None:
+    """residual + conv(silu(norm(x))), all (B,H,W,D), into `out` -> the moments of the result.
+
+    Args:
+        moments: of x.
+        out: may be `residual`, or x itself if there is no convolution.
+        want_moments: False where no normalisation follows.
+    """
+    collected = []
+    for image, (rows, targets) in enumerate(zip(x.flatten(1, 2), out.flatten(1, 2), strict=True)):
+        scale, shift = _affine(moments, image, step, x.dtype)
+        collect, scratch = _Collector(targets), _scratch(rows, 2)
+        for block in blocks(rows):
+            target = targets[block]
+            active, spare = (target, scratch[0]) if step.weight is None else scratch
+            active = normed_silu(rows[block], scale, shift, active[: len(target)], spare[: len(target)])
+            if step.weight is not None:
+                if residual is None:
+                    torch.mm(active, step.weight.t(), out=target)
+                elif residual is out:
+                    target.addmm_(active, step.weight.t())
+                else:
+                    torch.addmm(residual[image].flatten(0, 1)[block], active, step.weight.t(), out=target)
+            if want_moments:
+                collect(block)
+        collected.append(collect.moments() if want_moments else None)
+    return _stack(collected) if want_moments else None
+
+
+def norm_act_conv_gradient(
+    x: Tensor, moments: Moments, image: int, step: Step, given: Rows, out: Tensor, sums: Step
+) -> "InputGradient":
+    """Gradient of one image's step with respect to what it read; recomputes what the step did not keep.
+
+    Args:
+        x: (n,in), what the step read of this image.
+        moments, step: as for the step itself.
+        given: gradient of what the convolution (without one: the SiLU) returned.
+        out: (n,in), the memory of the result.
+        sums: the gradients of the weights are added to these.
+    """
+    scale, shift = _affine(moments, image, step, x.dtype)
+    scratch = _scratch(x, 2)
+    sums_of_blocks = []
+    for block in blocks(x):
+        grad, target = given(block), out[block]
+        pixels = x[block]
+        active, slope = scratch[:, : len(pixels)]
+        normed_silu_with_slope(pixels, scale, shift, active, slope)
+        if step.weight is not None:
+            sums.weight.addmm_(grad.t(), active)
+            grad = torch.mm(grad, step.weight, out=target)
+        torch.mul(grad, slope, out=target)
+        sums_of_blocks.append(_channel_sums(target, pixels))
+    return InputGradient(x, moments, image, step, out, _sum_over_blocks(sums_of_blocks), sums)
+
+
+class InputGradient:
+    """`Rows` of the gradient of a GroupNorm's input in one image, from that of its affine output.
+
+    That needs sums over the image, which are known only after its last block. So blocks are finished, in place,
+    where they are used next, which saves a pass over memory. Each block must be asked for once.
+
+    Args:
+        x: (n,D), what was normalised.
+        moments, image, step: of the normalisation.
+        grad: (n,D) gradient of its affine output.
+        channel_sums: (2,D), of `grad` and of `grad` · x.
+        sums: the gradients of gamma and beta are added to these.
+    """
+
+    def __init__(self, x, moments, image, step, grad, channel_sums, sums: Step):
+        mean, rstd = moments.mean[image], torch.rsqrt(moments.var[image] + step.eps)  # (G,)
+        spread = lambda t: t.repeat_interleave(x.shape[1] // len(t))  # noqa: E731  (G,) -> (D,)
+        per_group = lambda t: t.unflatten(0, (len(mean), -1)).sum(1)  # noqa: E731  (D,) -> (G,)
+        total, weighted = channel_sums
+        grad_gamma = (weighted - spread(mean) * total) * spread(rstd)  # (D,)
+        sums.gamma.add_(grad_gamma)
+        sums.beta.add_(total)
+        count = x.numel() / len(mean)
+        slope = -(rstd**2) * per_group(grad_gamma * step.gamma) / count  # (G,)
+        offset = -rstd * per_group(total * step.gamma) / count - slope * mean  # (G,)
+        self.scale = (spread(rstd) * step.gamma).to(x.dtype)
+        self.slope, self.offset = spread(slope).to(x.dtype), spread(offset).to(x.dtype)
+        self.x, self.grad, self.along = x, grad, _scratch(x, 1)[0]
+
+    def __call__(self, block: slice) -> Tensor:
+        target, x = self.grad[block], self.x[block]
+        along = torch.addcmul(self.offset, x, self.slope, out=self.along[: len(x)])
+        return torch.addcmul(along, target, self.scale, out=target)
+
+
+def moments_of(pixels: Tensor) -> Moments:
+    """Moments per image and group of (B,H,W,D)."""
+    collected = []
+    for rows in pixels.flatten(1, 2):
+        collect = _Collector(rows)
+        for block in blocks(rows):
+            collect(block)
+        collected.append(collect.moments())
+    return _stack(collected)
+
+
+class _Collector:
+    """Gathers the moments of one image, (n,D), while it is written block by block."""
+
+    def __init__(self, rows: Tensor):
+        self.rows = rows
+        self.sums: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, block: slice) -> None:
+        rows = self.rows[block]
+        self.sums.append(_channel_sums(rows, rows))
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance, (G,) each; where a mean outweighs the spread, from a second pass around it."""
+        mean, var = self._one_pass()
+        if not (mean**2 < WELL_CONDITIONED * var).all():
+            per_channel = mean.to(self.rows.dtype).repeat_interleave(self.rows.shape[1] // NUM_GROUPS)
+            shifted = (self.rows[block] - per_channel for block in blocks(self.rows))
+            self.sums = [_channel_sums(rows, rows) for rows in shifted]
+            correction, var = self._one_pass()
+            mean = mean.to(self.rows.dtype) + correction
+        dtype = torch.promote_types(self.rows.dtype, torch.float32)
+        return mean.to(dtype), var.to(dtype)
+
+    def _one_pass(self) -> tuple[Tensor, Tensor]:
+        sums = _sum_over_blocks(self.sums).unflatten(1, (NUM_GROUPS, -1)).sum(2)  # (2,G)
+        mean, square = sums * (NUM_GROUPS / self.rows.numel())
+        return mean, (square - mean**2).clamp(min=0)
+
+
+def _stack(moments: list[tuple[Tensor, Tensor]]) -> Moments:
+    return Moments(*map(torch.stack, zip(*moments, strict=True)))
+
+
+def _channel_sums(rows: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over the rows of `rows` and of `rows` · `factor`, both (n,D) -> (D,)."""
+    if rows.dtype in (torch.bfloat16, torch.float16):
+        rows, factor = rows.float(), factor.float()
+    if rows.device.type != "cpu":
+        return rows.sum(0), (rows * factor).sum(0)
+    # The gradients of the bias and gain of a normalisation are these sums, and PyTorch takes them in one fast pass.
+    n, width = rows.shape
+    rows, factor = (t.view(1, n, 1, width).permute(0, 3, 1, 2) for t in (rows, factor))  # (1,D,n,1), channels last
+    mean, rstd = rows.new_zeros(1, 1), rows.new_ones(1, 1)
+    _, weighted, total = torch.ops.aten.native_group_norm_backward(
+        rows, factor, mean, rstd, None, 1, width, n, 1, [False, True, True]
+    )
+    return total, weighted
+
+
+def _sum_over_blocks(sums: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The `_channel_sums` of all blocks -> (2,D) in float64."""
+    return torch.stack([torch.stack(values).sum(0, dtype=torch.float64) for values in zip(*sums, strict=True)])
+
+
+def _affine(moments: Moments, image: int, step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and shift (D,) that GroupNorm applies to one image."""
+    mean, rstd = moments.mean[image], torch.rsqrt(moments.var[image] + step.eps)  # (G,)
+    per_group = len(step.gamma) // len(mean)
+    scale = rstd.repeat_interleave(per_group) * step.gamma
+    shift = step.beta - mean.repeat_interleave(per_group) * scale
+    return scale.to(dtype), shift.to(dtype)
+
+
+def under_autocast(tensor: Tensor) -> Tensor:
+    """The tensor in autocast's dtype, where autocast is on: in-place and out= operations do not ask it."""
+    dtype = autocast_dtype(tensor)
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype of autocast on the tensor's device; None where it is off."""
+    device = tensor.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # never so on the meta device
+    return torch.get_autocast_dtype(device) if on else None
+
+
+def blocks(rows: Tensor) -> Iterator[slice]:
+    """Slices that cover the rows of (n,D)."""
+    size = _block_size(rows)
+    for start in range(0, len(rows), size):
+        yield slice(start, min(start + size, len(rows)))
+
+
+def _block_size(rows: Tensor) -> int:
+    return min(len(rows), PIXELS_PER_BLOCK) if rows.device.type == "cpu" else len(rows)
+
+
+def _scratch(rows: Tensor, count: int) -> Tensor:
+    """(count, rows of a block, D), uninitialised."""
+    return rows.new_empty(count, _block_size(rows), rows.shape[1])

@@ -1,0 +1,253 @@
+"""What the benchmark measures: its settings, the sizes they name, and the arms at one size."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+import core
+from core.checkpoint import rename_published
+from core.compose import build_filler
+from core.hooks import Batch
+from core.reference import ReferenceAnyUp, reference_of
+from experiments.cost.measure import count_flops
+from experiments.settings import DTYPES, SettingError, check_choice, check_writable, pick_device
+
+ARM_NAMES = ("dense", "ours", "compiled")
+FALLBACK_QUERIES = 8192
+_CASE = re.compile(r"(\d+)/(\d+)/(\d+)(?:/(\d+))?")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size and dtype."""
+
+    training: bool
+    """A training step, or a forward."""
+    image: int
+    """Side of the image in pixels."""
+    patch: int
+    """Side in pixels of what one feature vector stands for."""
+    channels: int
+    output: int
+    """Side of the output."""
+    batch: int
+    dtype: str
+
+    @property
+    def grid(self) -> int:
+        """Side of the feature grid."""
+        return self.image // self.patch
+
+    @property
+    def label(self) -> str:
+        """Says the size, as in the tables."""
+        size = f"{self.image}²/{self.patch}, C={self.channels}"
+        size = f"{self.batch} x {size}" if self.batch > 1 else size
+        size = f"{size} -> {self.output}²" if self.output != self.image else size
+        return f"training {size}" if self.training else size
+
+    @property
+    def key(self) -> str:
+        """Says all of it, as the name of a metric."""
+        kind = "training" if self.training else "forward"
+        return f"{kind}_{self.batch}x{self.image}_{self.patch}_{self.channels}_{self.output}_{self.dtype}"
+
+
+def resolved(config: DictConfig) -> DictConfig:
+    """The settings with the preset in place of those that are null, all checked.
+
+    Raises:
+        SettingError: names the setting and what it may be.
+    """
+    values = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    device = pick_device(values["device"])
+    if device.type not in ("cpu", "cuda"):
+        raise SettingError(f"device must be cpu or cuda, where memory can be measured; got {device}")
+    presets = values.pop("presets")
+    if values["preset"] == "auto":
+        values["preset"] = "gpu" if device.type == "cuda" else "cpu"
+    check_choice("preset", values["preset"], ("auto", *presets))
+    for key, value in presets[values["preset"]].items():
+        if values[key] is None:
+            values[key] = value
+    for key in ("arms", "forward", "training", "dtype"):
+        values[key] = [values[key]] if isinstance(values[key], str) else values[key]
+    if values["compile"] and "compiled" not in values["arms"]:
+        values["arms"] = [*values["arms"], "compiled"]
+    values["compile"] = False  # `ours` stays as it is, beside `compiled`
+    values["name"] = values["name"] or f"benchmark_{device.type}"
+    _check(values)
+    return OmegaConf.create(values)
+
+
+def _check(values: dict[str, Any]) -> None:
+    for key, choices in (("arms", ARM_NAMES), ("dtype", tuple(DTYPES))):
+        for value in values[key]:
+            check_choice(key, value, choices)
+        if not values[key] or len(set(values[key])) < len(values[key]):
+            raise SettingError(f"{key} must name one or several different ones of {', '.join(choices)}")
+    for key in ("num_runs", "num_threads", "batch_size", "training_batch_size"):
+        _check_number(key, values[key], 1)
+    _check_number("num_warmup", values["num_warmup"], 0)
+    for key in ("max_seconds", "memory_limit_gb", "tolerance"):
+        if values[key] is not None and not (isinstance(values[key], (int, float)) and values[key] > 0):
+            raise SettingError(f"{key} must be a positive number or null, got {values[key]}")
+    if values["queries_at_once"] not in ("auto", "all"):
+        _check_number("queries_at_once", values["queries_at_once"], 1, "all, auto or ")
+    if values["training"] and "float16" in values["dtype"]:
+        raise SettingError("a training step in float16 needs a gradient scaler, which is not here: add training=[]")
+    if Path(values["name"]).name != values["name"]:
+        raise SettingError(f"name must be a file name without folders, got {values['name']}")
+    check_writable(Path(values["out_dir"]))
+
+
+def _check_number(key: str, value: Any, least: int, others: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise SettingError(f"{key} must be {others}a whole number from {least} up, got {value}")
+
+
+def cases_of(config: DictConfig) -> list[Case]:
+    """All sizes in all dtypes, forwards first.
+
+    Raises:
+        SettingError: a size that is none, or no size at all.
+    """
+    cases = [
+        _case(key, text, config[batch], dtype)
+        for key, batch in (("forward", "batch_size"), ("training", "training_batch_size"))
+        for text in config[key]
+        for dtype in config.dtype
+    ]
+    if not cases:
+        raise SettingError("nothing to measure: give forward=[IMAGE/PATCH/CHANNELS] or training=[...]")
+    return cases
+
+
+def _case(key: str, text: str, batch: int, dtype: str) -> Case:
+    found = _CASE.fullmatch(str(text))
+    if not found:
+        raise SettingError(f"{key} must list sizes as IMAGE/PATCH/CHANNELS or IMAGE/PATCH/CHANNELS/OUTPUT, got {text}")
+    image, patch, channels, output = (int(number or found[1]) for number in found.groups())
+    if min(channels, output, patch) < 1 or image % patch or image < 2 * patch:
+        raise SettingError(f"{key}={text}: the image must be a whole number of patches, two at least, and nothing 0")
+    return Case(key == "training", image, patch, channels, output, batch, dtype)
+
+
+def dense_bytes(case: Case, num_heads: int, queries: int) -> tuple[int, int]:
+    """What the dense algorithm holds at least: (its mask while it is made, in RAM; mask, logits and output).
+
+    One byte per query and key for the mask, and twice that while it is inverted; scores and weights of `queries`
+    queries at a time; the parts of the output and the output.
+    """
+    pixels, keys = case.output**2, case.grid**2
+    size = DTYPES[case.dtype].itemsize
+    logits = 2 * case.batch * num_heads * min(queries, pixels) * keys * size
+    output = case.batch * pixels * case.channels * size
+    return 2 * pixels * keys, pixels * keys + max(logits + output, 2 * output)
+
+
+def queries_at_once(case: Case, config: DictConfig, device: torch.device) -> int | None:
+    """How many queries the dense arm attends with at a time; None: all."""
+    if config.queries_at_once == "all" or case.training:
+        return None
+    if config.queries_at_once != "auto":
+        return config.queries_at_once
+    cuda = device.type == "cuda"
+    total = torch.cuda.get_device_properties(device).total_memory if cuda else psutil.virtual_memory().total
+    fits = dense_bytes(case, config.attention.num_heads, case.output**2)[1] < total / 2
+    return None if fits else FALLBACK_QUERIES
+
+
+@dataclass
+class Arm:
+    """One implementation, ready for one size."""
+
+    call: Callable[[], object]
+    """What is timed."""
+    outcome: Callable[[], Tensor]
+    """Calls it once -> what all arms must agree on: the output, or the gradient of all weights, (N,1)."""
+
+
+def make_batch(case: Case, device: torch.device) -> Batch:
+    """Made-up inputs, the same for every arm: smooth, with channels of unlike means, as images and features are."""
+    generator = torch.Generator().manual_seed(0)
+
+    def smooth(channels: int, side: int) -> Tensor:
+        means = torch.randn(1, channels, 1, 1, generator=generator)
+        coarse = means + torch.randn(case.batch, channels, 3, 3, generator=generator)
+        return F.interpolate(coarse, (side, side), mode="bilinear").to(device, dtype)  # (B,channels,side,side)
+
+    dtype = torch.float32 if case.training else DTYPES[case.dtype]
+    image, augmented, features = smooth(3, case.image), smooth(3, case.image), smooth(case.channels, case.grid)
+    target = smooth(case.channels, case.output if case.training else 1)
+    return Batch(image, features, target, (case.output,) * 2, augmented_image=augmented)
+
+
+def make_arm(name: str, case: Case, config: DictConfig, batch: Batch) -> Arm:
+    """Builds one of `dense`, `ours`, `compiled` on the device of `batch`, with the same weights."""
+    model = core.from_config(config).to(batch.image.device)
+    network = reference_of(model) if name == "dense" else model.compile_encoders() if name == "compiled" else model
+    if case.training:
+        return _training_arm(network.train(), case, config, batch)
+    network = network.to(DTYPES[case.dtype]).eval()
+    chunk = (queries_at_once(case, config, batch.image.device),) if name == "dense" else ()
+
+    @torch.inference_mode()
+    def call() -> Tensor:
+        return network(batch.image, batch.features, batch.output_size, *chunk)
+
+    return Arm(call, call)
+
+
+def _training_arm(network: nn.Module, case: Case, config: DictConfig, batch: Batch) -> Arm:
+    """Forward, losses, backward, update; below float32 under autocast, with float32 weights."""
+    objective, learner = (build_filler(hook, config[hook]) for hook in ("objective", "learner"))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-4)
+    dtype, device = DTYPES[case.dtype], batch.image.device.type
+
+    def call() -> object:
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            return learner.step(network, objective, batch, optimizer)
+
+    def gradient() -> Tensor:
+        call()
+        grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in network.named_parameters()}
+        if isinstance(network, ReferenceAnyUp):
+            grads, _ = rename_published(grads)  # our names, without what nobody reads
+        return torch.cat([grads[name].flatten() for name in sorted(grads)])[:, None]
+
+    return Arm(call, gradient)
+
+
+def prepared(name: str, case: Case, config: DictConfig) -> Callable[[], object]:
+    """An arm on CPU after a first call, whose costs come only once; at a tiny size unless it compiles for this one."""
+    torch.set_num_threads(config.num_threads)
+    tiny = replace(case, image=2 * case.patch, output=2 * case.patch)
+    arm, small = (make_arm(name, size, config, make_batch(size, torch.device("cpu"))) for size in (case, tiny))
+    (arm if name == "compiled" else small).call()
+    return arm.call
+
+
+def forward_flops(network: nn.Module, case: Case) -> int:
+    """Of one forward, counted without computing it."""
+    network = network.to("meta")
+    image = torch.empty(case.batch, 3, case.image, case.image, device="meta")
+    features = torch.empty(case.batch, case.channels, case.grid, case.grid, device="meta")
+
+    def count(*size: int) -> int:
+        with torch.inference_mode():
+            return count_flops(lambda: network(image, features, size))
+
+    if not isinstance(network, ReferenceAnyUp):
+        return count(case.output, case.output)
+    # Its mask would be computed after all. Its operations are an affine function of the number of queries.
+    few, more = count(1, 8), count(1, 16)
+    return few + (more - few) * (case.output**2 - 8) // 8

@@ -1,0 +1,113 @@
+"""What a data set is, and how one is registered and opened."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from core.registry import add_choice, signature_fields
+
+IGNORE = 255
+"""The label of pixels that belong to no class, in every data set."""
+
+_data_sets: dict[str, type["DataSet"]] = {}
+_T = TypeVar("_T", bound=type["DataSet"])
+
+
+class DataError(ValueError):
+    """A data set that cannot be used: empty, incomplete, damaged, or not of the layout it was opened as."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with what is known about it; all on one pixel grid."""
+
+    name: str
+    """Unique in its data set, usable as a relative path."""
+    image: Tensor
+    """(3,H,W) float32 RGB in [0,1]."""
+    labels: Tensor | None = None
+    """(H,W) int64 class per pixel, `IGNORE` where there is none."""
+    depth: Tensor | None = None
+    """(H,W) float32 metres along the optical axis, 0 where unknown."""
+    normals: Tensor | None = None
+    """(3,H,W) float32 unit vectors in the camera's frame (x right, y down, z forward), 0 where unknown."""
+    flow: Tensor | None = None
+    """(2,H,W) float32 displacement in pixels (x, y) to the video's next frame; NaN where it is hidden there."""
+
+
+class DataSet(ABC):
+    """An ordered, immutable list of samples."""
+
+    choice: ClassVar[str]
+    classes: tuple[str, ...] = ()
+    """Names of the classes 0, 1, ... of `Sample.labels`; empty: no labels."""
+    videos: Mapping[str, Sequence[int]] | None = None
+    """Name of each video -> its samples in order; None: single images."""
+
+    shorter_sides: Sequence[int] | None = None
+    """In pixels, of all images; None: not known without reading them."""
+
+    names: Sequence[str]
+    """Of all samples, in order."""
+    fingerprint: str
+    """Hexadecimal digest of what the samples are: equal only if every sample is."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[i] for i in range(len(self)))
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """Reads sample `index`, the same one every time.
+
+        Raises:
+            DataError: the file is damaged, or contradicts the layout (sizes, class ids); names the file.
+        """
+
+
+def register_data(name: str) -> Callable[[_T], _T]:
+    """Offers a data set class as `data=name`, with its `__init__` signature as typed configuration."""
+
+    def add(cls: _T) -> _T:
+        if name in _data_sets and _data_sets[name].__qualname__ != cls.__qualname__:
+            raise ValueError(f"data={name} is already registered by {_data_sets[name].__qualname__}")
+        _data_sets[name] = cls
+        cls.choice = name
+        add_choice("data", name, signature_fields(cls))
+        return cls
+
+    return add
+
+
+def data_sets() -> dict[str, type[DataSet]]:
+    """All registered data sets by name."""
+    return dict(_data_sets)
+
+
+def open_data(config: DictConfig | Mapping[str, Any]) -> DataSet:
+    """Opens the data set of a configuration node `{name, ...settings}`, as the Hydra group `data` gives it.
+
+    Raises:
+        DataError: unknown name, a missing setting, or as the data set's `__init__`.
+    """
+    node = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
+    missing = [str(key) for key in node if OmegaConf.is_missing(node, key)]
+    if missing:
+        raise DataError(f"data={node.get('name')} needs {', '.join(f'data.{key}=...' for key in missing)}")
+    values = OmegaConf.to_container(node, resolve=True)
+    name = values.pop("name", None)
+    if name not in _data_sets:
+        raise DataError(f"no data set is called {name!r}; there are: {', '.join(sorted(_data_sets))}")
+    cls = _data_sets[name]
+    unknown = sorted(set(values) - set(signature_fields(cls)))
+    if unknown:
+        raise DataError(
+            f"data={name} has no setting {', '.join(unknown)}; it has: {', '.join(signature_fields(cls)) or 'none'}"
+        )
+    return cls(**values)

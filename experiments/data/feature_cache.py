@@ -1,0 +1,177 @@
+"""Features of frozen encoders, kept on disk: one file for each image and view, found by what it was made from.
+
+The key is a digest of the encoder's weights, its code and the pixels it saw, so a stale entry cannot be found. Entries
+are written beside their place and renamed: concurrent runs may share a folder, and at worst compute the same entry
+twice. An entry carries a checksum; a damaged one is dropped and computed again.
+"""
+
+import hashlib
+import logging
+import time
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from core.backbones import Backbone
+from experiments.atomic import CannotWrite, replacing
+from experiments.data.source_digest import encoder_version
+from experiments.settings import SettingError, check_writable
+
+log = logging.getLogger(__name__)
+
+_SWEEP_EVERY = 256  # entries written between two looks at the size of the folder
+_ABANDONED_S = 3600  # after which a half-written entry is of a process that was killed
+
+
+class NotFinite(ValueError):
+    """NaN or infinite numbers where training or evaluation cannot go on with them."""
+
+
+class FeatureCache:
+    """A folder of features.
+
+    Args:
+        folder: where; made when missing. None: nothing is kept.
+        max_gb: the oldest entries (by use) are removed beyond this size.
+
+    Raises:
+        SettingError: the folder cannot be written to.
+    """
+
+    def __init__(self, folder: str | Path | None, max_gb: float = 10.0):
+        if max_gb <= 0:
+            raise SettingError(f"cache.max_gb must be positive, got {max_gb}")
+        self.folder = None if folder is None else Path(folder).expanduser()
+        self.max_bytes = int(max_gb * 1e9)
+        self.hits = self.misses = 0
+        self._written, self._writes = 0, True
+        if self.folder is not None:
+            check_writable(self.folder)
+
+    def encode(self, backbone: Backbone, images: Tensor, names: list[str]) -> Tensor:
+        """(N,3,H,W) RGB in [0,1] -> (N,C,h,w) features, from the cache where they are there. Without gradients.
+
+        Entries are stored in half precision; computed ones are rounded to it too, so that it makes no difference
+        whether a feature was found or computed, or whether there is a folder.
+
+        Raises:
+            NotFinite: the encoder gave NaN, or what half precision cannot hold; names backbone and image.
+        """
+        if self.folder is None:
+            return self._compute(backbone, images, names).float()
+        identity = fingerprint(backbone)
+        places = [self._place(identity, image) for image in images]
+        found = [self._read(place) for place in places]
+        missing = [i for i, features in enumerate(found) if features is None]
+        self.hits, self.misses = self.hits + len(found) - len(missing), self.misses + len(missing)
+        for i in missing:  # one by one: together, the last bits of each would depend on which others were missing
+            found[i] = self._compute(backbone, images[i : i + 1], [names[i]])[0]
+            self._write(places[i], found[i])
+        return torch.stack([features.to(images.device) for features in found]).float()  # (N,C,h,w)
+
+    def _compute(self, backbone: Backbone, images: Tensor, names: list[str]) -> Tensor:
+        with torch.no_grad():
+            features = backbone(images).half()  # (N,C,h,w)
+        bad = [name for name, one in zip(names, features, strict=True) if not torch.isfinite(one).all()]
+        if bad:
+            raise NotFinite(
+                f"backbone {backbone.name} gives features that are NaN, or too large for half precision (65504), for "
+                f"{', '.join(bad[:5])}"
+            )
+        return features
+
+    def _place(self, identity: str, image: Tensor) -> Path:
+        pixels = image.detach().cpu().contiguous()
+        digest = hashlib.sha256(identity.encode() + repr(tuple(image.shape)).encode() + pixels.numpy().tobytes())
+        name = digest.hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def _read(self, place: Path) -> Tensor | None:
+        try:
+            with safe_open(place, "pt") as file:
+                features, checksum = file.get_tensor("features"), (file.metadata() or {}).get("crc32")
+            if checksum == _checksum(features):
+                place.touch()  # used now: removed later than others
+                return features
+            reason = "its checksum is wrong"
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError) as error:
+            reason = str(error)
+        log.warning("the cached features %s are damaged (%s): they are computed again", place, reason)
+        place.unlink(missing_ok=True)
+        return None
+
+    def _write(self, place: Path, features: Tensor) -> None:
+        if not self._writes:
+            return
+        features = features.cpu().contiguous()
+        try:
+            with replacing(place) as part:
+                save_file({"features": features}, part, {"crc32": _checksum(features)})
+        except CannotWrite as error:  # a full disk must not end a training that needs no cache
+            log.error("from here on, computed features are not kept: %s", error)
+            self._writes = False
+            return
+        self._written += 1
+        if self._written % _SWEEP_EVERY == 1:
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Removes the entries used longest ago until the folder is within its bound; other runs may do the same.
+
+        What killed processes left half-written goes too.
+        """
+        for part in self.folder.glob("*/.*.part"):
+            with suppress(FileNotFoundError):
+                if time.time() - part.stat().st_mtime > _ABANDONED_S:
+                    part.unlink()
+        entries = []
+        for path in self.folder.glob("*/*.safetensors"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue
+            entries.append((status.st_mtime_ns, status.st_size, path))
+        excess = sum(size for _, size, _ in entries) - self.max_bytes
+        for _, size, path in sorted(entries):
+            if excess <= 0:
+                return
+            path.unlink(missing_ok=True)
+            excess -= size
+
+
+class CachedBackbone:
+    """A backbone whose features come from a cache; called as the backbone is, without gradients.
+
+    Args:
+        shown: what the images are called in errors.
+    """
+
+    def __init__(self, backbone: Backbone, cache: FeatureCache, shown: str):
+        self.name = backbone.name
+        self._backbone, self._cache, self._shown = backbone, cache, shown
+
+    def __call__(self, rgb: Tensor) -> Tensor:
+        return self._cache.encode(self._backbone, rgb, [self._shown] * len(rgb))  # (N,C,h,w)
+
+
+def fingerprint(backbone: Backbone) -> str:
+    """Digest of a backbone: its name, geometry, every weight, and the code that runs it."""
+    known = backbone.__dict__.get("_fingerprint")
+    if known is None:
+        digest = hashlib.sha256(f"{backbone.name}/{backbone.default_layer}/{backbone.mean}/{backbone.std}".encode())
+        digest.update(encoder_version().encode())
+        for name, tensor in sorted(backbone.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        known = backbone._fingerprint = digest.hexdigest()
+    return known
+
+
+def _checksum(features: Tensor) -> str:
+    return f"{zlib.crc32(features.contiguous().numpy().tobytes()):08x}"

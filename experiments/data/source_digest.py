@@ -1,0 +1,74 @@
+"""Digests of source code, which comments and docstrings do not change: of a file, of a module and what it imports."""
+
+import ast
+import hashlib
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+
+@cache
+def encoder_version() -> str:
+    """Digest of the code that encodes images, and of what it is made of."""
+    packages = ("torch", "torchvision", "timm", "scikit-image")
+    known = [module_digest("core.backbones"), *(f"{name}={version(name)}" for name in packages)]
+    return hashlib.sha256(" ".join(known).encode()).hexdigest()
+
+
+@cache
+def module_digest(name: str) -> str:
+    """Of a module's file, and of those of its package that it imports, directly or not."""
+    found: dict[str, str] = {}
+    waiting = [name]
+    while waiting:
+        module = waiting.pop()
+        file = None if module in found else _file_of(module)
+        if file is not None:
+            found[module] = file_digest(file)
+            waiting += _imports(file.read_text(encoding="utf-8"), module, is_package=file.name == "__init__.py")
+    return " ".join(found[module] for module in sorted(found))
+
+
+def file_digest(path: Path) -> str:
+    return f"{path.name}:{hashlib.sha256(meaning(path.read_text(encoding='utf-8')).encode()).hexdigest()}"
+
+
+def meaning(source: str) -> str:
+    """What of a source file can change what it does: its syntax tree without docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [statement for statement in body if not _is_text(statement)]
+    return ast.dump(tree)
+
+
+def _file_of(module: str) -> Path | None:
+    import importlib.util
+
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # a name that is imported from a module is not always a module
+        return None
+    return None if spec is None or spec.origin is None or not spec.has_location else Path(spec.origin)
+
+
+def _imports(source: str, module: str, is_package: bool) -> list[str]:
+    """The modules of its own package, or what may be such, that a source file imports."""
+    inside, names = module.split("."), []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = inside[: len(inside) - node.level + is_package] if node.level else []
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            names += [origin, *(f"{origin}.{alias.name}" for alias in node.names)]
+    return [name for name in names if name.partition(".")[0] == inside[0]]
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )

@@ -1,0 +1,248 @@
+"""What upsampled features are good for: probes, fidelity, consistency in time: `python -m experiments.evaluate`.
+
+Settings: configs/evaluate.yaml. `Evaluation` measures one arm at a time and is what sweeps use as well: low-resolution
+features, low-resolution probes and everything else that arms have in common are computed once, and upsampled features
+are never stored. Exit code: 0, or 2 when nothing was measured; a value that is not finite stops the run and names it.
+"""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from core.backbones import Backbone, backbone_from_config
+from experiments.atomic import CannotWrite
+from experiments.cost.arm_cost import check_cost, measure_costs
+from experiments.data import DataError, open_data
+from experiments.data.feature_cache import FeatureCache, fingerprint
+from experiments.data.image_files import NoImages
+from experiments.fidelity import upsamplers
+from experiments.measuring.bench import Bench, Cases, Encoder, Memory, Sizes
+from experiments.measuring.heads import dpt_layers
+from experiments.measuring.task import Ceiling, EvaluationError, Picture, make_task
+from experiments.peers import peers
+from experiments.reports.evaluation import header, metrics, write
+from experiments.reports.pictures import panel
+from experiments.settings import SettingError, check_writable, output_grid, pick_device
+from experiments.statistics.scores import ScoreError, frame
+from experiments.statistics.verdicts import FLOOR, Comparison, compare
+from experiments.tracking.store import TrackingUnavailable, track
+
+log = logging.getLogger(__name__)
+
+EXPECTED_ERRORS = (NoImages, DataError, SettingError, EvaluationError, ScoreError, TrackingUnavailable, CannotWrite)
+"""What is told in one line; anything else is a defect and keeps its traceback."""
+_FORMAT = 1
+"""To be raised with every change of what an evaluation measures."""
+
+
+class Evaluation:
+    """A task on a data set with a backbone, ready to measure any number of arms.
+
+    Args:
+        config: configs/evaluate.yaml; of its arms (checkpoints, peers, ceilings, seeds) it uses none.
+
+    Attributes:
+        fingerprint: hexadecimal digest of all that scores depend on besides model, arm and seed.
+        names: of the validation data and the backbone, as scores have them.
+        pictures: of the images that the arm measured last did worst on.
+
+    Raises:
+        SettingError, DataError: what could only fail later; names the setting.
+    """
+
+    def __init__(self, config: DictConfig):
+        self.task = make_task(config.task)
+        self.device = pick_device(config.device)
+        sizes = _sizes(config)
+        backbone = _backbone(config).to(self.device)
+        cache = FeatureCache(config.cache.folder, config.cache.max_gb)
+        layers = dpt_layers(backbone.num_layers) if config.task.get("head") == "dpt" else None
+        encoder, memory = Encoder(backbone, cache, layers), Memory(config.cache.memory_gb)
+        _check_encoder(encoder, sizes)
+        data = {"val_data": open_data(config.val_data)}
+        if self.task.trains:
+            data["data"] = open_data(config.data)
+            if data["data"].fingerprint == data["val_data"].fingerprint:
+                log.warning("data and val_data are the same images: probes are measured on what they were trained on")
+        self.data_fingerprints = {role: opened.fingerprint for role, opened in data.items()}
+
+        def cases(role: str, limit: int | None) -> Cases:
+            return Cases(data[role], limit, encoder, sizes, memory, self.device)
+
+        train = cases("data", config.max_train_images) if self.task.trains else None
+        val = cases("val_data", config.max_val_images)
+        self.bench = Bench(train, val, encoder, sizes, memory, config.ceiling_scale, self.device)
+        self.task.check(self.bench)
+        self.names = (config.val_data.name, config.backbone.name)
+        self.fingerprint = _fingerprint(config, sizes, self.data_fingerprints, backbone)
+
+    def scores(self, model: nn.Module | Ceiling, arm: str, seed: int) -> pd.DataFrame:
+        """Measures one arm on every validation image.
+
+        Args:
+            model: `(image, features, output_size) -> features`: AnyUp or a peer; or a `Ceiling`.
+            arm: its name in the scores. seed: of the probes, and for the column of that name.
+
+        Returns:
+            `experiments.statistics.scores.frame`; the column task is like "depth/upsampled", "fidelity/2x".
+
+        Raises:
+            EvaluationError: something cannot be measured, or is not finite; names arm, seed and image.
+            ScoreError: a measure that is not finite; names arm, seed and image.
+        """
+        if isinstance(model, Ceiling) and model.name not in self.task.ceilings:
+            raise SettingError(
+                f"task={self.task.choice} has the ceilings {', '.join(self.task.ceilings)}, not {model.name}"
+            )
+        was_training = isinstance(model, nn.Module) and model.training
+        if isinstance(model, nn.Module):
+            model.to(self.device).eval()
+        try:
+            rows = list(self.task.rows(model, seed, self.bench))
+        except EvaluationError as error:
+            raise EvaluationError(f"arm {arm}, seed {seed}: {error}") from error
+        finally:
+            if was_training:
+                model.train()
+        if not rows:
+            raise EvaluationError(f"arm {arm}, seed {seed}: no validation image has anything to measure")
+        data, backbone = self.names
+        return frame(rows, {"data": data, "backbone": backbone, "arm": arm, "seed": seed})
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the scores must know of the images."""
+        return self.task.notes
+
+    @property
+    def image_names(self) -> list[str]:
+        """Of all images that are measured."""
+        return self.bench.val.names
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """Of the images that the arm measured last did worst on, worst first; none of some tasks."""
+        return self.task.worst
+
+
+@dataclass
+class Report:
+    """What a run measured."""
+
+    scores: pd.DataFrame
+    """Per image: `experiments.statistics.scores`."""
+    results: list[Comparison]
+    """One per task, measure and arm, compared with bilinear."""
+    costs: pd.DataFrame | None
+    """Of `experiments.cost.arm_cost`; None: not measured."""
+    notes: list[str]
+    """What a reader must know of how they were measured."""
+    files: list[Path]
+
+
+def evaluate(config: DictConfig) -> Report:
+    """Measures all arms with all seeds, and writes tables and the scores per image.
+
+    Raises:
+        NoImages, DataError, SettingError, TrackingUnavailable: found before anything is computed.
+        EvaluationError, ScoreError: something cannot be measured, or is not finite; names arm and image.
+        DataError: an image that can no longer be read. CannotWrite: the disk is full, say.
+    """
+    _check(config)
+    models = dict(upsamplers(config))
+    evaluation = Evaluation(config)
+    models |= {name: Ceiling(name) for name in config.ceilings}
+    if unknown := [name for name in config.ceilings if name not in evaluation.task.ceilings]:
+        raise SettingError(
+            f"ceilings of task={evaluation.task.choice} may be {', '.join(evaluation.task.ceilings)}, got {unknown[0]}"
+        )
+    seeds = list(config.seeds) if evaluation.task.trains else list(config.seeds)[:1]
+    check_cost(config.cost)
+    with track(config, evaluation.device) as run, logging_redirect_tqdm():
+        for role, digest in evaluation.data_fingerprints.items():
+            run.data(role, digest)
+        tables = []
+        pairs = [(name, seed) for seed in seeds for name in models]
+        for name, seed in tqdm(pairs, desc=evaluation.task.choice, unit="arm", disable=None):
+            tables.append(evaluation.scores(models[name], name, seed))
+            for picture in evaluation.pictures if seed == seeds[0] else ():
+                run.picture(panel(picture.columns), f"pictures/{name}/{picture.name}.png")
+        scores = pd.concat(tables, ignore_index=True)
+        trained = [name for name in models if name not in (*peers(), *config.ceilings)]
+        results = compare(scores, FLOOR, trained, config.confidence, num_resamples=0)
+        networks = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
+        costs = measure_costs(networks, FLOOR, config.cost, evaluation.device)
+        top = header(config, evaluation.data_fingerprints, len(seeds), evaluation.notes)
+        files = write(results, scores, costs, Path(config.out_dir), config.name, top)
+        run.metrics(metrics(results))
+        for file in files:
+            run.file(file, f"tables/{file.name}")
+    return Report(scores, results, costs, evaluation.notes, files)
+
+
+def _check(config: DictConfig) -> None:
+    """Refuses arms and outputs that cannot work. Raises SettingError."""
+    seeds = config.seeds
+    if not isinstance(seeds, ListConfig) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
+        raise SettingError(f"seeds must be a list of whole numbers, got {seeds}")
+    if len(set(seeds)) < len(seeds):
+        raise SettingError(f"seeds={seeds} names one twice")
+    if len(set(config.ceilings)) < len(config.ceilings):
+        raise SettingError(f"ceilings={config.ceilings} names one twice")
+    if not 0 < config.confidence < 1:
+        raise SettingError(f"confidence must lie between 0 and 1, got {config.confidence}")
+    if not config.name or Path(config.name).name != config.name:
+        raise SettingError(f"name must be that of a file, without folders, got {config.name!r}")
+    check_writable(Path(config.out_dir))
+
+
+def _sizes(config: DictConfig) -> Sizes:
+    """Raises SettingError: sizes, limits or scale that make no sense."""
+    if not isinstance(config.image_size, (int, ListConfig)):
+        raise SettingError(f"image_size must be a number or [rows, columns], got {config.image_size}")
+    side = config.image_size
+    image = output_grid([side, side] if isinstance(side, int) else list(side), (1, 1), "image_size")
+    others = [output_grid(_plain(config[f"{name}_size"]), image, f"{name}_size") for name in _SEEN]
+    for name in ("max_train_images", "max_val_images"):
+        if config[name] is not None and (type(config[name]) is not int or config[name] < 1):
+            raise SettingError(f"{name} must be null or at least 1, got {config[name]}")
+    if type(config.ceiling_scale) is not int or config.ceiling_scale < 2:
+        raise SettingError(f"ceiling_scale must be a whole number from 2, got {config.ceiling_scale}")
+    if not config.cache.memory_gb >= 0:
+        raise SettingError(f"cache.memory_gb must not be negative, got {config.cache.memory_gb}")
+    return Sizes(image, *others)
+
+
+_SEEN = ("encoder", "guidance", "output")
+
+
+def _plain(size: int | ListConfig | None) -> int | list[int] | None:
+    return list(size) if isinstance(size, ListConfig) else size
+
+
+def _backbone(config: DictConfig) -> Backbone:
+    try:
+        return backbone_from_config(config.backbone)
+    except (ValueError, OSError) as error:  # what the core refuses: a weight file, a value
+        raise SettingError(str(error)) from error
+
+
+def _check_encoder(encoder: Encoder, sizes: Sizes) -> None:
+    if min(sizes.encoder) < encoder.least:
+        raise SettingError(
+            f"encoder_size={list(sizes.encoder)} is too small: backbone={encoder.name} needs {encoder.least} pixels"
+        )
+
+
+def _fingerprint(config: DictConfig, sizes: Sizes, data: dict[str, str], backbone: Backbone) -> str:
+    task = OmegaConf.to_container(config.task, resolve=True)
+    limits = config.max_train_images, config.max_val_images, config.ceiling_scale
+    known = [_FORMAT, sorted(task.items()), sizes, limits, sorted(data.items()), fingerprint(backbone)]
+    return hashlib.sha256(repr(known).encode()).hexdigest()

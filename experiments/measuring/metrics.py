@@ -1,0 +1,167 @@
+"""Feature fidelity, a measure of quality without labels: upsampled features against those of high-resolution crops.
+
+The setting at scale s and view v: the image is s·v pixels square. The encoder sees it shrunk to v x v, which gives the
+low-resolution features (h,w), and sees each of its s·s crops of v x v at full resolution, whose features laid side by
+side are the target (s·h,s·w). The upsampler gets the former and has to give the latter::
+
+    case = fidelity_case(image, backbone, scale=2)
+    fidelity(model(case.guidance, case.features, case.output_size), case)
+
+A crop lacks the context of its surroundings, at its borders most of all, so that nothing reaches a cosine of 1; the
+encoder run on the whole image of s·v pixels and the best combination of low-resolution neighbours
+(`experiments.measuring.ceilings`) tell how far one can get. No grid is assumed: the features of a backbone tile what it
+sees, whatever h and w are.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from core.backbones import Backbone, imagenet_normalize
+from experiments.data.feature_cache import CachedBackbone
+from experiments.data.image_files import centre_square
+
+EDGE_WITHIN = 1.0
+"""Distance in cells of the target grid up to which a cell counts as near an edge."""
+_CROPS_AT_ONCE = 16
+_EDGE_QUANTILES = (0.8, 0.9)
+"""Canny's thresholds: an edge starts where the gradient is among the steepest 10 %, and goes on within 20 %."""
+
+
+class FidelityError(ValueError):
+    """An image, an encoder or an upsampler for which fidelity is not defined; says which values are wrong."""
+
+
+@dataclass(frozen=True)
+class FidelityCase:
+    """One image, ready for any number of upsamplers."""
+
+    image: Tensor
+    """(1,3,s·v,s·v) RGB in [0,1]: what the crops are taken from."""
+    guidance: Tensor
+    """(1,3,G,G), ImageNet-normalised: what the upsampler sees of the image."""
+    features: Tensor
+    """(1,C,h,w) features of the image shrunk to v x v."""
+    target: Tensor
+    """(1,C,s·h,s·w) features of the s·s crops, side by side."""
+    edges: Tensor
+    """(s·h,s·w) bool, on the CPU: target cells near an edge of the image."""
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """(rows, columns) of the target grid."""
+        return self.target.shape[-2], self.target.shape[-1]
+
+
+@torch.no_grad()
+def fidelity_case(
+    image: Tensor, backbone: Backbone | CachedBackbone, scale: int = 2, view: int = 224, guidance: int | None = None
+) -> FidelityCase:
+    """Encodes an image at low resolution, and crop by crop at high resolution.
+
+    Args:
+        image: (1,3,H,W) or (3,H,W) RGB in [0,1], of any size, on the backbone's device; its central square is resized
+            to s·v pixels (and enlarged where it is smaller: its crops then show no more detail).
+        scale: s, of the target grid to the grid of the low-resolution features; at least 2.
+        view: v, side in pixels of what the encoder sees at once.
+        guidance: G, side in pixels of the guidance, at most s·v; None: v.
+
+    Raises:
+        ValueError: a size that does not fit; or as the backbone refuses an image of v pixels.
+        FidelityError: the encoder's features are not finite, or are the same everywhere.
+    """
+    guidance = view if guidance is None else guidance
+    if scale < 2 or view < 1 or not 1 <= guidance <= scale * view:
+        raise ValueError(
+            f"fidelity needs scale >= 2, view >= 1 and 1 <= guidance <= scale·view, got scale={scale}, view={view}, "
+            f"guidance={guidance}"
+        )
+    image = image[None] if image.dim() == 3 else image
+    if image.dim() != 4 or image.shape[:2] != (1, 3):
+        raise ValueError(f"fidelity needs one image, (3,H,W) or (1,3,H,W), got {tuple(image.shape)}")
+    image = centre_square(image, scale * view)  # (1,3,s·v,s·v)
+    features = backbone(_resized(image, view))  # (1,C,h,w)
+    target = _features_of_crops(image, backbone, scale, view)  # (1,C,s·h,s·w)
+    for what, values in (("the image", features), ("crops", target)):
+        if not torch.isfinite(values).all():
+            raise FidelityError(f"backbone {backbone.name}: the features of {what} are not finite")
+    if _variance(target.double()) == 0:
+        raise FidelityError(
+            f"backbone {backbone.name}: the features of all crops are the same everywhere (is the image blank?), so "
+            "the error has no unit"
+        )
+    edges = image_edges(image, tuple(target.shape[-2:]))  # (s·h,s·w)
+    return FidelityCase(image, imagenet_normalize(_resized(image, guidance)), features, target, edges)
+
+
+def fidelity(upsampled: Tensor, case: FidelityCase) -> dict[str, float]:
+    """Compares (1,C,s·h,s·w) upsampled features with the target, in float64.
+
+    Returns:
+        cosine: mean over positions of the cosine between upsampled and target vector (0 where the upsampled vector
+            is zero; positions with a zero target vector are left out, having no direction).
+        error: squared error divided by the variance of the target over the positions of this image, both summed over
+            channels: 0 is perfect, 1 is what the image's mean feature vector reaches.
+        edge_cosine, edge_error: the same over `case.edges` only, the error in the same unit. An image without edges
+            has neither.
+
+    Raises:
+        ValueError: the shape is not the target's. FidelityError: values that are not finite.
+    """
+    if upsampled.shape != case.target.shape:
+        raise ValueError(f"upsampled features are {tuple(upsampled.shape)}, the target is {tuple(case.target.shape)}")
+    ours, target = (values.detach()[0].cpu().double() for values in (upsampled, case.target))  # (C,s·h,s·w)
+    if not torch.isfinite(ours).all():
+        bad = (~torch.isfinite(ours)).sum().item()
+        raise FidelityError(f"{bad} of {ours.numel()} values of the upsampled features are not finite")
+    cosine = F.cosine_similarity(ours, target, dim=0)  # (s·h,s·w)
+    directed = target.abs().amax(0) > 0
+    error = (ours - target).square().sum(0) / _variance(target[None])  # (s·h,s·w)
+    measured = {"cosine": cosine[directed].mean().item(), "error": error.mean().item()}
+    if (case.edges & directed).any():
+        measured["edge_cosine"] = cosine[case.edges & directed].mean().item()
+        measured["edge_error"] = error[case.edges].mean().item()
+    return measured
+
+
+def image_edges(image: Tensor, size: tuple[int, int], within: float = EDGE_WITHIN) -> Tensor:
+    """(1,3,H,W) RGB -> (rows,columns) bool: cells of a grid over the image near an edge of the image.
+
+    Edges are Canny's (IEEE PAMI 1986; scikit-image) in the grey image averaged over the cells, with a Gaussian of one
+    cell and the image's own 80 % and 90 % quantiles of the gradient as thresholds: outlines at the resolution of the
+    grid, not texture below it. A cell is near where an edge cell is at most `within` cells away.
+    """
+    from scipy.ndimage import distance_transform_edt
+    from skimage.color import rgb2gray
+    from skimage.feature import canny
+
+    cells = F.interpolate(image.detach().cpu().double(), size, mode="area")[0]  # (3,rows,columns)
+    grey = rgb2gray(cells.permute(1, 2, 0).numpy())  # (rows,columns)
+    low, high = _EDGE_QUANTILES
+    found = canny(grey, sigma=1, low_threshold=low, high_threshold=high, use_quantiles=True, mode="nearest")
+    if not found.any():
+        return torch.zeros(size, dtype=torch.bool)
+    return torch.from_numpy(distance_transform_edt(~found) <= within)
+
+
+def _resized(image: Tensor, side: int) -> Tensor:
+    """(1,3,n,n) -> (1,3,side,side), antialiased; the same tensor where it is that already."""
+    if image.shape[-1] == side:
+        return image
+    return F.interpolate(image, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def _features_of_crops(image: Tensor, backbone: Backbone | CachedBackbone, scale: int, view: int) -> Tensor:
+    """(1,3,s·v,s·v) -> (1,C,s·h,s·w): the features of the crops, each in its place."""
+    crops = image.unflatten(-2, (scale, view)).unflatten(-1, (scale, view))  # (1,3,s,v,s,v)
+    crops = crops.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)  # (s·s,3,v,v), row by row
+    features = torch.cat([backbone(some) for some in crops.split(_CROPS_AT_ONCE)])  # (s·s,C,h,w)
+    rows = features.unflatten(0, (scale, scale)).permute(2, 0, 3, 1, 4)  # (C,s,h,s,w)
+    return rows.flatten(3, 4).flatten(1, 2)[None]  # (1,C,s·h,s·w)
+
+
+def _variance(target: Tensor) -> Tensor:
+    """(1,C,rows,columns) -> scalar: mean over positions of the squared distance from the mean vector."""
+    return (target - target.mean((2, 3), keepdim=True)).square().sum(1).mean()

@@ -1,0 +1,1 @@
+"""Reports: tables, figures and pictures from plain results; nothing is measured here."""

@@ -1,0 +1,237 @@
+"""The benchmark's results as rows, tables (Markdown, CSV, terminal), a plot, and metrics of a run."""
+
+import csv
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+from rich.table import Table
+
+from experiments.atomic import replacing
+from experiments.cost.benchmark_cases import Case
+from experiments.tracking.provenance import Origin
+
+COLOURS = {"dense": "tab:gray", "ours": "tab:blue", "compiled": "tab:orange"}
+LINES = {"float32": "-", "bfloat16": "--", "float16": ":"}
+COLUMNS = {
+    "size": "left",
+    "dtype": "left",
+    "arm": "left",
+    "ms": "right",
+    "minimum": "right",
+    "runs": "right",
+    "x faster": "right",
+    "CPU": "right",
+    "MB": "right",
+    "of budget": "right",
+    "differs": "right",
+    "Mparam": "right",
+    "GFLOP": "right",
+    "remark": "left",
+}
+_IN_TERMINAL = ("size", "dtype", "arm", "ms", "x faster", "MB", "remark")
+NOTES = """\
+- ms: median of the runs. On CPU by the clock; on a GPU between two events of its queue, which is synchronised.
+- x faster: the first arm's time divided by this arm's of the same round, median over rounds, with the 95 % interval
+  of a bootstrap over rounds. CPU: the same of the CPU time of the process, which its neighbours disturb less.
+- MB: 10^6 bytes, peak above the level with model and inputs in place, output included. On CPU resident memory of a
+  fresh process per arm and size; on a GPU allocated (reserved).
+- budget: output + 3 image-sized buffers of 128 channels (3·H·W·512 B in float32) + 10 %.
+- GFLOP: of one forward; matrix products and convolutions only, a multiply-add counts as two. For our arms counted on
+  the plain path; the fast one takes fewer for its 3x3 convolution (Winograd).
+- differs: largest difference from the first arm's output (training step: gradient of all weights), relative to the
+  largest value. An arm that differs too much is called wrong and not timed."""
+
+
+@dataclass
+class Row:
+    """What was measured of one arm at one size; None: not measured."""
+
+    case: Case
+    arm: str
+    device: str
+    threads: int
+    queries_at_once: int | None
+    """Of the dense arm; None: all."""
+    num_warmup: int
+    parameters: int | None = None
+    gflops: float | None = None
+    budget_mb: float | None = None
+    status: str = "ok"
+    """ok, or why something was not measured: `out of memory...`, `wrong...`, `failed...`."""
+    num_runs: int = 0
+    time_ms: float | None = None
+    time_min_ms: float | None = None
+    cpu_ms: float | None = None
+    cpu_min_ms: float | None = None
+    against: str = ""
+    """The arm that the ratios compare with."""
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    cpu_ratio: float | None = None
+    memory_mb: float | None = None
+    reserved_mb: float | None = None
+    difference: float | None = None
+
+    @property
+    def of_budget(self) -> float | None:
+        """Peak memory as a fraction of the budget."""
+        return None if None in (self.memory_mb, self.budget_mb) else self.memory_mb / self.budget_mb
+
+    @property
+    def defective(self) -> bool:
+        """Failed or wrong; running out of memory is neither."""
+        return self.status.startswith(("failed", "wrong"))
+
+
+def header(config: DictConfig, device: torch.device) -> str:
+    """Markdown: the command, and where and with what it runs."""
+    rounds = f"- rounds: {config.num_warmup} to warm up, up to {config.num_runs} timed; all arms in turn in one process"
+    lines = origin(
+        "experiments.benchmark", "benchmark", device, config.num_threads, ", ".join(config.dtype), config.tf32
+    )
+    return "\n".join([f"# Cost on {device.type.upper()}", "", *lines, rounds])
+
+
+def origin(module: str, function: str, device: torch.device, num_threads: int, dtype: str, tf32: bool) -> list[str]:
+    """Lines of Markdown: the command of `module` (or that its `function` was called), when, where and with what."""
+    made = Origin.of_this_process(module, f"{module}.{function}(config), from Python")
+    return [
+        f"    {made.command}",
+        "",
+        f"- {made}",
+        f"- {device_name(device)}, {num_threads} CPU thread{'s' * (num_threads > 1)}, {dtype}",
+        f"- {made.packages}, {platform.system()}"
+        + (f", CUDA {torch.version.cuda}, TF32 {'on' if tf32 else 'off'}" if device.type == "cuda" else ""),
+    ]
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the processor or GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def write(rows: Sequence[Row], out_dir: Path, name: str, top: str, done: str = "") -> list[Path]:
+    """Writes NAME.md, NAME.csv and NAME.png, each whole or not at all -> their paths.
+
+    Args:
+        top: what the Markdown begins with.
+        done: a remark on rows that are still missing.
+    """
+    paths = [out_dir / f"{name}.{suffix}" for suffix in ("md", "csv", "png")]
+    table = [
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "".join(" --- |" if side == "left" else " ---: |" for side in COLUMNS.values()),
+    ]
+    table += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+    with replacing(paths[0]) as part:
+        part.write_text("\n\n".join(filter(None, [top, done, "\n".join(table), NOTES])) + "\n")
+    with replacing(paths[1]) as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, flat(rows[0]))
+        writer.writeheader()
+        writer.writerows(map(flat, rows))
+    with replacing(paths[2]) as part:
+        plot(rows).savefig(part, format="png", dpi=120)
+    return paths
+
+
+def cells(row: Row) -> list[str]:
+    """One line of the tables."""
+    ratio = f"{row.ratio:.2f}" if row.ratio else ""
+    if row.ratio_low:
+        ratio += f" ({row.ratio_low:.2f}-{row.ratio_high:.2f})"
+    if row.ratio and row.against != "dense":
+        ratio += f" than {row.against}"
+    memory = _number(row.memory_mb) + (f" ({_number(row.reserved_mb)})" if row.reserved_mb else "")
+    remark = "" if row.status == "ok" else row.status
+    if row.queries_at_once and not remark:
+        remark = f"{row.queries_at_once} queries at once"
+    return [
+        row.case.label,
+        row.case.dtype,
+        row.arm,
+        _number(row.time_ms),
+        _number(row.time_min_ms),
+        str(row.num_runs or ""),
+        ratio,
+        f"{row.cpu_ratio:.2f}" if row.cpu_ratio else "",
+        memory,
+        f"{row.of_budget:.0%}" if row.of_budget is not None else "",
+        f"{row.difference:.0e}" if row.difference is not None else "",
+        f"{row.parameters / 1e6:.2f}" if row.parameters else "",
+        _number(row.gflops),
+        remark.replace("|", "/"),
+    ]
+
+
+def rich_table(rows: Sequence[Row]) -> Table:
+    """What matters most of it, for the terminal."""
+    table = Table(title="cost")
+    for name in _IN_TERMINAL:
+        table.add_column(name, justify=COLUMNS[name], no_wrap=COLUMNS[name] == "right", overflow="fold")
+    for row in rows:
+        line = dict(zip(COLUMNS, cells(row), strict=True))
+        table.add_row(*(line[name] for name in _IN_TERMINAL), style="red" if row.defective else "")
+    return table
+
+
+def flat(row: Row) -> dict[str, object]:
+    """All of a row, the case's fields first."""
+    own = {field.name: getattr(row, field.name) for field in fields(row) if field.name != "case"}
+    return asdict(row.case) | own | {"of_budget": row.of_budget}
+
+
+def metrics(row: Row) -> dict[str, float]:
+    """The numbers of a row under the names of its size and arm."""
+    names = ("time_ms", "time_min_ms", "cpu_ms", "ratio", "ratio_low", "ratio_high", "cpu_ratio", "memory_mb",
+             "reserved_mb", "of_budget", "difference", "parameters", "gflops", "num_runs")  # fmt: skip
+    values = {f"{row.case.key}/{row.arm}/{name}": getattr(row, name) for name in names}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def plot(rows: Sequence[Row]) -> Figure:
+    """Time and memory of forwards against the output's side; a cross marks an arm that ran out of memory."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    forwards = [row for row in rows if not row.case.training]
+    curves = list(dict.fromkeys((row.arm, row.case.dtype, row.case.channels) for row in forwards))
+    widths = sorted({row.case.channels for row in forwards})
+    for axes, value, label in zip(panels, ("time_ms", "memory_mb"), ("time in ms", "peak memory in MB"), strict=True):
+        for arm, dtype, channels in curves:
+            mine = [row for row in forwards if (row.arm, row.case.dtype, row.case.channels) == (arm, dtype, channels)]
+            mine.sort(key=lambda row: row.case.output)
+            known = [row for row in mine if getattr(row, value)]
+            style = {"color": COLOURS[arm], "linestyle": LINES[dtype], "marker": "os^v"[widths.index(channels) % 4]}
+            axes.plot([row.case.output for row in known], [getattr(row, value) for row in known], **style,
+                      label=f"{arm}, {dtype}, C={channels}")  # fmt: skip
+            full = [row.case.output for row in mine if row.status.startswith("out of memory")]
+            axes.plot(full, [0.98] * len(full), "x", color=COLOURS[arm], transform=axes.get_xaxis_transform())
+        sides = sorted({row.case.output for row in forwards})
+        axes.set(xscale="log", xlabel="output side in pixels", ylabel=label)
+        if any(getattr(row, value) for row in forwards):
+            axes.set_yscale("log")
+        axes.set_xticks(sides, list(map(str, sides)), rotation=45)
+        axes.xaxis.minorticks_off()
+        axes.grid(alpha=0.3)
+    if forwards:
+        panels[0].legend(fontsize="small")
+    if any(row.status.startswith("out of memory") for row in forwards):
+        figure.suptitle("A cross at the top: out of memory", fontsize="small")
+    return figure
+
+
+def _number(value: float | None) -> str:
+    """Three digits, without an exponent."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

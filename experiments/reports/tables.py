@@ -1,0 +1,171 @@
+"""A sweep in words and numbers: Markdown, CSV, the terminal, and what goes to MLflow."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from experiments.atomic import replacing
+from experiments.cost.arm_cost import cost_markdown, cost_table
+from experiments.reports.figures import cost_quality, forest, panels, title_of
+from experiments.statistics.intervals import Interval
+from experiments.statistics.verdicts import Comparison, compare, table
+from experiments.sweeps.results import Results
+from experiments.tracking.run import Run
+
+STYLES = {"helps": "green", "hurts": "red", "reference": "dim", "baseline": "bold"}
+NOTES = """\
+- Difference: to the baseline, of the same images and seeds, mean over seeds; the interval holds for other seeds and
+  other images (docs/statistics.md). In the .csv also the percentile bootstrap over both, too narrow for few seeds.
+- Verdict: helps or hurts where the difference is shown after Holm's correction for the number of arms compared, within
+  this measure on this task; p is the corrected value. "Not shown" says no more than that: not that arms are equal.
+- Gap closed: (arm - bilinear) / (encoder - bilinear); left out where the encoder is not clearly better than bilinear.
+- Peers have no training and no verdict; the ceiling is the encoder itself at a higher resolution. What is the same for
+  all seeds was measured once, and of a checkpoint the spread over trainings is not known.
+- Scores per image: the file NAME_scores.parquet that the command writes, and its run has."""
+
+
+@dataclass
+class Report:
+    """A sweep, compared."""
+
+    results: Results
+    comparisons: list[Comparison]
+    files: list[Path]
+
+
+def write_report(results: Results, folder: Path) -> Report:
+    """Compares, and writes NAME.md, NAME.csv, NAME_forest.png, NAME_scores.parquet, and, of costs, NAME_costs.csv and
+    NAME_cost_quality.png; each whole or not at all.
+
+    Raises:
+        ScoreError: as `verdicts.compare`. CannotWrite: the disk is full, say.
+    """
+    plan = results.plan
+    comparisons = compare(results.scores, plan.baseline, plan.competing, plan.confidence)
+    figures = {"forest": forest(comparisons, plan.confidence)}
+    files = [folder / f"{plan.name}.md", folder / f"{plan.name}.csv", folder / f"{plan.name}_scores.parquet"]
+    with replacing(files[0]) as part:
+        part.write_text(markdown(results, comparisons), encoding="utf-8")
+    with replacing(files[1]) as part:
+        table(comparisons).to_csv(part, index=False)
+    with replacing(files[2]) as part:
+        results.scores.to_parquet(part, index=False)
+    if results.costs is not None:
+        files.append(folder / f"{plan.name}_costs.csv")
+        with replacing(files[-1]) as part:
+            results.costs.to_csv(part, index=False)
+        figures["cost_quality"] = cost_quality(comparisons, results.costs)
+    for name, figure in figures.items():
+        files.append(folder / f"{plan.name}_{name}.png")
+        with replacing(files[-1]) as part:
+            figure.savefig(part, format="png", dpi=120)
+    return Report(results, comparisons, files)
+
+
+def record_report(report: Report, run: Run) -> None:
+    """Puts tables, pictures and differences into the sweep's run."""
+    for file in report.files:
+        run.file(file, f"report/{file.name.removeprefix(report.results.plan.name).lstrip('._') or 'report'}")
+    values = {}
+    for one in report.comparisons:
+        if one.difference is not None:
+            key = "/".join((*one.family, one.measure, one.arm))
+            known = {"difference": one.difference.value, "low": one.difference.low, "high": one.difference.high}
+            values |= {f"{key}/{end}": value for end, value in known.items() if value is not None}
+    run.metrics(values)
+    if report.results.costs is None:
+        run.text("", "report/costs.csv")  # of an earlier start, maybe
+    run.tag("failed", "; ".join(f"{arm}: {reason}" for arm, reason in report.results.failures.items()))
+
+
+def markdown(results: Results, comparisons: Sequence[Comparison]) -> str:
+    """All of it."""
+    parts = [_header(results), *_failures(results)]
+    for family in panels(comparisons):
+        parts.append(f"## {' / '.join(family)}")
+        mine = [one for one in comparisons if one.family == family]
+        for measure in dict.fromkeys(one.measure for one in mine):
+            parts.append(f"### {title_of(measure)}, {mine[0].num_images} images")
+            parts.append(_table(["arm", "mean", "difference", "p", "verdict", "gap closed"],
+                                [_cells(one) for one in mine if one.measure == measure]))  # fmt: skip
+    if results.costs is not None:
+        parts.append(cost_markdown(results.costs))
+    return "\n\n".join([*parts, NOTES]) + "\n"
+
+
+def rich_tables(report: Report) -> list[Table]:
+    """What matters most of it, for the terminal: the first measure of each task, and the costs."""
+    tables = []
+    for family, rows in panels(report.comparisons).items():
+        title = f"{' / '.join(family)}: {title_of(rows[0].measure)}, {rows[0].num_images} images"
+        shown = _rich(title, ["arm", "mean", "difference", "verdict", "gap closed"])
+        for one in rows:
+            cells = _cells(one)
+            shown.add_row(*cells[:3], *cells[4:], style=STYLES.get(one.verdict, ""))
+        tables.append(shown)
+    if report.results.costs is not None:
+        tables.append(cost_table(report.results.costs))
+    return tables
+
+
+def show(report: Report) -> None:
+    """Prints it, as the last thing a command does: the tables, what a reader must know, and where the files are."""
+    console = Console()
+    for shown in rich_tables(report):
+        console.print(shown)
+    for line in (*report.results.notes, *map(os.path.relpath, report.files)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _header(results: Results) -> str:
+    plan = results.plan
+    seeds = sorted({member.seed for member in plan.members})
+    origin = results.origin
+    return "\n".join(
+        [
+            f"# {plan.name}",
+            "",
+            f"    {origin.command}" if origin else "The sweep's run does not say how it was made.",
+            "",
+            *([f"- {origin}"] if origin else []),
+            f"- seeds {', '.join(map(str, seeds))}; baseline {plan.baseline}; {len(plan.competing)} arms; intervals of "
+            f"{plan.confidence:.0%}",
+            *([f"- {origin.packages}"] if origin else []),
+            *(f"- {note}" for note in results.notes),
+        ]
+    )
+
+
+def _failures(results: Results) -> list[str]:
+    lines = [f"- FAILED: {arm}: {reason}" for arm, reason in results.failures.items()]
+    return ["\n".join(lines)] if lines else []
+
+
+def _cells(one: Comparison) -> list[str]:
+    verdict = f"{one.verdict} ({one.basis})" if one.basis else one.verdict
+    p = "" if one.p_value is None else "<0.001" if one.p_value < 0.001 else f"{one.p_value:.3f}"
+    return [one.arm, f"{one.mean:.4f}", _signed(one.difference, 4), p, verdict, _signed(one.gap_closed, 2)]
+
+
+def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(columns) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, rule, *lines))
+
+
+def _rich(title: str, columns: Sequence[str]) -> Table:
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        shown.add_column(column, justify="right" if i else "left", overflow="fold")
+    return shown
+
+
+def _signed(interval: Interval | None, digits: int) -> str:
+    if interval is None:
+        return ""
+    ends = "" if interval.low is None else f" [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
+    return f"{interval.value:+.{digits}f}{ends}"

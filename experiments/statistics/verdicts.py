@@ -1,0 +1,206 @@
+"""Scores -> what is said about each arm: its difference to the baseline with an interval, a verdict, the gap it closes.
+
+Differences are paired: of the same images and the same seeds. An interval holds for other seeds and other images
+(`statistics.Spread`); a verdict takes into account how many arms were compared (Holm over the arms that compete, within
+one measure of one task; measures and tasks are looked at one by one, so a claim over several of them needs more).
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import numpy as np
+import pandas as pd
+
+from experiments.statistics.intervals import Interval, Spread, holm, pseudo_values, spread, two_way_bootstrap
+from experiments.statistics.scores import MEASURES, ScoreError, check, sums, value
+
+FAMILY = ["task", "data", "backbone"]
+FLOOR, CEILING = "bilinear", "encoder"
+"""The share of the gap between these two is what an arm closes."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One measure of one arm on one task."""
+
+    task: str
+    data: str
+    backbone: str
+    measure: str
+    arm: str
+    mean: float
+    """Over seeds."""
+    difference: Interval | None
+    """To the baseline; None for the baseline itself."""
+    p_value: float | None
+    """Adjusted for the number of arms; None for what does not compete."""
+    verdict: str
+    """helps, hurts, not shown; baseline; reference (peers and ceilings)."""
+    basis: str
+    """Over what the interval speaks, where that is not seeds and images."""
+    gap_closed: Interval | None
+    """None where encoder and bilinear are not there, or not clearly apart."""
+    num_seeds: int
+    num_images: int
+    bootstrap: Interval | None
+    """The difference with its two-way percentile bootstrap, to compare with; too narrow for few seeds."""
+
+    @property
+    def family(self) -> tuple[str, str, str]:
+        """Task, data and backbone."""
+        return self.task, self.data, self.backbone
+
+
+def compare(
+    scores: pd.DataFrame,
+    baseline: str,
+    competing: Collection[str],
+    confidence: float = 0.95,
+    num_resamples: int = 2000,
+) -> list[Comparison]:
+    """Compares every arm of `scores` with the baseline, measure by measure, arms in the order of the rows.
+
+    Args:
+        scores: of `experiments.statistics.scores`. An arm with one seed, where the baseline has several, is taken as
+            the same for each of them (a peer).
+        competing: arms that get a verdict.
+        num_resamples: of the bootstrap that is given beside the interval; 0: without.
+
+    Raises:
+        ScoreError: as `check`; the baseline is missing on some task, or an arm has other seeds.
+    """
+    check(scores)
+    compared = []
+    for keys, rows in scores.groupby(FAMILY, sort=False):
+        for measure, of_measure in rows.groupby("measure", sort=False):
+            arms = arrays(of_measure)
+            where = f"{'/'.join(keys)}, {measure}"
+            if baseline not in arms:
+                raise ScoreError(f"{where}: the baseline {baseline} has no scores; there are: {', '.join(arms)}")
+            one = _Measured(arms, baseline, MEASURES[measure].better, where)
+            compared += one.comparisons(
+                dict(zip(FAMILY, keys, strict=True)), measure, competing, confidence, num_resamples
+            )
+    return compared
+
+
+def table(comparisons: list[Comparison]) -> pd.DataFrame:
+    """One row per comparison, intervals in columns NAME, NAME_low, NAME_high."""
+    rows = []
+    for one in comparisons:
+        row = asdict(one)
+        for name in ("difference", "gap_closed", "bootstrap"):
+            interval = row.pop(name) or {"value": None, "low": None, "high": None}
+            ends = {f"{name}_low": interval["low"], f"{name}_high": interval["high"]}
+            row |= ends if name == "bootstrap" else {name: interval["value"]} | ends
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def difference(arm: "Sums", baseline: "Sums", weights: np.ndarray) -> np.ndarray:
+    """(R,N) weights of the images -> (R,S) differences of the arm to the baseline, per seed."""
+    return np.atleast_2d(value(*arm, weights)) - np.atleast_2d(value(*baseline, weights))
+
+
+Sums = tuple[np.ndarray, np.ndarray]
+"""Numerators and denominators, (S,N,K); images in the same order for all arms."""
+
+
+class _Measured:
+    """One measure on one task: all arms."""
+
+    def __init__(self, arms: Mapping[str, tuple[Sums, list[int]]], baseline: str, better: int, where: str):
+        self.sums = {name: of_arm for name, (of_arm, _) in arms.items()}
+        self.seeds = {name: seeds for name, (_, seeds) in arms.items()}
+        self.baseline, self.better = baseline, better
+        self.num_images = self.sums[baseline][0].shape[1]
+        for name, seeds in self.seeds.items():
+            if seeds != self.seeds[baseline] and len(seeds) > 1 and len(self.seeds[baseline]) > 1:
+                raise ScoreError(f"{where}: arm {name} has seeds {seeds}, the baseline {self.seeds[baseline]}")
+
+    def comparisons(
+        self, family: Mapping[str, str], measure: str, competing: Collection[str], confidence: float, num_resamples: int
+    ) -> list[Comparison]:
+        others = [name for name in self.sums if name != self.baseline]
+        spreads = {name: self.spread_of(name) for name in others}
+        rivals = [name for name in others if name in competing]
+        adjusted = dict(zip(rivals, holm([float(spreads[name].p_value()) for name in rivals]), strict=True))
+        clear = self._gap_is_clear(confidence)
+        found = []
+        for name in self.sums:
+            of_arm, p = spreads.get(name), adjusted.get(name)
+            interval = of_arm and of_arm.interval(confidence)
+            verdict = "baseline" if of_arm is None else "reference" if p is None else "not shown"
+            if p is not None and p <= 1 - confidence:
+                verdict = "helps" if interval.value * self.better > 0 else "hurts"
+            share = clear and name not in (FLOOR, CEILING)
+            found.append(
+                Comparison(
+                    **family,
+                    measure=measure,
+                    arm=name,
+                    mean=float(np.mean(value(*self.sums[name]))),
+                    difference=interval,
+                    p_value=None if p is None else float(p),
+                    verdict=verdict,
+                    basis=_basis(of_arm),
+                    gap_closed=self._share(name, confidence) if share else None,
+                    num_seeds=len(self.seeds[name]),
+                    num_images=self.num_images,
+                    bootstrap=self._bootstrap(name, confidence, num_resamples) if of_arm and num_resamples else None,
+                )
+            )
+        return found
+
+    def spread_of(self, name: str, other: str | None = None) -> Spread:
+        statistic = partial(difference, self.sums[name], self.sums[other or self.baseline])
+        return spread(pseudo_values(statistic, self.num_images))
+
+    def _gap_is_clear(self, confidence: float) -> bool:
+        if not {FLOOR, CEILING} <= self.sums.keys():
+            return False
+        gap = self.spread_of(CEILING, FLOOR).interval(confidence)
+        return gap.low is not None and min(self.better * gap.low, self.better * gap.high) > 0
+
+    def _share(self, name: str, confidence: float) -> Interval:
+        arm, floor, ceiling = (self.sums[key] for key in (name, FLOOR, CEILING))
+
+        def share(weights: np.ndarray) -> np.ndarray:
+            return difference(arm, floor, weights) / difference(ceiling, floor, weights)  # (R,S)
+
+        found = spread(pseudo_values(share, self.num_images))
+        return found.interval(confidence)
+
+    def _bootstrap(self, name: str, confidence: float, num_resamples: int) -> Interval | None:
+        statistic = partial(difference, self.sums[name], self.sums[self.baseline])
+        try:
+            low, high = two_way_bootstrap(statistic, self.num_images, confidence, num_resamples)
+        except ScoreError:  # a draw without any image that has the measure: there are too few of them
+            return None
+        return Interval(float(statistic(np.ones((1, self.num_images))).mean()), low, high)
+
+
+def _basis(of_arm: Spread | None) -> str:
+    if of_arm is None or (of_arm.num_seeds > 1 and of_arm.num_images > 1):
+        return ""
+    if of_arm.num_images > 1:
+        return "one seed: over images only"
+    return "one image: over seeds only" if of_arm.num_seeds > 1 else "one seed, one image: no interval"
+
+
+def arrays(rows: pd.DataFrame) -> dict[str, tuple[Sums, list[int]]]:
+    """Arm -> its sums, over the images on which any arm has the measure, and its seeds."""
+    images = sorted(set(rows.loc[rows["denominator"] > 0, "image"]))
+    arrays = {}
+    for arm, of_arm in rows.groupby("arm", sort=False):
+        numerator, denominator, seeds, own = sums(of_arm)
+        at = pd.Index(images).get_indexer(own)
+        kept = at >= 0
+        wide = []
+        for array in (numerator, denominator):
+            full = np.zeros((len(seeds), len(images), array.shape[2]))
+            full[:, at[kept]] = array[:, kept]
+            wide.append(full)
+        arrays[arm] = ((wide[0], wide[1]), seeds)
+    return arrays

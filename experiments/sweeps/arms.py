@@ -1,0 +1,293 @@
+"""The arms of a sweep: what `configs/ablate.yaml` names, composed and checked before anything is computed."""
+
+import hashlib
+import itertools
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+import core
+from core import checkpoint
+from core.hooks import HOOK_POINTS
+from core.registry import discover
+from experiments.data import open_data
+from experiments.measuring.tasks import Ceiling, tasks
+from experiments.peers import make_peer, peers
+from experiments.settings import SettingError
+from experiments.sweeps.code_version import code_version
+from experiments.training.setup import deciding_settings, make_model
+
+log = logging.getLogger(__name__)
+
+CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
+_NAME = re.compile(r"[A-Za-z0-9][\w.+=,\- ]*")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the tables."""
+
+    name: str
+    kind: str
+    """trained; checkpoint, peer, ceiling: the same for all seeds."""
+    training: DictConfig | None = None
+    """Of a trained arm: its configuration (of experiments.training.loop), with any seed and out_dir."""
+    checkpoint: Path | None = None
+
+    @property
+    def competes(self) -> bool:
+        """Whether a verdict is asked for; peers and ceilings are references."""
+        return self.kind in ("trained", "checkpoint")
+
+    def key(self, seed: int) -> str:
+        """Digest of what the arm's results with this seed depend on, apart from the evaluation."""
+        if self.training is not None:
+            settings = deciding_settings(self.training) | {"seed": seed}
+            known = {"settings": settings, "data": fingerprint_of(self.training.data), "files": files_of(settings)}
+        else:
+            known = {"name": self.name, "file": _digest(self.checkpoint) if self.checkpoint else ""}
+        return digest_of({"kind": self.kind, "code": self._code} | known)
+
+    @cached_property
+    def _code(self) -> str:
+        config = self.training
+        if self.checkpoint is not None:
+            with suppress(core.WeightsError, OSError):  # which this arm fails of, when it is measured
+                config = checkpoint.read(self.checkpoint)[1]
+        return code_version([(hook, config[hook]["name"]) for hook in HOOK_POINTS if hook in config] if config else [])
+
+    def model(self, trained: Path | None = None) -> nn.Module | Ceiling:
+        """The upsampler, from what training left at `trained`, or what stands in its place.
+
+        Raises:
+            WeightsError, OSError: the checkpoint cannot be used.
+        """
+        if self.kind == "peer":
+            return make_peer(self.name)
+        if self.kind == "ceiling":
+            return Ceiling(self.name)
+        return core.load(trained or self.checkpoint).eval()
+
+
+def read_arms(config: DictConfig) -> list[Arm]:
+    """All arms of a sweep: those of `arms` and `product`, then `peers`, then `ceilings`.
+
+    Raises:
+        SettingError: no arms, two of one name or of one training, no baseline among them, an unknown override or peer,
+            a checkpoint that is missing.
+    """
+    check_names("arms", "product")
+    arms = [_arm(name, value, config) for name, value in _named(config).items()]
+    if not arms:
+        raise SettingError(
+            "there are no arms: '+arms={NAME: [OVERRIDE, ...], ...}', or '+product={KEY: [VALUE, ...], ...}'"
+        )
+    for name in config.peers:
+        if name not in peers():
+            raise SettingError(f"peers={name} is none; there are: {', '.join(sorted(peers()))}")
+        arms.append(Arm(name, "peer"))
+    for name in config.ceilings:
+        if name not in ceilings():
+            raise SettingError(f"ceilings={name} is none; there are: {', '.join(ceilings())}")
+        arms.append(Arm(name, "ceiling"))
+    names = [arm.name for arm in arms]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise SettingError(
+            f"two arms are called {', '.join(twice)}: arms, product, peers and ceilings share their names"
+        )
+    if config.baseline not in [arm.name for arm in arms if arm.competes]:
+        raise SettingError(f"baseline={config.baseline} is no arm; there are: {', '.join(names)}")
+    _check_distinct(arms)
+    return arms
+
+
+def composed(name: str, overrides: Sequence[str]) -> DictConfig:
+    """A configuration of `configs/`, as a command line would give it; of two overrides of one key the later counts.
+
+    Raises:
+        SettingError: what Hydra says about an override.
+    """
+    last = {override.partition("=")[0].lstrip("+"): override for override in overrides}
+    try:
+        if GlobalHydra.instance().is_initialized():
+            return compose(name, list(last.values()))
+        with initialize_config_dir(str(CONFIGS), version_base=None):
+            return compose(name, list(last.values()))
+    except (HydraException, OmegaConfBaseException) as error:
+        lines = (str(found).strip().splitlines()[0] for found in (error, error.__cause__) if found is not None)
+        raise SettingError(": ".join(lines)) from error
+
+
+def strings(config: DictConfig, *path: str) -> list[str]:
+    """The overrides in a list of the configuration, which may refer to other lists and to settings.
+
+    Raises:
+        SettingError: it refers to a setting that has no value yet, or is no list of strings.
+    """
+    name, node = ".".join(path), config
+    try:
+        for key in path:
+            node = node[key]
+        values = [] if node is None else _flat(node)
+    except OmegaConfBaseException as error:
+        raise SettingError(f"{name}: {str(error).splitlines()[0]}; give it a value") from error
+    if not all(isinstance(value, str) for value in values):
+        raise SettingError(f"{name} must be a list of overrides, such as [attention=global], got {values}")
+    return values
+
+
+def _flat(node: object) -> list[object]:
+    return [value for inner in node for value in _flat(inner)] if isinstance(node, ListConfig) else [node]
+
+
+def check_names(*keys: str) -> None:
+    """Refuses what Hydra lets pass: one name twice in a mapping on the command line, where only the last would count.
+
+    Raises:
+        SettingError: names it.
+    """
+    for override in HydraConfig.get().overrides.task if HydraConfig.initialized() else ():
+        key, _, text = override.partition("=")
+        names = _top_names(text) if key.lstrip("+") in keys else []
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise SettingError(f"{key.lstrip('+')} names {', '.join(twice)} twice: give each a name of its own")
+
+
+def _top_names(text: str) -> list[str]:
+    """The keys of a mapping as Hydra writes it, `{key: value, ...}`, those of mappings inside it apart."""
+    names, depth, start = [], 0, 0
+    for position, letter in enumerate(text):
+        if depth == 1 and letter == ":" and start:
+            names.append(text[start:position].strip(" '\""))
+            start = 0
+        depth += (letter in "[{") - (letter in "]}")
+        if depth == 1 and letter in "{,":
+            start = position + 1
+    return names
+
+
+def standalone(node: DictConfig) -> DictConfig:
+    """A part of a configuration by itself, with what it refers to."""
+    return OmegaConf.create(OmegaConf.to_container(node, resolve=True))
+
+
+def ceilings() -> list[str]:
+    """All that some task can measure."""
+    return sorted({name for task in tasks().values() for name in task.ceilings})
+
+
+def digest_of(values: Mapping[str, object]) -> str:
+    """Hexadecimal digest of JSON values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_of(data: DictConfig) -> str:
+    """Of the data set of a configuration node; opened once a process.
+
+    Raises:
+        DataError: as `open_data`.
+    """
+    return _known_of(json.dumps(OmegaConf.to_container(data, resolve=True, enum_to_str=True)))[0]
+
+
+def names_of(data: DictConfig) -> frozenset[str]:
+    """Of all samples of a data set; raises as `fingerprint_of`."""
+    return _known_of(json.dumps(OmegaConf.to_container(data, resolve=True, enum_to_str=True)))[1]
+
+
+def _named(config: DictConfig) -> dict[str, object]:
+    """Name -> overrides, or {checkpoint: FILE}; the product's arms have their overrides as names."""
+    named: dict[str, object] = {name: config.arms[name] for name in config.arms or {}}
+    values: dict[str, list[object]] = {}
+    for key, node in dict(config.product or {}).items():
+        if not isinstance(node, ListConfig) or not node:
+            raise SettingError(f"product.{key} must be a list of at least one value, such as [1, 2], got {node!r}")
+        values[key] = list(node)
+    for choice in itertools.product(*values.values()) if values else ():
+        overrides = [f"{key}={value}" for key, value in zip(values, choice, strict=True)]
+        name = ",".join(overrides)
+        if name in named:
+            raise SettingError(f"two arms are called {name}: one of arms, one of product")
+        named[name] = overrides
+    return named
+
+
+def _arm(name: str, value: object, config: DictConfig) -> Arm:
+    if not _NAME.fullmatch(name):
+        raise SettingError(f"arm {name!r}: names are of letters, digits and -_.+=, for they name files")
+    if isinstance(value, DictConfig):
+        if set(value) != {"checkpoint"}:
+            raise SettingError(f"arm {name} must be a list of overrides, or {{checkpoint: FILE}}, got {value}")
+        path = Path(value.checkpoint).expanduser()
+        if not path.is_file():
+            raise SettingError(f"arm {name}: its checkpoint {path} does not exist")
+        return Arm(name, "checkpoint", checkpoint=path)
+    overrides = value if isinstance(value, list) else strings(config, "arms", name)
+    if any(override.lstrip("+").partition("=")[0] == "seed" for override in [*strings(config, "train"), *overrides]):
+        raise SettingError(f"arm {name} sets a seed: all arms have the same ones, those of seeds=[...]")
+    discover()
+    try:
+        training = composed("train", [*strings(config, "train"), *overrides, f"device={config.device}"])
+        training.tracking = standalone(config.tracking)
+        if training.stop_after is not None:
+            raise SettingError("stop_after: a sweep trains to the last step; shorten it with steps=...")
+        with torch.random.fork_rng():
+            make_model(training)
+    except (ValueError, OSError) as error:  # what Hydra, the fillers and the checkpoint to start from refuse
+        raise SettingError(f"arm {name}: {str(error).splitlines()[0]}") from error
+    return Arm(name, "trained", training)
+
+
+def _check_distinct(arms: Sequence[Arm]) -> None:
+    seen: dict[str, str] = {}
+    for arm in arms:
+        if arm.training is not None:
+            settings = json.dumps(deciding_settings(arm.training), sort_keys=True)
+            if settings in seen:
+                raise SettingError(
+                    f"arms {seen[settings]} and {arm.name} are the same training: an override that changes nothing "
+                    "would be measured twice; leave one out"
+                )
+            seen[settings] = arm.name
+
+
+def files_of(settings: object) -> dict[str, str]:
+    """Files that settings name (weights to start from, an encoder's) -> digest of their content."""
+    if isinstance(settings, Mapping):
+        return {path: known for value in settings.values() for path, known in files_of(value).items()}
+    if isinstance(settings, list):
+        return {path: known for value in settings for path, known in files_of(value).items()}
+    if isinstance(settings, str) and settings and Path(settings).expanduser().is_file():
+        return {settings: _digest(Path(settings).expanduser())}
+    return {}
+
+
+def _digest(path: Path) -> str:
+    stat = path.stat()
+    return _content(path, stat.st_mtime_ns, stat.st_size)
+
+
+@cache
+def _content(path: Path, _changed: int, _size: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def _known_of(node: str) -> tuple[str, frozenset[str]]:
+    data = open_data(json.loads(node))
+    return data.fingerprint, frozenset(data.names)

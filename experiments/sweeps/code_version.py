@@ -1,0 +1,90 @@
+"""Which code a result depends on: a digest that comments, docstrings, reports and new ideas do not change.
+
+What a backbone or a checkpoint is read from counts with the settings that name it; of the weights that come along only
+the embedded encoder's have no such name.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from types import CodeType, FunctionType
+
+from core.registry import choices
+from experiments.data.source_digest import file_digest, module_digest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+_TRAINING = ("core", "experiments/data", "experiments/training")
+"""Rooms that the result of a training depends on."""
+_WATCHING = ("experiments/training/validation.py", "experiments/training/curves.py")
+"""Files in them that only watch it: a change there asks for no training."""
+_MEASURING = ("experiments/measuring", "experiments/peers", "experiments/statistics/scores.py")
+"""Rooms, and a file, that measured results depend on besides."""
+_PACKAGES = ("torch", "torchvision", "timm", "torchmetrics")
+
+
+def code_version(fillers: Iterable[tuple[str, str]] = ()) -> str:
+    """Digest of the code that trains, with the packages of the given fillers (hook point, name).
+
+    An extension counts only where it is used, with what it imports of its own package, so that a new idea in
+    `extensions/` invalidates no result of others.
+    """
+    digest = hashlib.sha256(_own_code(training=True).encode())
+    modules = set()
+    for hook, name in fillers:
+        filler = choices(hook)[name]
+        package = filler.__module__.partition(".")[0]
+        if package == "__main__":  # a notebook's cell: there is no file
+            digest.update(repr(_meaning_of(filler, set())).encode())
+        elif package not in ("core", "experiments"):
+            modules.add(filler.__module__)
+    for module in sorted(modules):
+        digest.update(module_digest(module).encode())
+    return digest.hexdigest()
+
+
+def evaluation_version() -> str:
+    """Digest of the code that measures, and of all that it measures with."""
+    return hashlib.sha256(_own_code(training=False).encode()).hexdigest()
+
+
+@cache
+def _own_code(training: bool) -> str:
+    rooms = _TRAINING if training else (*_TRAINING, *_MEASURING)
+    files = {path for room in rooms for path in (ROOT / room).rglob("*.py")}
+    files |= {ROOT / name for name in rooms if (ROOT / name).is_file()}
+    if training:
+        files -= {ROOT / name for name in _WATCHING}
+    known = [file_digest(path) for path in sorted(files)]
+    known += [hashlib.sha256(path.read_bytes()).hexdigest() for path in ROOT.glob("core/weights/embedded.*")]
+    return " ".join([*known, *(f"{name}={version(name)}" for name in _PACKAGES)])
+
+
+def _meaning_of(value: object, seen: set[str]) -> object:
+    """What a function, class or constant does, as far as its compiled code says it; `seen`: globals already told."""
+    if isinstance(value, FunctionType):
+        used = [(name, value.__globals__[name]) for name in _names(value.__code__) if name in value.__globals__]
+        own = [(name, one) for name, one in used if _is_of_a_notebook(one) and name not in seen]
+        seen.update(name for name, _ in own)
+        known = [(name, _meaning_of(one, seen)) for name, one in own]
+        return _meaning_of(value.__code__, seen), value.__defaults__, value.__kwdefaults__, known
+    if isinstance(value, CodeType):
+        return value.co_code, value.co_names, [_meaning_of(one, seen) for one in value.co_consts]
+    if isinstance(value, type) and _is_of_a_notebook(value):
+        own = [one for one in value.__mro__ if _is_of_a_notebook(one)]
+        return [_meaning_of(inner, seen) for one in own for inner in vars(one).values()]
+    return value if isinstance(value, str | int | float | tuple | bytes) else type(value).__name__
+
+
+def _names(code: CodeType) -> list[str]:
+    """All names that code, and code inside it, may look up."""
+    inner = [name for one in code.co_consts if isinstance(one, CodeType) for name in _names(one)]
+    return list(dict.fromkeys([*code.co_names, *inner]))
+
+
+def _is_of_a_notebook(value: object) -> bool:
+    """Constants, and functions and classes that were defined in a cell."""
+    if isinstance(value, FunctionType | type):
+        return value.__module__ == "__main__"
+    return isinstance(value, str | int | float | tuple | bytes)

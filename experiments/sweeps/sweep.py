@@ -1,0 +1,220 @@
+"""Ablations: arms x seeds x tasks, trained, measured and compared with a baseline.
+
+The unit of work is an arm with a seed (experiments/sweeps/members.py). Any number of processes may run the same command
+at the same time, on one machine or on several that share `out_dir` (and its file locks): each takes the next unit that
+nobody works at. One of them leads: it keeps the sweep's MLflow run, waits for the others and makes the report. Whoever
+is killed, the others, or the next one to come, go on.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+import core
+from experiments.atomic import CannotWrite, replacing
+from experiments.cost.arm_cost import check_cost, measure_costs
+from experiments.data import DataError
+from experiments.data.feature_cache import NotFinite
+from experiments.data.image_files import NoImages
+from experiments.lock import Locked, lock_folder, unlock_folder
+from experiments.reports.tables import Report, record_report, write_report
+from experiments.settings import SettingError, check_writable, pick_device
+from experiments.statistics.scores import ScoreError
+from experiments.sweeps.arms import read_arms
+from experiments.sweeps.members import Member, read_tasks, reason_of
+from experiments.sweeps.results import Plan, Results, SweepError, gather
+from experiments.tracking.provenance import Origin
+from experiments.tracking.store import Run, TrackingUnavailable, track
+
+log = logging.getLogger(__name__)
+
+EXPECTED_ERRORS = (
+    *(SettingError, DataError, NoImages, NotFinite, TrackingUnavailable, CannotWrite, Locked),
+    *(core.WeightsError, ScoreError, SweepError),
+)
+"""What is told in one line; anything else is a defect and keeps its traceback."""
+_POLL_S = 0.5
+
+
+def ablate(config: DictConfig) -> Report | None:
+    """Does what is missing of a sweep, and compares its arms; None: another process leads, and reports.
+
+    Raises:
+        SettingError, DataError, TrackingUnavailable: found before anything is computed.
+        SweepError, ScoreError: the baseline failed, or results contradict each other.
+    """
+    sweep = Sweep(config)
+    for _ in range(2):
+        try:
+            lock = lock_folder(sweep.folder / "lead")
+        except Locked:
+            sweep.follow()  # and then see whether there still is somebody who leads
+            continue
+        try:
+            return sweep.lead()
+        finally:
+            unlock_folder(sweep.folder / "lead", lock)
+    return None
+
+
+class Sweep:
+    """A sweep: everything read and checked, ready to work."""
+
+    def __init__(self, config: DictConfig):
+        check_settings(config)
+        self.config, self.folder = config, Path(config.out_dir).expanduser()
+        self.started = time.time()
+        arms, tasks = read_arms(config), read_tasks(config)
+        check_resolves(config)
+        check_writable(self.folder)
+        self.members = []
+        for seed in config.seeds:
+            for arm in arms:
+                same = arm.kind != "trained" and seed != config.seeds[0]
+                mine = [task for task in tasks if arm.kind != "ceiling" or arm.name in task.ceilings]
+                mine = [task for task in mine if task.trains or not same]
+                if mine:
+                    self.members.append(Member(arm, seed, mine, self.folder))
+        for member in self.members:
+            if member.seed == config.seeds[0]:
+                member.prepare(config)
+        for task in tasks:
+            if not all(member.scores_file(task).exists() for member in self.members if task in member.tasks):
+                task.open()  # so that what it refuses is known before anything is trained
+        planned = [member.planned for member in self.members]
+        self.plan = Plan(config.name, config.baseline, config.confidence, planned)
+
+    def lead(self) -> Report:
+        """Works, waits for those who help, and reports; all of it within the sweep's run."""
+        known = self._known_run()
+        with track(self.config, pick_device(self.config.device), run_id=known or None) as run, logging_redirect_tqdm():
+            self._note_run(run.run_id)
+            run.tag("sweep", self.config.name)
+            run.text(self.plan.to_json(), "plan.json")
+            while self.work(run.run_id):
+                time.sleep(_POLL_S)  # others are at work; should they die, their units are free again
+            return self.report(run)
+
+    def follow(self) -> None:
+        """Works beside the process that leads, below its run."""
+        deadline = time.monotonic() + 60
+        while self._known_run() is None:
+            if time.monotonic() > deadline:
+                raise SettingError(f"{self.folder} is in use by another sweep: give this one another name or out_dir")
+            time.sleep(_POLL_S)
+        with logging_redirect_tqdm():
+            self.work(self._known_run() or "")
+
+    def work(self, parent: str) -> bool:
+        """Goes once through all members, and does what is missing of those that are free -> whether others have any."""
+        busy = False
+        for member in self._in_order():
+            if self._settled(member, parent):
+                continue
+            try:
+                lock = lock_folder(member.folder)
+            except Locked:
+                busy = True
+                continue
+            try:
+                if not self._settled(member, parent):
+                    self._complete(member, parent)
+            finally:
+                unlock_folder(member.folder, lock)
+        return busy
+
+    def report(self, run: Run) -> Report:
+        """Compares what there is, and writes and records it."""
+        results = self.results()
+        results.origin = Origin.of_this_process("experiments.ablate", "experiments.ablate.ablate(config), from Python")
+        run.text(results.origin.to_json(), "origin.json")
+        models = dict(self._models(results))
+        results.costs = measure_costs(models, self.plan.baseline, self.config.cost, pick_device(self.config.device))
+        report = write_report(results, self.folder)
+        record_report(report, run)
+        return report
+
+    def results(self) -> Results:
+        """What all members have measured.
+
+        Raises:
+            SweepError, ScoreError: as `gather`.
+        """
+        reasons: dict[str, str] = {}
+        for member in self.members:
+            if reason := member.failure(self.started):
+                reasons.setdefault(member.arm.name, f"seed {member.seed}: {reason}")
+        return gather(self.plan, (unit for member in self.members for unit in member.units()), reasons)
+
+    def _complete(self, member: Member, parent: str) -> None:
+        try:
+            member.complete(self.config, parent)
+        except TrackingUnavailable:  # not the arm's fault
+            raise
+        except Exception as error:  # an arm is somebody's idea: whatever it raises must not stop the others
+            log.error("arm %s failed: %s", member.name, reason_of(error))
+            log.debug("arm %s", member.name, exc_info=error)
+            member.fail(reason_of(error))
+
+    def _settled(self, member: Member, parent: str) -> bool:
+        return member.is_done(parent) or bool(member.failure(self.started))
+
+    def _in_order(self) -> list[Member]:
+        start = self.config.worker % len(self.members)
+        return self.members[start:] + self.members[:start]
+
+    def _models(self, results: Results) -> Iterator[tuple[str, torch.nn.Module]]:
+        """One model of each arm that is in the tables, ceilings apart."""
+        for member in self.members:
+            arm = member.arm
+            if member.seed == self.config.seeds[0] and arm.kind != "ceiling" and arm.name not in results.failures:
+                yield arm.name, arm.model(member.folder / "last.safetensors" if arm.training is not None else None)
+
+    def _known_run(self) -> str | None:
+        """The run of this very sweep, if one was begun."""
+        path = self.folder / "sweep.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return known["run"] if known.get("plan") == self.plan.digest else None
+
+    def _note_run(self, run_id: str) -> None:
+        with replacing(self.folder / "sweep.json") as part:
+            part.write_text(json.dumps({"plan": self.plan.digest, "run": run_id}), encoding="utf-8")
+
+
+def check_settings(config: DictConfig) -> None:
+    """Refuses what could only fail later.
+
+    Raises:
+        SettingError: names the setting and what it may be.
+    """
+    if not config.name or Path(config.name).name != config.name:
+        raise SettingError(f"name must be that of a file, without folders, got {config.name!r}")
+    seeds = config.seeds
+    if not isinstance(seeds, ListConfig) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
+        raise SettingError(f"seeds must be a list of whole numbers from 0, got {seeds}")
+    if len(set(seeds)) < len(seeds):
+        raise SettingError(f"seeds={seeds} names one twice: it would be counted twice")
+    if not 0.5 < config.confidence < 1:
+        raise SettingError(f"confidence must lie between 0.5 and 1, got {config.confidence}")
+    if type(config.worker) is not int or config.worker < 0:
+        raise SettingError(f"worker must be a whole number from 0, got {config.worker}")
+    check_cost(config.cost)
+
+
+def check_resolves(config: DictConfig) -> None:
+    """Refuses what could not be recorded: a setting, maybe of a task that was left out, that refers to a missing one.
+
+    Raises:
+        SettingError: names it.
+    """
+    try:
+        OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise SettingError(f"{str(error).splitlines()[0]}; give it a value") from error

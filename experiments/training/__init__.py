@@ -1,0 +1,3 @@
+"""Training: `loop` runs one. `setup` opens what its settings name, `views` cuts what each step sees, `optimiser`
+updates the weights, `state` keeps everything the next step depends on, `validation` and `curves` watch.
+"""

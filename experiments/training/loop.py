@@ -1,0 +1,310 @@
+"""Trains an upsampler on photographs by the released procedure: `python -m experiments.train`, or `train(config)`.
+
+A training is a function of its configuration. What step n sees and draws depends on (seed, n) alone
+(`experiments/training/views.py`), and everything else it depends on lies in one state file, written atomically every
+`checkpoint_every` steps; so a training that was killed goes on where it was, and on one machine ends with the same
+weights, bit for bit, as if it had not been.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import core
+from core.hooks import Batch
+from core.registry import discover
+from experiments.atomic import CannotWrite
+from experiments.data import DataError, open_data
+from experiments.data.feature_cache import FeatureCache, NotFinite
+from experiments.data.image_files import NoImages
+from experiments.settings import SettingError, check_writable
+from experiments.tracking.store import Run, TrackingUnavailable, track
+from experiments.training.curves import CURVES_NAME, Curves, plot
+from experiments.training.optimiser import Optimiser, OptimiserSettings
+from experiments.training.setup import (
+    alone_in,
+    check_held_out,
+    check_images,
+    check_settings,
+    deciding_settings,
+    make_accelerator,
+    make_model,
+    open_encoders,
+    untracked,
+    warn_of_small_images,
+)
+from experiments.training.state import STATE_NAME, State, load_state, save_batch, save_state
+from experiments.training.validation import Validation
+from experiments.training.views import StepViews, Views, ViewSettings, stream
+
+log = logging.getLogger(__name__)
+
+EXPECTED_ERRORS = (SettingError, DataError, NoImages, NotFinite, TrackingUnavailable, core.WeightsError, OSError)
+
+
+class NonFiniteLoss(NotFinite):
+    """A loss became NaN or infinite; the message says where the batch was saved."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training leaves behind."""
+
+    checkpoint: Path
+    """Of the last step: the moving average of the weights where there is one."""
+    best: Path | None
+    """Of the best validation; None without validation."""
+    curves: Path
+    """Every logged value: columns step, name, value (`experiments.training.curves.read_table`)."""
+    state: State
+    """Steps, time, losses of the last step, and `state.validation`: what the last validation measured."""
+    run_id: str
+
+
+def train(config: DictConfig, parent: Run | str | None = None) -> Trained:
+    """Runs the training of `config` (configs/train.yaml) to its last step, from where it was left.
+
+    May be called any number of times in a process; trainings after the first find encoders loaded and files checked.
+
+    Args:
+        parent: a tracked run, or its identifier, below which the training's is listed.
+
+    Raises:
+        SettingError: settings that cannot work, a folder that cannot be written, a resumed training with other
+            settings. DataError, NoImages, WeightsError, OSError, TrackingUnavailable: what they name cannot be used.
+        NonFiniteLoss, NotFinite: a loss or a feature is NaN or infinite.
+        CannotWrite: the disk is full, say; the training goes on from its last checkpoint once there is room.
+    """
+    training = Training(config)
+    recorded = config if training.leads else untracked(config)
+    with alone_in(training.out_dir) if training.leads else nullcontext():
+        training.resume()
+        with track(recorded, training.device, training.state.run_id or None, parent) as run:
+            training.state.run_id = run.run_id
+            trained = training.run(run)
+    if training.shard[1] > 1:
+        training.accelerator.end_training()  # or the other processes' threads abort at exit
+    return trained
+
+
+class Training:
+    """One training: everything opened and checked, ready to run.
+
+    Args:
+        config: see configs/train.yaml.
+        replaced_by: makes of the model another one to be trained in its place, such as the dense reference.
+    """
+
+    def __init__(self, config: DictConfig, replaced_by: Callable[[core.AnyUp], nn.Module] = lambda model: model):
+        self.config = config
+        self.out_dir = Path(config.out_dir).expanduser()
+        check_settings(config)
+        self.views_settings = ViewSettings(**OmegaConf.to_container(config.views))
+        settings = OptimiserSettings(**OmegaConf.to_container(config.optimiser))
+        self.accelerator = make_accelerator(config)
+        self.device, self.leads = self.accelerator.device, self.accelerator.is_main_process
+        if self.leads:
+            check_writable(self.out_dir)
+        self.data = open_data(config.data)
+        check_images(self.data, self.views_settings)
+        self.backbones = open_encoders(config, self.views_settings.view, self.device)
+        self.cache = FeatureCache(config.cache.folder, config.cache.max_gb)
+        model = replaced_by(make_model(config)).to(self.device).train()
+        self.model = self.accelerator.prepare_model(model)
+        self.micro_steps = config.backbones_per_step
+        settings = replace(
+            settings, accumulate=settings.accumulate * self.micro_steps, warmup=settings.warmup * self.micro_steps
+        )
+        self.optimiser = Optimiser(self.model, settings, config.steps * self.micro_steps, self.accelerator)
+        self.objective = core.build_filler("objective", config.objective)
+        self.learner = core.build_filler("learner", config.learner)
+        self.shard = (self.accelerator.process_index, self.accelerator.num_processes)
+        patch_sizes = [backbone.patch_size for backbone in self.backbones]
+        how = (config.seed, config.batch_size, config.steps, self.shard)
+        self.views = Views(self.data, self.views_settings, patch_sizes, *how)
+        self.state, self.curves = State(), Curves(self.out_dir / CURVES_NAME)
+
+    def run(self, run: Run) -> Trained:
+        """Goes on to the last step (or `stop_after`)."""
+        config, state = self.config, self.state
+        run.tag("data.fingerprint", self.data.fingerprint)
+        last = min(config.steps, config.stop_after or config.steps)
+        if self.leads and state.step < last:
+            warn_of_small_images(self.data, self.views_settings)
+        validation = None
+        if self.leads and config.validate_every and state.step < last:
+            validation = Validation(config, self.backbones, self.views_settings, self.cache)
+            check_held_out(self.data, validation.data, config.val_images)
+        loader = DataLoader(
+            self.views, None, sampler=range(state.step, last), num_workers=config.num_workers, persistent_workers=False
+        )
+        if validation and state.step == 0:
+            self._validate(validation, run)
+        progress = tqdm(total=config.steps, initial=state.step, desc="training", disable=None if self.leads else True)
+        for views in loader:
+            started = time.perf_counter()
+            losses = self.step(views)
+            state.seconds += time.perf_counter() - started
+            state.step, state.losses = views.step + 1, losses
+            progress.set_postfix(loss=f"{sum(losses.values()):.4f}", refresh=False)
+            progress.update()
+            ends = state.step == last
+            if state.step % config.log_every == 0 or ends:
+                self._log(losses, run, views)
+            if validation and (state.step % config.validate_every == 0 or state.step == config.steps):
+                self._validate(validation, run)
+            if state.step % config.checkpoint_every == 0 or ends:
+                self._save()
+        progress.close()
+        return self._finish(run)
+
+    def step(self, views: StepViews) -> dict[str, float]:
+        """Encodes the views and updates the weights, once per backbone of the step -> mean losses of all processes.
+
+        Raises:
+            NonFiniteLoss, NotFinite: the batch of a loss that is NaN or infinite is saved first.
+        """
+        torch.manual_seed(stream(self.config.seed, "step", views.step, self.shard[0]).initial_seed())
+        sums: dict[str, float] = {}
+        for one in self.of_each_backbone(views):
+            batch = self.batch(one)
+            losses = self.learner.step(self.model, self.objective, batch, self.optimiser)
+            means = {key: float(self.accelerator.reduce(loss.detach().float(), "mean")) for key, loss in losses.items()}
+            if not math.isfinite(sum(means.values())):
+                raise NonFiniteLoss(self._report_non_finite(one, batch, means))
+            for name, mean in means.items():
+                sums[name] = sums.get(name, 0.0) + mean / self.micro_steps
+        return sums
+
+    def of_each_backbone(self, views: StepViews) -> list[StepViews]:
+        """The views of a step for each backbone that it trains with, in the order of the micro-steps."""
+        if self.micro_steps == 1:
+            return [views]
+        order = torch.randperm(len(self.backbones), generator=stream(self.config.seed, "backbones", views.step))
+        return [self.views.of_backbone(views.step, index) for index in order[: self.micro_steps].tolist()]
+
+    def batch(self, views: StepViews) -> Batch:
+        """The views as the backbone of the step encodes them."""
+        backbone, s = self.backbones[views.backbone], self.views_settings
+        features = self.cache.encode(backbone, views.whole.to(self.device), views.names)  # (B,C,h,w)
+        names = [f"a crop of {name}" for name in views.names for _ in range(max(1, s.crops))]
+        target = self.cache.encode(backbone, views.crops.to(self.device), names)  # (B·n,C,h,w)
+        normalised = core.imagenet_normalize
+        return Batch(
+            image=normalised(views.guidance.to(self.device)),
+            features=features,
+            target=target,
+            output_size=(features.shape[-2] * s.scale, features.shape[-1] * s.scale),
+            corners=None if views.corners is None else views.corners.to(self.device),
+            augmented_image=normalised(views.augmented.to(self.device)),
+        )
+
+    def resume(self) -> None:
+        """Takes back what an earlier start left in `out_dir`, as the setting `resume` says.
+
+        Raises:
+            SettingError: `must`, but there is nothing; other settings, or a damaged table of curves. WeightsError: a
+                damaged state.
+        """
+        path = self.out_dir / STATE_NAME
+        if self.config.resume == "never" or not path.exists():
+            if self.config.resume == "must":
+                raise SettingError(f"resume=must, but {path} does not exist")
+            return
+        self.state, tensors = load_state(path, self._identity())
+        self.curves = Curves(self.out_dir / CURVES_NAME, until=self.state.step)
+        inner = self.accelerator.unwrap_model(self.model)
+        inner.load_state_dict({name.removeprefix("model/"): tensors[name] for name in tensors if name[:6] == "model/"})
+        self.optimiser.restore(tensors, self.state.step * self.micro_steps)
+        if self.accelerator.scaler is not None and self.state.scaler:
+            self.accelerator.scaler.load_state_dict(self.state.scaler)
+        log.info("going on from step %d of %s", self.state.step, path)
+
+    def _save(self) -> None:
+        """The curves, then the state that goes on from there, then the weights alone."""
+        if not self.leads:
+            return
+        inner, path = self.accelerator.unwrap_model(self.model), self.out_dir / STATE_NAME
+        tensors = {f"model/{name}": tensor for name, tensor in inner.state_dict().items()}
+        scaler = self.accelerator.scaler
+        self.state.scaler = {} if scaler is None else scaler.state_dict()
+        with self._told_how_to_go_on():
+            self.curves.save()
+            save_state(path, self.state, tensors | self.optimiser.tensors(), self._identity())
+            with self.optimiser.averaged():
+                core.save(inner, self.out_dir / "last.safetensors")
+
+    @contextmanager
+    def _told_how_to_go_on(self) -> Iterator[None]:
+        try:
+            yield
+        except CannotWrite as error:
+            state = self.out_dir / STATE_NAME
+            done = f"from its last checkpoint, {state}" if state.exists() else "from its beginning"
+            raise CannotWrite(f"{error}. Once there is room, the same command goes on {done}") from error
+
+    def _identity(self) -> dict[str, Any]:
+        """The settings on which the result depends, and the data."""
+        more = {"data_fingerprint": self.data.fingerprint, "processes": self.accelerator.num_processes}
+        return deciding_settings(self.config) | more
+
+    def _log(self, losses: dict[str, float], run: Run, views: StepViews) -> None:
+        values = dict(losses) | {"loss": sum(losses.values()), "grad_norm": self.optimiser.grad_norm}
+        if len(self.backbones) > 1 and self.micro_steps == 1:  # losses of different encoders make no one curve
+            values[f"loss/{self.backbones[views.backbone].name}"] = values["loss"]
+        values["lr"] = self.optimiser.adam.param_groups[0]["lr"]
+        values = {key: value for key, value in values.items() if math.isfinite(value)}
+        self.curves.add(self.state.step, values)
+        run.metrics(values | {"steps_per_s": self.state.step / max(self.state.seconds, 1e-9)}, self.state.step)
+        log.debug("step %d: %s", self.state.step, values)
+
+    def _validate(self, validation: Validation, run: Run) -> None:
+        inner, state = self.accelerator.unwrap_model(self.model), self.state
+        with self.optimiser.averaged():
+            inner.eval()
+            state.validation = validation.measure(inner, run, state.step)
+            inner.train()
+            self.curves.add(state.step, state.validation)
+            run.metrics(state.validation, state.step)
+            log.info("step %d: %s", state.step, ", ".join(f"{k} {v:.4f}" for k, v in sorted(state.validation.items())))
+            result = state.validation["val/cosine"]
+            if state.best is None or result > state.best:
+                state.best = result
+                with self._told_how_to_go_on():
+                    core.save(inner, self.out_dir / "best.safetensors")
+
+    def _report_non_finite(self, views: StepViews, batch: Batch, losses: dict[str, float]) -> str:
+        path = self.out_dir / f"non_finite_step_{views.step}.safetensors"
+        try:
+            save_batch(path, batch, views.names, losses)
+            kept = f"The batch is in {path}"
+        except CannotWrite as error:
+            kept = f"The batch could not be kept ({error})"
+        return (
+            f"step {views.step}: the loss is not finite ({losses}) for {', '.join(views.names)}. {kept}, the training "
+            f"up to its last checkpoint in {self.out_dir / STATE_NAME}. A lower optimiser.lr, optimiser.clip=1 or "
+            "mixed_precision=no may help"
+        )
+
+    def _finish(self, run: Run) -> Trained:
+        checkpoint, best = self.out_dir / "last.safetensors", self.out_dir / "best.safetensors"
+        if self.leads and run.run_id and checkpoint.exists():
+            for file in (checkpoint, best, self.curves.path):
+                if file.exists():
+                    run.file(file)
+            run.figure(plot({"training": self.curves.points}), "plots/curves.png")
+        return Trained(checkpoint, best if best.exists() else None, self.curves.path, self.state, run.run_id)
+
+
+discover()

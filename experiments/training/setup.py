@@ -1,0 +1,218 @@
+"""What a training is built of, each part checked before anything is computed: accelerator, encoders, model.
+
+Encoders are frozen, so trainings of one process share them: a sweep loads each once.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from omegaconf import DictConfig, OmegaConf
+
+import core
+from core.backbones import Backbone, backbone_from_config
+from experiments.data import DataSet
+from experiments.lock import Locked, lock_folder, unlock_folder
+from experiments.settings import SettingError, check_choice, pick_device
+from experiments.training.views import ViewSettings
+
+log = logging.getLogger(__name__)
+
+RESUME = ("auto", "never", "must")
+PRECISIONS = ("no", "bf16", "fp16")
+_FREE_KEYS = (
+    "tracking",
+    "out_dir",
+    "resume",
+    "device",
+    "num_workers",
+    "checkpoint_every",
+    "log_every",
+    "stop_after",
+    "cache",
+)
+"""Settings that a resumed training may change: they do not change its result."""
+_KEPT_ENCODERS = 8
+
+
+def check_settings(config: DictConfig) -> None:
+    """Refuses counts and choices that cannot be.
+
+    Raises:
+        SettingError: names the setting and what it may be.
+    """
+    for key in ("steps", "batch_size", "backbones_per_step", "checkpoint_every", "log_every"):
+        if config[key] < 1:
+            raise SettingError(f"{key} must be at least 1, got {config[key]}")
+    check_choice("resume", config.resume, RESUME)
+    check_choice("mixed_precision", config.mixed_precision, PRECISIONS)
+
+
+@contextmanager
+def alone_in(out_dir: Path) -> Iterator[None]:
+    """Keeps other trainings out of a folder for the block, after removing what a killed one left half-written.
+
+    Raises:
+        SettingError: another training is at work in it.
+    """
+    try:
+        lock = lock_folder(out_dir)
+    except Locked as error:
+        raise SettingError(f"another training is running in out_dir={out_dir}: wait, or choose another") from error
+    try:
+        for part in out_dir.glob(".*.part"):
+            part.unlink(missing_ok=True)
+        yield
+    finally:
+        unlock_folder(out_dir, lock)
+
+
+def make_accelerator(config: DictConfig) -> Accelerator:
+    """Device, precision and the other processes, as `device` and `mixed_precision` say.
+
+    Raises:
+        SettingError: a device that is not there, or fp16 without a GPU.
+    """
+    device = pick_device(config.device)
+    if config.mixed_precision == "fp16" and device.type == "cpu":
+        raise SettingError("mixed_precision=fp16 needs a GPU: take bf16 or no")
+    AcceleratorState._reset_state()  # it allows one precision a process; a sweep or a notebook trains with several
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=config.mixed_precision)
+
+
+def open_encoders(config: DictConfig, view: int, device: torch.device) -> list[Backbone]:
+    """The encoders of `config.backbones`, each checked to give the grid that its stride promises: crops are cut on it.
+
+    Raises:
+        SettingError: none, unknown ones, or such as cannot be used together. WeightsError, OSError: as
+            `load_backbone`.
+    """
+    nodes = OmegaConf.to_container(config.backbones, resolve=True)
+    if not nodes:
+        raise SettingError("backbones is empty: give at least one, such as backbones=[{name: embedded}]")
+    found = [_encoder(node, device) for node in nodes]
+    for encoder in found:
+        grid = _grid(encoder, view, device)
+        if grid != (view // encoder.patch_size,) * 2:
+            raise SettingError(
+                f"backbone {encoder.name} gives {grid[0]}x{grid[1]} features for views.view={view}, not one for each "
+                f"{encoder.patch_size} pixels: crops cannot be cut on its grid; choose another view or backbone"
+            )
+    strides = {encoder.name: encoder.patch_size for encoder in found}
+    if config.backbones_per_step > len(found):
+        raise SettingError(f"backbones_per_step={config.backbones_per_step}, but there are {len(found)} backbones")
+    if config.backbones_per_step > 1 and len(set(strides.values())) > 1:
+        named = ", ".join(f"{name} {stride}" for name, stride in strides.items())
+        raise SettingError(f"backbones of one step must have one stride (their crops are the same), got {named}")
+    return found
+
+
+def check_images(data: DataSet, views: ViewSettings) -> None:
+    """Refuses photographs that are all too small for views to show anything.
+
+    Raises:
+        SettingError: no image has the size of a view.
+    """
+    sides = data.shorter_sides
+    if sides and max(sides) < views.view:
+        raise SettingError(
+            f"all {len(sides)} images of data are smaller than views.view={views.view} (the largest has a shorter side "
+            f"of {max(sides)} pixels): give larger ones, or a smaller view"
+        )
+
+
+def warn_of_small_images(data: DataSet, views: ViewSettings) -> None:
+    """Counts those that will be enlarged."""
+    sides, wanted = data.shorter_sides or (), views.scale * views.view
+    if small := sum(side < wanted for side in sides):
+        log.warning(
+            "%d of %d images are smaller than %d pixels (views.scale x views.view) and are enlarged: what is to be "
+            "reached then has less detail than it could; a smaller views.view, or data.min_size=%d, avoids it",
+            *(small, len(sides), wanted, wanted),
+        )
+
+
+def check_held_out(data: DataSet, val_data: DataSet, count: int) -> None:
+    """Warns when images to validate on, the first `count`, are trained on."""
+    both = data.fingerprint == val_data.fingerprint or set(data.names) & set(val_data.names[:count])
+    if both:
+        log.warning(
+            "val_data has images that are trained on: its numbers, and the choice of best.safetensors, say nothing of "
+            "others. Divide a folder with data.last=N val_data.first=N, or give another val_data.path"
+        )
+
+
+def make_model(config: DictConfig) -> core.AnyUp:
+    """New, or warm-started from `init_from`; without gradients for what `freeze` names.
+
+    Raises:
+        SettingError: a value that a part refuses; `freeze` names no part. WeightsError, OSError: as `warm_start`.
+    """
+    with _refusals_named():
+        model = core.from_config({**config, "compile": False})
+    if config.init_from:
+        new = core.warm_start(model, Path(config.init_from).expanduser())
+        log.info("weights of %s; new: %s", config.init_from, ", ".join(new) or "none")
+    parts = dict(model.named_children())
+    for name in config.freeze:
+        if name not in parts:
+            raise SettingError(f"freeze={name}: the model has no such part; there are: {', '.join(parts)}")
+        parts[name].requires_grad_(False)
+    if config.compile:
+        model.compile_encoders()
+    return model
+
+
+def deciding_settings(config: DictConfig) -> dict[str, Any]:
+    """The settings on which the result of a training depends."""
+    settings = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    return {key: value for key, value in settings.items() if key not in _FREE_KEYS}
+
+
+def untracked(config: DictConfig) -> DictConfig:
+    """The same without tracking: for all processes but the first."""
+    quiet = copy.deepcopy(config)
+    quiet.tracking.enabled = False
+    return quiet
+
+
+def _encoder(node: Any, device: torch.device) -> Backbone:
+    if not isinstance(node, dict):
+        raise SettingError(f"backbones has {node!r}: each is {{name: NAME}}, or {{name: NAME, weights: FILE}}")
+    file = Path(str(node.get("weights")))
+    with _refusals_named():
+        if set(node) - {"name", "weights", "model"} or not all(isinstance(x, str | None) for x in node.values()):
+            return backbone_from_config(node)  # which says what is wrong
+        stamp = (file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None
+        return _loaded(tuple(sorted(node.items())), stamp, device)
+
+
+@contextmanager
+def _refusals_named() -> Iterator[None]:
+    """A value that the core refuses is a setting that cannot be used."""
+    try:
+        yield
+    except core.WeightsError:
+        raise
+    except ValueError as error:
+        raise SettingError(str(error)) from error
+
+
+@lru_cache(_KEPT_ENCODERS)
+def _loaded(node: tuple[tuple[str, str | None], ...], stamp: tuple[int, int] | None, device: torch.device) -> Backbone:
+    """`stamp`, of the weights' file, makes a file that was replaced another encoder."""
+    return backbone_from_config(dict(node)).to(device)
+
+
+@lru_cache(4 * _KEPT_ENCODERS)
+def _grid(encoder: Backbone, view: int, device: torch.device) -> tuple[int, int]:
+    with torch.no_grad():
+        height, width = encoder(torch.full((1, 3, view, view), 0.5, device=device)).shape[-2:]
+    return height, width

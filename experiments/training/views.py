@@ -1,0 +1,197 @@
+"""What each training step looks at: a pure function of (seed, step), so that nothing has to be remembered.
+
+An image is brought to `scale * view` pixels square. The whole of it, shrunk to `view`, is what the encoder and the
+upsampler see; crops of `view` pixels are cut where the encoder's cells of the whole would lie at that resolution, and
+their features are what must be reached (the released procedure has 448, 224 and 4 crops; AnyUp, section 3.4).
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from experiments.data import DataSet
+from experiments.data.image_files import centre_square
+from experiments.settings import SettingError
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """How views are cut.
+
+    Args:
+        view: side in pixels of what the encoder sees, of the whole image and of each crop.
+        guidance: side in pixels of the image that guides; null in the configuration: `view`.
+        scale: how many times finer the targets are than the input features; a whole number.
+        crops: crops an image and step; 0: no crops, the target is the whole image at `scale` times the resolution.
+        crop_pool: crops are drawn from this many fixed ones for each image, so that their features can be cached;
+            0: from all.
+        augment: strength of the photometric augmentation of the guidance, 0 to 1.
+    """
+
+    view: int = 224
+    guidance: int | None = None
+    scale: int = 2
+    crops: int = 4
+    crop_pool: int = 0
+    augment: float = 0.4
+
+    def __post_init__(self):
+        for name, least in (("view", 16), ("scale", 2), ("crops", 0), ("crop_pool", 0)):
+            if getattr(self, name) < least:
+                raise SettingError(f"views.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.guidance is not None and self.guidance < 8:
+            raise SettingError(f"views.guidance must be at least 8 pixels, got {self.guidance}")
+        if not 0 <= self.augment <= 1:
+            raise SettingError(f"views.augment must lie between 0 and 1, got {self.augment}")
+        if 0 < self.crop_pool < self.crops:
+            raise SettingError(f"views.crop_pool={self.crop_pool} has fewer than views.crops={self.crops} crops")
+
+
+@dataclass(frozen=True)
+class StepViews:
+    """The images of one step, before any encoder has seen them."""
+
+    step: int
+    backbone: int
+    """Which of the backbones the step is for."""
+    names: list[str]
+    """Of the images."""
+    guidance: Tensor
+    """(B,3,g,g) RGB in [0,1]."""
+    augmented: Tensor
+    """(B,3,g,g), photometrically augmented."""
+    whole: Tensor
+    """(B,3,view,view): the encoder's input."""
+    crops: Tensor
+    """(B·n,3,view,view): n consecutive crops for each image; (B,3,scale·view,scale·view) without crops."""
+    corners: Tensor | None
+    """(B·n,2) rows and columns of the crops, in cells of the fine grid; None without crops."""
+
+
+class Views(Dataset):
+    """Step -> `StepViews`, the same from any process and in any order.
+
+    Args:
+        data: the images.
+        settings: how to cut them.
+        patch_sizes: strides in pixels of the backbones, between which each step chooses.
+        seed: of all draws.
+        batch_size: images a step, of all processes together.
+        num_steps: how many steps there are.
+        shard: (rank, processes): the part of each batch that this process sees.
+
+    Raises:
+        SettingError: sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        data: DataSet,
+        settings: ViewSettings,
+        patch_sizes: list[int],
+        seed: int,
+        batch_size: int,
+        num_steps: int,
+        shard: tuple[int, int] = (0, 1),
+    ):
+        for patch in patch_sizes:
+            if settings.view % patch:
+                raise SettingError(f"views.view={settings.view} is no multiple of the backbone's stride {patch}")
+        if batch_size % shard[1]:
+            raise SettingError(f"batch_size={batch_size} cannot be shared by {shard[1]} processes")
+        self.data, self.settings, self.patch_sizes, self.seed = data, settings, patch_sizes, seed
+        self.batch_size, self.num_steps, self.shard = batch_size, num_steps, shard
+        jitter = settings.augment
+        self.photometric = v2.Compose(
+            [v2.ColorJitter(jitter, jitter, jitter, jitter / 4), v2.RandomGrayscale(jitter / 4)]
+        )
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, step: int) -> StepViews:
+        backbone = int(torch.randint(len(self.patch_sizes), (), generator=stream(self.seed, "backbone", step)))
+        return self.of_backbone(step, backbone)
+
+    def of_backbone(self, step: int, backbone: int) -> StepViews:
+        """The views of a step for one backbone; the images are the same for all."""
+        rank, processes = self.shard
+        share = self.batch_size // processes
+        positions = range(step * self.batch_size + rank * share, step * self.batch_size + (rank + 1) * share)
+        chosen = [self._image(position) for position in positions]
+        s, squares = self.settings, []
+        for index in chosen:
+            squares.append(centre_square(self.data[index].image[None], s.scale * s.view))
+        square = torch.cat(squares)  # (B,3,scale·view,scale·view)
+        whole = shrink_to(square, s.view)
+        guidance = whole if s.guidance in (None, s.view) else shrink_to(square, s.guidance)
+        crops, corners = square, None
+        if s.crops:
+            corners = torch.cat([self._corners(step, at, self.data.names[i], backbone) for at, i in enumerate(chosen)])
+            crops = cut(square, corners, self.patch_sizes[backbone], s.view)
+        return StepViews(
+            step=step,
+            backbone=backbone,
+            names=[self.data.names[index] for index in chosen],
+            guidance=guidance,
+            augmented=self._augment(guidance, positions),
+            whole=whole,
+            crops=crops,
+            corners=corners,
+        )
+
+    def _image(self, position: int) -> int:
+        """The image at a position of the endless sequence in which each pass is another permutation."""
+        epoch, within = divmod(position, len(self.data))
+        if getattr(self, "_epoch", None) != epoch:  # kept: the next position asks for the same
+            order = torch.randperm(len(self.data), generator=stream(self.seed, "order", epoch))
+            self._epoch, self._order = epoch, order.tolist()
+        return self._order[within]
+
+    def _corners(self, step: int, at: int, name: str, backbone: int) -> Tensor:
+        """(n,2) corners in cells of the fine grid."""
+        s = self.settings
+        cells = s.view // self.patch_sizes[backbone]
+        first = at + self.shard[0] * (self.batch_size // self.shard[1])  # position in the whole batch
+        drawn = stream(self.seed, "corners", step, first)
+        if not s.crop_pool:
+            return torch.randint(cells * (s.scale - 1) + 1, (s.crops, 2), generator=drawn)
+        pool = torch.randint(cells * (s.scale - 1) + 1, (s.crop_pool, 2), generator=stream("crop pool", name))
+        return pool[torch.randperm(s.crop_pool, generator=drawn)[: s.crops]]
+
+    def _augment(self, guidance: Tensor, positions: range) -> Tensor:
+        if not self.settings.augment:
+            return guidance
+        augmented = []
+        for image, position in zip(guidance, positions, strict=True):
+            with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global generator
+                torch.manual_seed(stream(self.seed, "augmentation", position).initial_seed())
+                augmented.append(self.photometric(image).clamp(0, 1))
+        return torch.stack(augmented)
+
+
+def cut(square: Tensor, corners: Tensor, patch: int, view: int) -> Tensor:
+    """(B,3,S,S), (B·n,2) corners in cells of `patch` pixels -> (B·n,3,view,view)."""
+    per_image = len(corners) // len(square)
+    return torch.stack(
+        [
+            square[i // per_image, :, row * patch : row * patch + view, column * patch : column * patch + view]
+            for i, (row, column) in enumerate(corners.tolist())
+        ]
+    )
+
+
+def shrink_to(image: Tensor, side: int) -> Tensor:
+    """(B,3,S,S) -> (B,3,side,side), antialiased."""
+    return F.interpolate(image, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def stream(*key: object) -> torch.Generator:
+    """The random stream of that name: independent of all others, and of what was drawn before."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
