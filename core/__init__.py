@@ -3,9 +3,10 @@
 from core import training  # noqa: F401  registers the baseline objective and learner
 from core.anyup import AnyUp
 from core.backbones import imagenet_normalize, load_backbone
+from core.batch import Batch, Clip, Context
 from core.checkpoint import from_published, load, save, warm_start
 from core.compose import available, build, build_filler, compose, from_config
-from core.hooks import Attention, Batch, Decoder, Learner, Objective, Refiner, Temporal, Unifier
+from core.hooks import Attention, Decoder, Learner, Objective, Refiner, Temporal, Unifier
 from core.registry import register
 from core.weight_files import WeightsError
 
@@ -13,6 +14,8 @@ __all__ = [
     "AnyUp",
     "Attention",
     "Batch",
+    "Clip",
+    "Context",
     "Decoder",
     "Learner",
     "Objective",

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from core import checkpoint, validation
 from core.attention import WindowAttention, empty_output
+from core.batch import Context
 from core.encoder import Encoder
 from core.fast.memory import keep_temporaries
 from core.fast.norm_act_conv import Buffers, autocast_dtype
-from core.hooks import Attention, Decoder, Refiner, Temporal, Unifier
+from core.hooks import AFTER_ATTENTION, Attention, Decoder, Refiner, Temporal, Unifier
 from core.passthrough import NoDecoder, NoRefiner, NoTemporal
 from core.points import pixel_centres
 from core.registry import describe
@@ -74,8 +76,16 @@ class AnyUp(nn.Module, ModelHubMixin):
         self._hub_mixin_config = None  # the weights' file carries the configuration: no config.json beside it
 
     def forward(
-        self, image: Tensor, features: Tensor, output_size: tuple[int, int] | None = None, out: Tensor | None = None
-    ) -> Tensor:
+        self,
+        image: Tensor,
+        features: Tensor,
+        output_size: tuple[int, int] | None = None,
+        out: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        state: object | None = None,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, object | None]:
         """Upsamples features to `output_size`.
 
         Args:
@@ -84,42 +94,44 @@ class AnyUp(nn.Module, ModelHubMixin):
             output_size: (Qh,Qw); the image's size if None.
             out: (B,C,Qh,Qw) tensor to write into, band by band (a memory-mapped one, say), instead of a new one;
                 no gradient is recorded then.
+            generator: for fillers that draw random numbers, on the CPU. By default each call draws the same ones, so
+                that an evaluation repeats itself; give one to get different samples.
+            state: of a video, what the call for the frame before returned; None at the first frame.
+            return_state: return (output, state) and not the output alone.
 
         Returns:
-            (B,C,Qh,Qw); `out` if it was given.
+            (B,C,Qh,Qw); `out` if it was given. With `return_state` also the state for the next frame.
 
         Raises:
             ValueError: shapes, dtypes or devices that do not fit together; the message says which.
         """
-        if out is None:
-            return self.step(image, features, None, output_size)[0]
         output_size = validation.check_inputs(self, image, features, output_size)
+        if out is not None:
+            validation.check_no_state(state, return_state)
+            return self._write(image, features, output_size, out, generator)
+        room = self._output_memory(features, output_size)
+        buffers = Buffers(None if room is None else room.permute(0, 2, 3, 1))
+        guidance, query, key = self._guide(image, features, output_size, buffers)
+        context = self._context(image, features, pixel_centres(output_size, like=query), guidance, generator)
+        del guidance
+        output = self.attention(query, key, features, *([] if room is None else [room]))
+        del query
+        output, state = self._finish(output, context, state)
+        return (output, state) if return_state else output
+
+    def _write(self, image, features, output_size, out, generator):
         validation.check_out(out, (*features.shape[:2], *output_size))
         with torch.no_grad():
-            for rows, band in self.stream(image, features, output_size):
+            for rows, band in self.stream(image, features, output_size, generator):
                 out[:, :, rows] = band
         return out
 
-    def step(
-        self, frame: Tensor, features: Tensor, state: object | None, output_size: tuple[int, int] | None = None
-    ) -> tuple[Tensor, object | None]:
-        """`forward` for one frame of a video: takes the last frame's state (None at the first), returns the next."""
-        output_size = validation.check_inputs(self, frame, features, output_size)
-        room = self._output_memory(features, output_size)
-        buffers = Buffers(None if room is None else room.permute(0, 2, 3, 1))
-        guidance, query, key = self._guide(frame, features, output_size, buffers)
-        coords = pixel_centres(output_size, like=query)
-        output = self.attention(query, key, features, *([] if room is None else [room]))
-        output = self._checked("attention", output, features, output_size)
-        del query
-        output = self._checked("decoder", self.decoder(output, features, guidance, coords), features, output_size)
-        del guidance
-        output = self._checked("refiner", self.refiner(output, frame, features), features, output_size)
-        output, state = validation.check_pair(self.temporal, self.temporal(output, frame, state))
-        return self._checked("temporal", output, features, output_size), state
-
     def stream(
-        self, image: Tensor, features: Tensor, output_size: tuple[int, int] | None = None
+        self,
+        image: Tensor,
+        features: Tensor,
+        output_size: tuple[int, int] | None = None,
+        generator: torch.Generator | None = None,
     ) -> Iterator[tuple[slice, Tensor]]:
         """Yields the output in bands of rows, top to bottom, for outputs larger than memory: (rows, (B,C,rows,Qw)).
 
@@ -128,21 +140,22 @@ class AnyUp(nn.Module, ModelHubMixin):
         """
         output_size = validation.check_inputs(self, image, features, output_size)
         validation.check_no_whole_output(self, "be streamed or written to out=; call the model without out=")
-        return self._stream(image, features, output_size)
+        return self._stream(image, features, output_size, generator)
 
-    def _stream(self, image, features, output_size):
+    def _stream(self, image, features, output_size, generator):
         guidance, query, key = self._guide(image, features, output_size, Buffers())
         coords = pixel_centres(output_size, like=query)
+        context = self._context(image, features, coords, guidance, generator)
         for rows, band in self.attention.bands(query, key, features):
-            size = (rows.stop - rows.start, output_size[1])
-            band = self._checked("attention", band, features, size)
-            band = self._checked("decoder", self.decoder(band, features, guidance, coords[rows]), features, size)
-            band = self._checked("refiner", self.refiner(band, image, features), features, size)
-            band, _ = validation.check_pair(self.temporal, self.temporal(band, image, None))
-            yield rows, self._checked("temporal", band, features, size)
+            yield rows, self._finish(band, replace(context, coords=coords[rows]))[0]
 
     def query(
-        self, image: Tensor, features: Tensor, coords: Tensor, output_size: tuple[int, int] | None = None
+        self,
+        image: Tensor,
+        features: Tensor,
+        coords: Tensor,
+        output_size: tuple[int, int] | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Upsampled features at arbitrary points: of a rotated crop, say, or at a zoom that is no whole number.
 
@@ -151,7 +164,7 @@ class AnyUp(nn.Module, ModelHubMixin):
         grid's pixel centres, (i + 0.5)/n along each axis, the answer is `forward`'s.
 
         Args:
-            image, features, output_size: as for `forward`.
+            image, features, output_size, generator: as for `forward`.
             coords: (N,2), or (B,N,2) where each image has its own: (row, column) in the unit square of the image.
 
         Returns:
@@ -165,40 +178,65 @@ class AnyUp(nn.Module, ModelHubMixin):
         coords = validation.check_coords(coords, features)
         validation.check_no_whole_output(self, "answer single points; call the model on a grid")
         guidance, query, key = self._guide(image, features, output_size, Buffers())
+        context = self._context(image, features, coords, guidance, generator)
         if coords.dim() == 2:
-            return self._at(image, features, guidance, query, key, coords)
-        alone = [None] * len(features) if guidance is None else guidance.split(1)
-        split = image.split(1), features.split(1), alone, query.split(1), key.split(1), coords
-        return torch.cat([self._at(*of_one_image) for of_one_image in zip(*split, strict=True)])
+            return self._at(query, key, context)
+        per_image = []
+        for i, points in enumerate(coords):
+            alone = None if guidance is None else guidance[i : i + 1]
+            own = replace(context, image=image[i : i + 1], features=features[i : i + 1], coords=points, guidance=alone)
+            per_image.append(self._at(query[i : i + 1], key[i : i + 1], own))
+        return torch.cat(per_image)
 
-    def _at(self, image, features, guidance, query, key, coords):
-        points = (len(coords),)
-        output = self._checked("attention", self.attention.at(query, key, features, coords), features, points)
-        output, size = output[:, :, None], (1, *points)  # one row of pixels
-        output = self._checked("decoder", self.decoder(output, features, guidance, coords[None]), features, size)
-        output = self._checked("refiner", self.refiner(output, image, features), features, size)
-        output, _ = validation.check_pair(self.temporal, self.temporal(output, image, None))
-        return self._checked("temporal", output, features, size)[:, :, 0]  # (B,C,N)
+    def _at(self, query, key, context):
+        points, features = context.coords, context.features
+        output = self.attention.at(query, key, features, points)
+        output = validation.check_filled(self, "attention", output, (*features.shape[:2], len(points)))
+        one_row = replace(context, coords=points[None])
+        return self._finish(output[:, :, None], one_row)[0][:, :, 0]  # (B,C,N)
+
+    def _context(self, image, features, coords, guidance, generator):
+        if generator is None and not torch.compiler.is_compiling():
+            generator = torch.Generator().manual_seed(self.seed)
+        return Context(image, features, coords, guidance, generator)
+
+    def _finish(self, output, context, state=None):
+        """Attention's output -> (B,C,rows,Qw) after decoder, refiner and temporal, state."""
+        shape = (*context.features.shape[:2], *context.coords.shape[:2])
+        output = validation.check_filled(self, "attention", output, shape)
+        output = self.decoder(output, self._seen_by(self.decoder, context))
+        output = validation.check_filled(self, "decoder", output, shape)
+        if not (self.refiner.needs_guidance or self.temporal.needs_guidance):
+            context.guidance = None  # frees its memory
+        output = self.refiner(output, self._seen_by(self.refiner, context))
+        output = validation.check_filled(self, "refiner", output, shape)
+        answer = self.temporal(output, self._seen_by(self.temporal, context), state)
+        output, state = validation.check_pair(self.temporal, answer)
+        return validation.check_filled(self, "temporal", output, shape), state
+
+    def _seen_by(self, filler, context):
+        return context if filler.needs_guidance else replace(context, guidance=None)
 
     def _output_memory(self, features, output_size):
         """Memory for attention's output, which the encoders may use before; None where that cannot be."""
         needed_as_is = torch.is_grad_enabled() or torch.compiler.is_compiling() or autocast_dtype(features) is not None
-        if needed_as_is or self.decoder.needs_guidance or not self.attention.takes_out:
+        if needed_as_is or self._needs_guidance or not self.attention.takes_out:
             return None
         return empty_output(features, output_size)
 
     def _guide(self, image, features, output_size, buffers):
-        """Guidance (None if no decoder needs it), query and key; only the guidance lies in the buffers' room."""
+        """Guidance (None if no filler needs it), query and key; only the guidance lies in the buffers' room."""
         grid = tuple(features.shape[-2:])
         guidance = self.rotary(self.image_encoder(image, buffers=buffers))  # (B,D,H,W)
         unified = self.unifier(features, guidance)  # (B,D,h,w)
         validation.check_filled(self, "unifier", unified, (len(features), self.embed_dim, *grid))
         key = self.aggregation(torch.cat([self.key_encoder(guidance, grid, buffers), unified], 1))  # (B,D,h,w)
         query = self.query_encoder(guidance, output_size, buffers)  # (B,D,Qh,Qw)
-        return guidance if self.decoder.needs_guidance else None, query, key
+        return guidance if self._needs_guidance else None, query, key
 
-    def _checked(self, hook, output, features, size):
-        return validation.check_filled(self, hook, output, (*features.shape[:2], *size))
+    @property
+    def _needs_guidance(self):
+        return any(getattr(self, hook).needs_guidance for hook in AFTER_ATTENTION)
 
     def _child(self, name: str, make: Callable[[], nn.Module]) -> None:
         with named_stream(self.seed, name):

@@ -159,6 +159,8 @@ class WindowAttention(CrossAttention):
             width); 0 or less: no window.
     """
 
+    changeable = ("window_ratio",)
+
     def __init__(self, embed_dim: int, num_heads: int = 4, window_ratio: float = 0.1):
         super().__init__(embed_dim, num_heads)
         if math.isnan(window_ratio):

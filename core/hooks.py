@@ -10,14 +10,19 @@ Shape letters, used everywhere in this project: B batch, C feature channels (ANY
     key      = aggregation(pool(key_encoder(guidance)), unified)    # (B, D, h, w)
     query    = pool(query_encoder(guidance))                        # (B, D, Qh, Qw)
     output   -> attention(query, key, features)                     # (B, C, Qh, Qw)
-    output   -> decoder(output, features, guidance, coords)         # (B, C, Qh, Qw)
-    output   -> refiner(output, image, features)                    # (B, C, Qh, Qw)
-    output   -> temporal(output, image, state)                      # (B, C, Qh, Qw), next state
+    output   -> decoder(output, context)                            # (B, C, Qh, Qw)
+    output   -> refiner(output, context)                            # (B, C, Qh, Qw)
+    output   -> temporal(output, context, state)                    # (B, C, Qh, Qw), next state
 
-One training step::
+`context` is one object: image, features, coords, a random generator, and the guidance for who asks (core/batch.py).
 
-    losses   -> objective(model, batch)                             # dict of scalars
-    step     -> learner.step(model, objective, batch, optimizer)    # forward, backward, update
+One training step, `tasks` being one batch for each backbone of the step (core/training.py)::
+
+    learner.step(trainable, tasks, optimizer)                       # backward and update, around:
+    losses   -> learner(model, objective, tasks)                    # by default, of each batch:
+                    output = model(image, features, output_size)    # the batch's own forward
+                    filler.auxiliary_loss(output, batch)            # right after it, of every filler that has one
+                 -> objective(model, batch, output)                 # dict of scalars
 
 An idea is one class in one file: subclass the hook point, decorate it with `@register("name")`, and give its
 settings as typed keyword arguments of `__init__`. Rules that every filler keeps:
@@ -28,14 +33,18 @@ settings as typed keyword arguments of `__init__`. Rules that every filler keeps
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from core.batch import Batch, Context
 from core.points import sample_rows
+
+GATE_LR_SCALE = 10.0
+"""For `lr_scales` of a gate that starts closed: Adam's steps are as large as the learning rate, whatever the gradient,
+and so open it within hundreds of steps and not thousands."""
 
 
 class Filler(nn.Module, ABC):
@@ -45,9 +54,23 @@ class Filler(nn.Module, ABC):
     """Name of the hook point: the attribute of the model and the Hydra group."""
     supplied: ClassVar[tuple[str, ...]] = ()
     """Constructor arguments that the core gives; all others are the filler's configuration."""
+    changeable: ClassVar[tuple[str, ...]] = ()
+    """Settings without weights that may be others after training than in it, such as a sampler's number of steps."""
+    lr_scales: ClassVar[Mapping[str, float]] = {}
+    """Parameters by name, as in `named_parameters`, or the first part of it -> times the learning rate."""
+    batch_parts: frozenset[str] = frozenset()
+    """Optional parts of `Batch` that it looks at in training (core/batch.py); may be set in `__init__`."""
 
-    def auxiliary_loss(self) -> dict[str, Tensor]:
-        """Scalar losses of the filler's own, named `*_loss`, about its latest forward; the objective adds them."""
+    def auxiliary_loss(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Scalar losses of the filler's own, named `*_loss`; they are added to the objective's.
+
+        Called once per training step and batch, right after the batch's own forward: what the filler kept of its
+        latest forward is of this batch, whatever forwards the objective makes later.
+
+        Args:
+            output: (B,C,Qh,Qw), what the model made of the batch.
+            batch: with the target; `core.batch.crops_of(x, batch)` are the regions of a (B,C,Qh,Qw) that it shows.
+        """
         return {}
 
     def pictures(self) -> dict[str, Tensor]:
@@ -107,95 +130,108 @@ class Attention(Filler):
         return sum(shares).transpose(1, 2)  # (B,C,N)
 
 
-class Decoder(Filler):
+class AfterAttention(Filler):
+    """Base of the three hook points after attention, which see the output and a `Context`."""
+
+    supplied = ("embed_dim",)
+    needs_guidance: ClassVar[bool] = False
+    """True: `context.guidance` is the encoded image. It is freed before attention when nobody needs it."""
+    needs_whole_output: ClassVar[bool] = True
+    """False only when `forward` may be called on bands of rows; otherwise a streamed output is refused."""
+
+
+class Decoder(AfterAttention):
     """Corrects the explicit output at query coordinates, pointwise: no output pixel depends on another.
 
     Called after attention, on the whole output or on a band of its rows.
     """
 
     hook = "decoder"
-    supplied = ("embed_dim",)
-    needs_guidance: ClassVar[bool] = True
-    """False: the guidance is freed before attention, and `forward` gets None in its place."""
+    needs_whole_output = False
 
     @abstractmethod
-    def forward(self, output: Tensor, features: Tensor, guidance: Tensor | None, coords: Tensor) -> Tensor:
-        """(B,C,Qh,Qw) explicit output, (B,C,h,w), (B,D,H,W), (Qh,Qw,2) coords -> (B,C,Qh,Qw).
-
-        `coords` are the centres of the output pixels, (row, column), in the unit square of the whole image.
-        """
+    def forward(self, output: Tensor, context: Context) -> Tensor:
+        """(B,C,Qh,Qw) explicit output -> (B,C,Qh,Qw)."""
 
 
-class Refiner(Filler):
+class Refiner(AfterAttention):
     """Improves a finished output, looking at all of it. Called after the decoder."""
 
     hook = "refiner"
-    supplied = ("embed_dim",)
-    needs_whole_output: ClassVar[bool] = True
-    """False only when `forward` may be called on bands of rows; otherwise a streamed output is refused."""
 
     @abstractmethod
-    def forward(self, output: Tensor, image: Tensor, features: Tensor) -> Tensor:
-        """(B,C,Qh,Qw), (B,3,H,W) ImageNet-normalised image, (B,C,h,w) -> (B,C,Qh,Qw)."""
+    def forward(self, output: Tensor, context: Context) -> Tensor:
+        """(B,C,Qh,Qw) -> (B,C,Qh,Qw). Random numbers come from `context.generator` and from nowhere else."""
 
 
-class Temporal(Filler):
+class Temporal(AfterAttention):
     """Makes outputs of consecutive frames agree. Called last, once per frame, in order."""
 
     hook = "temporal"
-    supplied = ("embed_dim",)
-    needs_whole_output: ClassVar[bool] = True
 
     @abstractmethod
-    def forward(self, output: Tensor, frame: Tensor, state: object | None) -> tuple[Tensor, object | None]:
-        """(B,C,Qh,Qw), (B,3,H,W) frame, state of the last frame (None at the first) -> output, state."""
+    def forward(self, output: Tensor, context: Context, state: object | None) -> tuple[Tensor, object | None]:
+        """(B,C,Qh,Qw), state after the last frame (None at the first) -> output, state for the next frame.
 
-
-@dataclass
-class Batch:
-    """What one training step sees. Targets are encoder features of high-resolution crops."""
-
-    image: Tensor
-    """(B,3,H,W) guidance, ImageNet-normalised."""
-    features: Tensor
-    """(B,C,h,w) encoder features of the whole image."""
-    target: Tensor
-    """(N,C,th,tw) encoder features of N = n·B crops, n consecutive crops for each image."""
-    output_size: tuple[int, int]
-    """(Qh,Qw): the grid of the whole image at the resolution of the targets."""
-    corners: Tensor | None = None
-    """(N,2) integer (row, column) of each crop's first vector in the output grid; None: targets are the whole."""
-    augmented_image: Tensor | None = None
-    """(B,3,H,W) photometrically augmented guidance, for self-consistency."""
+        The state may be anything. Frames of another size, or of another number of channels, begin a new video: the
+        filler compares with what it kept, and refuses or starts again, as it says.
+        """
 
 
 class Objective(Filler):
-    """Computes what training minimises. Called by the learner, once per step."""
+    """Computes what training minimises. Its own parameters are trained and saved like the model's."""
 
     hook = "objective"
+    needs_output: ClassVar[bool] = True
+    """False: it makes its own forwards, and `output` is None unless some filler's auxiliary loss asked for it."""
 
     @abstractmethod
-    def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """-> named scalar losses (`*_loss`), already weighted; their sum is minimised."""
+    def forward(self, model: nn.Module, batch: Batch, output: Tensor | None) -> dict[str, Tensor]:
+        """-> named scalar losses (`*_loss`), already weighted; their sum is minimised.
+
+        Args:
+            model: for forwards of its own; under mixed precision they give half precision.
+            output: (B,C,Qh,Qw) of the batch's own forward, at least in single precision.
+        """
 
 
 class Learner(Filler):
-    """Owns one optimisation or adaptation step. Called by the training loop, once per step."""
+    """Owns one optimisation step over the tasks of a step, and adaptation at test time.
+
+    Its own parameters (learned rates, say) are trained and saved like the model's.
+    """
 
     hook = "learner"
 
     @abstractmethod
-    def step(
-        self, model: nn.Module, objective: Objective, batch: Batch, optimizer: torch.optim.Optimizer
-    ) -> dict[str, Tensor]:
-        """Updates the weights of `model` once -> the detached losses of this step.
+    def forward(self, model: nn.Module, objective: Objective, tasks: Sequence[Batch]) -> list[dict[str, Tensor]]:
+        """The losses of each task, whose sums are minimised: all that is differentiated in a step.
 
-        Call `core.training.backward(loss, optimizer)` for the gradients that the update uses, so that half precision,
-        accumulation over steps and several processes work without the learner knowing of them.
+        `model` is the bare module, whatever precision and however many processes it is trained with: functional
+        copies of it (`learn2learn.clone_module`) run their own weights. Under mixed precision autocast is on.
         """
+
+    @abstractmethod
+    def step(
+        self, trainable: nn.Module, tasks: Sequence[Batch], optimizer: torch.optim.Optimizer
+    ) -> list[dict[str, Tensor]]:
+        """Updates the weights once -> the detached losses of each task, in order.
+
+        Args:
+            trainable: `core.training.Trainable`, maybe wrapped for several processes; `trainable(tasks)` is this
+                learner's `forward`. Losses to differentiate come from there, so that all processes see them.
+            tasks: one batch for each backbone of the step.
+            optimizer: call `core.training.backward(loss, optimizer)` for the gradients that the update uses, so that
+                half precision, accumulation over steps and several processes work without the learner knowing of them.
+        """
+
+    def adapt(self, model: nn.Module, objective: Objective, support: Sequence[Batch]) -> nn.Module:
+        """The model for the tasks that `support` shows; the given one stays as it is. By default they are the same."""
+        return model
 
 
 HOOK_POINTS: dict[str, type[Filler]] = {
     base.hook: base for base in (Unifier, Attention, Decoder, Refiner, Temporal, Objective, Learner)
 }
 MODEL_HOOKS = ("unifier", "attention", "decoder", "refiner", "temporal")
+AFTER_ATTENTION = ("decoder", "refiner", "temporal")

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from core.batch import Context
 from core.hooks import Decoder, Refiner, Temporal
 from core.registry import register
 
@@ -10,12 +11,10 @@ from core.registry import register
 class NoDecoder(Decoder):
     """Keeps the explicit output."""
 
-    needs_guidance = False
-
     def __init__(self, embed_dim: int):
         super().__init__()
 
-    def forward(self, output: Tensor, features: Tensor, guidance: Tensor | None, coords: Tensor) -> Tensor:
+    def forward(self, output: Tensor, context: Context) -> Tensor:
         return output
 
 
@@ -28,7 +27,7 @@ class NoRefiner(Refiner):
     def __init__(self, embed_dim: int):
         super().__init__()
 
-    def forward(self, output: Tensor, image: Tensor, features: Tensor) -> Tensor:
+    def forward(self, output: Tensor, context: Context) -> Tensor:
         return output
 
 
@@ -41,5 +40,5 @@ class NoTemporal(Temporal):
     def __init__(self, embed_dim: int):
         super().__init__()
 
-    def forward(self, output: Tensor, frame: Tensor, state: object | None) -> tuple[Tensor, object | None]:
+    def forward(self, output: Tensor, context: Context, state: object | None) -> tuple[Tensor, object | None]:
         return output, state

@@ -59,8 +59,12 @@ class ReferenceAnyUp(nn.Module):
         features: Tensor,
         output_size: tuple[int, int] | None = None,
         queries_at_once: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Upsamples; `queries_at_once` bounds the logits held, as the released code's option does."""
+        """Upsamples; `queries_at_once` bounds the logits held, as the released code's option does.
+
+        `generator` is there to be called as `AnyUp` is in training: nothing here is random.
+        """
         guidance = self._rotate(self.image_encoder(image))  # (B,D,H,W)
         query = F.adaptive_avg_pool2d(self.query_encoder(guidance), output_size or image.shape[-2:])
         pooled = F.adaptive_avg_pool2d(self.key_encoder(guidance), features.shape[-2:])  # (B,D,h,w)

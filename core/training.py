@@ -1,12 +1,50 @@
-"""Baseline fillers of the training step: `objective=cosine_mse` and `learner=sgd`."""
+"""The training step: `Trainable`, `all_losses`, and the baseline fillers `objective=cosine_mse` and `learner=sgd`."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.hooks import Batch, Filler, Learner, Objective
+from core.batch import Batch, check_parts, crops_of
+from core.hooks import Filler, Learner, Objective
 from core.registry import register
 from core.validation import check_losses
+
+
+class Trainable(nn.Module):
+    """Model, objective and learner as one module: what is moved, prepared for several processes, averaged and saved.
+
+    Its forward is all that is differentiated in a step, so mixed precision and several processes see all of it.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective, learner: Learner):
+        super().__init__()
+        self.model, self.objective, self.learner = model, objective, learner
+
+    def forward(self, tasks: Sequence[Batch]) -> list[dict[str, Tensor]]:
+        """The losses of each task, as the learner computes them."""
+        return self.learner(self.model, self.objective, tasks)
+
+    @property
+    def batch_parts(self) -> frozenset[str]:
+        """The optional parts of a `Batch` that some filler looks at.
+
+        Raises:
+            ValueError: a filler asks for something that a batch cannot have.
+        """
+        return check_parts((filler, filler.batch_parts) for filler in fillers_of(self))
+
+
+def lr_scale(module: nn.Module, name: str) -> float:
+    """How many times the learning rate the parameter `name` of a module is trained with: `Filler.lr_scales`."""
+    for prefix, filler in module.named_modules():
+        if isinstance(filler, Filler) and name.startswith(f"{prefix}." if prefix else ""):
+            own = name.removeprefix(f"{prefix}.")
+            for part, scale in filler.lr_scales.items():
+                if own == part or own.startswith(f"{part}."):
+                    return scale
+    return 1.0
 
 
 def cosine_mse(prediction: Tensor, target: Tensor) -> Tensor:
@@ -36,9 +74,9 @@ class CosineMSE(Objective):
         self.self_consistency = self_consistency
         self.input_consistency = input_consistency
         self.self_consistency_size = self_consistency_size
+        self.batch_parts = frozenset({"augmented_image"} if self_consistency > 0 else ())
 
-    def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        output = model(batch.image, batch.features, batch.output_size)  # (B,C,Qh,Qw)
+    def forward(self, model: nn.Module, batch: Batch, output: Tensor | None) -> dict[str, Tensor]:
         losses = {"reconstruction_loss": cosine_mse(crops_of(output, batch), batch.target)}
         if self.input_consistency > 0:
             pooled = F.interpolate(output, batch.features.shape[-2:], mode="area")  # (B,C,h,w)
@@ -48,60 +86,30 @@ class CosineMSE(Objective):
                 raise ValueError("objective.self_consistency > 0 needs batch.augmented_image; give it, or set it to 0")
             size = (self.self_consistency_size,) * 2
             with torch.no_grad():
-                clean = model(batch.image, batch.features, size)
-            augmented = model(batch.augmented_image, batch.features, size)
+                clean = widened(model(batch.image, batch.features, size))
+            augmented = widened(model(batch.augmented_image, batch.features, size))
             losses["self_consistency_loss"] = self.self_consistency * cosine_mse(augmented, clean)
         return losses
 
 
-def crops_of(output: Tensor, batch: Batch) -> Tensor:
-    """(B,C,Qh,Qw) -> (N,C,th,tw): the regions that `batch.target` shows.
-
-    Raises:
-        ValueError: the targets are not that many regions of the output.
-    """
-    target, corners = batch.target, batch.corners
-    if corners is None:
-        if target.shape != output.shape:
-            raise ValueError(
-                f"target {tuple(target.shape)} is not the whole output {tuple(output.shape)}: give corners of crops"
-            )
-        return output
-    if target.dim() != 4 or target.shape[1] != output.shape[1]:
-        raise ValueError(f"target must be (N, {output.shape[1]}, th, tw) as the features, got {tuple(target.shape)}")
-    height, width = target.shape[-2:]
-    per_image = len(corners) // len(output)
-    if per_image * len(output) != len(target) or len(corners) != len(target):
-        raise ValueError(
-            f"{len(target)} targets and {len(corners)} corners are no equal number of crops for each of "
-            f"{len(output)} images"
-        )
-    last = corners.new_tensor(output.shape[-2:]) - corners.new_tensor([height, width])
-    if (corners < 0).any() or (corners > last).any():
-        raise ValueError(
-            f"a crop of {height}x{width} at one of the corners {corners.tolist()} lies outside the output grid "
-            f"{tuple(output.shape[-2:])}"
-        )
-    return torch.stack(
-        [
-            output[i // per_image, :, row : row + height, column : column + width]
-            for i, (row, column) in enumerate(corners.tolist())
-        ]
-    )
-
-
 @register("sgd")
 class PlainStep(Learner):
-    """One gradient step: every loss once, backward once, update once."""
+    """One gradient step on the mean over the tasks; one task is held in memory at a time."""
+
+    def forward(self, model: nn.Module, objective: Objective, tasks: Sequence[Batch]) -> list[dict[str, Tensor]]:
+        return [all_losses(model, objective, batch) for batch in tasks]
 
     def step(
-        self, model: nn.Module, objective: Objective, batch: Batch, optimizer: torch.optim.Optimizer
-    ) -> dict[str, Tensor]:
-        losses = all_losses(model, objective, batch)
+        self, trainable: nn.Module, tasks: Sequence[Batch], optimizer: torch.optim.Optimizer
+    ) -> list[dict[str, Tensor]]:
         optimizer.zero_grad()
-        backward(sum(losses.values()), optimizer)
+        found = []
+        for batch in tasks:
+            [losses] = trainable([batch])
+            backward(sum(losses.values()) / len(tasks), optimizer)
+            found.append({name: loss.detach() for name, loss in losses.items()})
         optimizer.step()
-        return {name: loss.detach() for name, loss in losses.items()}
+        return found
 
 
 def backward(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -115,12 +123,28 @@ def all_losses(model: nn.Module, objective: Objective, batch: Batch) -> dict[str
     Raises:
         TypeError, ValueError: what is no dict of scalars, no loss at all, or two losses of one name.
     """
-    losses = dict(check_losses(objective, objective(model, batch)))
+    asking = [filler for filler in fillers_of(model) if type(filler).auxiliary_loss is not Filler.auxiliary_loss]
+    output, auxiliary = None, []
+    if objective.needs_output or asking:
+        own = model(batch.image, batch.features, batch.output_size, generator=batch.generator)
+        output = widened(own)  # (B,C,Qh,Qw)
+        auxiliary = [(filler, check_losses(filler, filler.auxiliary_loss(output, batch))) for filler in asking]
+    losses = dict(check_losses(objective, objective(model, batch, output)))
     if not losses:
         raise ValueError(f"objective {type(objective).__name__} returned no loss")
-    for filler in (module for module in model.modules() if isinstance(module, Filler)):
-        for name, loss in check_losses(filler, filler.auxiliary_loss()).items():
+    for filler, more in auxiliary:
+        for name, loss in more.items():
             if name in losses:
                 raise ValueError(f"{filler.hook} {type(filler).__name__}: there is another loss called {name}")
             losses[name] = loss
     return losses
+
+
+def fillers_of(module: nn.Module) -> list[Filler]:
+    """All fillers in a module, itself included."""
+    return [inner for inner in module.modules() if isinstance(inner, Filler)]
+
+
+def widened(x: Tensor) -> Tensor:
+    """At least in single precision: what mixed precision gave is compared there."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -102,6 +102,12 @@ def check_out(out: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError("out requires a gradient; pass a plain buffer, or no out")
 
 
+def check_no_state(state: object | None, return_state: bool) -> None:
+    """Refuses a video's state where the output is written in bands."""
+    if state is not None or return_state:
+        raise ValueError("a video's state cannot be carried with out=, which is written in bands: leave out= away")
+
+
 def check_filled(model: nn.Module, hook: str, result: object, shape: tuple[int, ...]) -> Tensor:
     """Refuses a filler's result that is not a tensor of the shape its hook point promises."""
     name = type(getattr(model, hook)).__name__

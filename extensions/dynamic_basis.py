@@ -13,21 +13,21 @@ Status: measured (docs/extensions.md): no help shown.
 """
 
 import math
+from collections.abc import Mapping
 from enum import Enum
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from core.hooks import GATE_LR_SCALE
 from core.registry import register
 from core.unifiers import LearnedBasis, Ordering
 
 MAX_RESPONSES = {"cpu": 2**18, "cuda": 2**26}  # filter responses held at once, with filters per location
-GATE_SPEED = 10.0
-"""Gates are stored at a tenth: Adam's steps are as large as the learning rate, whatever the gradient, and so open a
-gate within hundreds of steps and not thousands."""
 NUM_MOMENTS = 5
 CHANNEL_DIM = 16  # width in which single channels are described, before their mean is taken
 EPSILON = 1e-6  # below the mean squares of features whose mean square is 1: keeps the slope of a root finite
@@ -130,6 +130,8 @@ class DynamicBasis(LearnedBasis):
         ValueError: one of them is out of its range.
     """
 
+    lr_scales: ClassVar[Mapping[str, float]] = {"gates": GATE_LR_SCALE, "contrast_gates": GATE_LR_SCALE}
+
     def __init__(
         self,
         embed_dim: int,
@@ -153,9 +155,9 @@ class DynamicBasis(LearnedBasis):
         self.meta = MetaNetwork(_conditioning(conditioning), embed_dim, hidden_dim)
         self.head = nn.Linear(hidden_dim, num_basis * (bank_size + 1))
         self.bank = nn.Parameter(torch.randn(bank_size, kernel_size**2))
-        start = torch.full((num_basis,), math.atanh(open_at_start) / GATE_SPEED)
-        self.gate = nn.Parameter(start)
-        self.contrast = nn.Parameter(start.clone()) if contrast else None
+        start = torch.full((num_basis,), math.atanh(open_at_start))
+        self.gates = nn.Parameter(start)
+        self.contrast_gates = nn.Parameter(start.clone()) if contrast else None
         self._seen: tuple[Tensor, int] | None = None
 
     def forward(self, features: Tensor, guidance: Tensor) -> Tensor:
@@ -166,9 +168,9 @@ class DynamicBasis(LearnedBasis):
 
     def filters(self, code: Tensor, channels: int) -> Tensor:
         """(…,hidden) -> (…,k²,M), the filters for features of that many channels."""
-        made = self.head(code).unflatten(-1, (-1, len(self.gate)))  # (…,R+1,M)
+        made = self.head(code).unflatten(-1, (-1, len(self.gates)))  # (…,R+1,M)
         mixture, sensitivity = made[..., :-1, :], made[..., -1:, :]
-        gate = (GATE_SPEED * self.gate).tanh()  # (M,)
+        gate = self.gates.tanh()  # (M,)
         gain = (gate * (math.log(channels) / 2 + sensitivity)).exp()  # (…,1,M)
         return gain * (self.encoder[0].basis.flatten(1).t() + gate * (self.bank.t() @ mixture))
 
@@ -183,14 +185,14 @@ class DynamicBasis(LearnedBasis):
             responses = torch.cat([self.encoder[0](image, basis=own) for image, own in each])
         else:
             responses = self._local_responses(code, features)
-        if self.contrast is None:
+        if self.contrast_gates is None:
             return responses
-        log_factor = (GATE_SPEED * self.contrast).tanh() * math.log(len(self.contrast))
-        return responses + (responses - 1 / len(self.contrast)) * log_factor.expm1()[:, None, None]
+        log_factor = self.contrast_gates.tanh() * math.log(len(self.contrast_gates))
+        return responses + (responses - 1 / len(self.contrast_gates)) * log_factor.expm1()[:, None, None]
 
     def _closed(self) -> bool:
         """Whether all filters are the learned ones; never with gradients or under a compiler: they may open."""
-        return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self.gate.any())
+        return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self.gates.any())
 
     def _local_responses(self, code: Tensor, features: Tensor) -> Tensor:
         """As `BasisConvolution`, with filters of each cell: a few rows at a time, so that few of them exist at once."""
@@ -200,7 +202,7 @@ class DynamicBasis(LearnedBasis):
         inside = F.conv2d(features.new_ones(1, 1, height, width), taps, padding=self.radius)[0, 0]  # (h,w)
         patches = F.pad(features, (self.radius,) * 4).unfold(2, size, 1).unfold(3, size, 1)  # (B,C,h,w,k,k), a view
         budget = MAX_RESPONSES.get(features.device.type, 2**18)
-        step = max(1, budget // (width * channels * len(self.gate)))
+        step = max(1, budget // (width * channels * len(self.gates)))
         band = self._band
         if torch.is_grad_enabled() and not (stem.twice_differentiable or torch.compiler.is_compiling()):
             band = partial(checkpoint, band, use_reentrant=False)
@@ -212,7 +214,7 @@ class DynamicBasis(LearnedBasis):
 
     def _band(self, patches: Tensor, code: Tensor, inside: Tensor, budget: int) -> Tensor:
         """Rows of cells of one image: (C,rows,w,k,k), (rows,w,hidden), (rows,w) -> (rows,w,M)."""
-        channels, num_basis = len(patches), len(self.gate)
+        channels, num_basis = len(patches), len(self.gates)
         patches = (patches / inside[..., None, None]).permute(1, 2, 0, 3, 4).flatten(3).flatten(0, 1)  # (N,C,k²)
         parts, at_once = [], max(1, budget // (channels * num_basis))
         for some, codes in zip(patches.split(at_once), code.flatten(0, 1).split(at_once), strict=True):

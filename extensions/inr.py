@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from core.attention import empty_output
+from core.batch import Context
 from core.hooks import Decoder
 from core.points import nearest_cells, pixel_centres, sample
 from core.registry import register
@@ -103,6 +104,8 @@ class INRDecoder(Decoder):
         ValueError: one of them is below 1.
     """
 
+    needs_guidance = True
+
     def __init__(self, embed_dim: int, hidden_dim: int = 32, num_units: int = 4, num_frequencies: int = 8):
         super().__init__()
         for name, number in (
@@ -125,7 +128,8 @@ class INRDecoder(Decoder):
         self.blend: Tensor | None = None
         """(B,Qh,Qw) blending weights of the latest forward without gradients."""
 
-    def forward(self, output: Tensor, features: Tensor, guidance: Tensor | None, coords: Tensor) -> Tensor:
+    def forward(self, output: Tensor, context: Context) -> Tensor:
+        features, guidance, coords = context.features, context.guidance, context.coords
         pixels = output.permute(0, 2, 3, 1).flatten(1, 2)  # (B,Q,C)
         channels, cells = normalised(features), self._cells(guidance, tuple(features.shape[-2:]))
         compiling = torch.compiler.is_compiling()

@@ -13,10 +13,10 @@ Status: measured (docs/extensions.md): helps feature fidelity, hurts probes on C
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +26,10 @@ from torch.utils.checkpoint import checkpoint
 from core.attention import WindowAttention, empty_output, normed
 from core.fast.norm_act_conv import under_autocast
 from core.fast.windows import Tiles, tiles
-from core.hooks import Attention
+from core.hooks import GATE_LR_SCALE, Attention
 from core.registry import register
 
 MAX_LOGITS = {"cpu": 2**20, "cuda": 2**26}  # held at once: on CPU they stay in cache
-GATE_SPEED = 10.0
-"""Gates are stored at a tenth: Adam's steps are as large as the learning rate, whatever the gradient, and so open a
-gate within hundreds of steps and not thousands."""
 MAP_SIDE = 128  # of the fusion maps kept for pictures
 
 
@@ -87,6 +84,8 @@ class PyramidWindowAttention(WindowAttention):
             the window; 0: never.
     """
 
+    lr_scales: ClassVar[Mapping[str, float]] = {"gates": GATE_LR_SCALE}
+
     def __init__(
         self,
         embed_dim: int,
@@ -101,7 +100,7 @@ class PyramidWindowAttention(WindowAttention):
         if keys_per_side < 0:
             raise ValueError(f"keys_per_side must be positive, or 0 for keys that are not pooled, got {keys_per_side}")
         self.fusion = nn.Linear(embed_dim, len(self.scales))
-        self.gate = nn.Parameter(torch.zeros(len(self.scales)))
+        self.gates = nn.Parameter(torch.zeros(len(self.scales)))
         self.log_temperature = nn.Parameter(torch.zeros(len(self.scales)))
         self.position = nn.Parameter(torch.zeros(len(self.scales), 2, 2))  # (scale, axis, power - 1)
         self._maps: list[Tensor] = []
@@ -134,11 +133,11 @@ class PyramidWindowAttention(WindowAttention):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return list(range(len(self.scales)))
         self._maps = []
-        return self.gate.nonzero().flatten().tolist()
+        return self.gates.nonzero().flatten().tolist()
 
     def fusion_weights(self, query: Tensor) -> Tensor:
         """(…,D) convolved and normalised queries -> (…,S+1): the share of the baseline's window, then of each scale."""
-        weights = (GATE_SPEED * torch.where(self.gate >= 0, self.gate, -self.gate)) * self.fusion(query).sigmoid()
+        weights = torch.where(self.gates >= 0, self.gates, -self.gates) * self.fusion(query).sigmoid()
         weights = F.pad(weights, (1, 0), value=1.0)  # |gate| through `where`: at 0 its slope is 1, and a gate can open
         return weights / weights.sum(-1, keepdim=True)
 

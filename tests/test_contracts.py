@@ -7,7 +7,7 @@ small and what it promises; everything else is promised by every filler (core/ho
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import ClassVar
 
@@ -15,10 +15,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core import AnyUp, Attention, Batch, Decoder, Objective, Refiner, Temporal, Unifier, build, build_filler, registry
+from core import (
+    AnyUp,
+    Attention,
+    Batch,
+    Context,
+    Decoder,
+    Objective,
+    Refiner,
+    Temporal,
+    Unifier,
+    build,
+    build_filler,
+    registry,
+)
 from core.anyup import pixel_centres
 from core.hooks import HOOK_POINTS, MODEL_HOOKS, Filler
-from core.training import PlainStep
+from core.training import PlainStep, Trainable, fillers_of
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,7 @@ ROWS = [
 MODEL_ROWS = [row for row in ROWS if row.hook in MODEL_HOOKS]
 SMALLEST = {(row.hook, row.name): row for row in reversed(ROWS)}  # the first row of each filler
 WIDTH = 16
+FRAMES = 3
 every_row = pytest.mark.parametrize("row", MODEL_ROWS, ids=str)
 
 
@@ -90,7 +104,7 @@ def test_a_filler_without_a_row_is_noticed(own_registry):
         def __init__(self, embed_dim: int):
             super().__init__()
 
-        def forward(self, output: Tensor, features: Tensor, guidance: Tensor, coords: Tensor) -> Tensor:
+        def forward(self, output: Tensor, context: Context) -> Tensor:
             return output
 
     Other.__module__ = "extensions.other"
@@ -143,34 +157,34 @@ def arguments(row: Row, sizes: Sizes, dtype: torch.dtype = torch.float32, order:
         features, output = features[:, order], output[:, order]
     image, guidance = draw(3, *sizes.image), draw(WIDTH, *sizes.image)
     query, key = draw(WIDTH, *sizes.output), draw(WIDTH, *sizes.grid)
-    return {
-        "unifier": {"features": features, "guidance": guidance},
-        "attention": {"query": query, "key": key, "value": features},
-        "decoder": {
-            "output": output,
-            "features": features,
-            "guidance": guidance,
-            "coords": pixel_centres(sizes.output, like=output),
-        },
-        "refiner": {"output": output, "image": image, "features": features},
-        "temporal": {"output": output, "frame": image, "state": None},
-    }[row.hook]
+    if row.hook == "unifier":
+        return {"features": features, "guidance": guidance}
+    if row.hook == "attention":
+        return {"query": query, "key": key, "value": features}
+    asks = registry.choices(row.hook)[row.name].needs_guidance
+    coords = pixel_centres(sizes.output, like=output)
+    noise = torch.Generator().manual_seed(5)
+    context = Context(image, features, coords, guidance if asks else None, noise)
+    return {"output": output, "context": context} | ({"state": None} if row.hook == "temporal" else {})
 
 
 def call(filler: Filler, row: Row, sizes: Sizes, dtype: torch.dtype = torch.float32, order=None) -> Tensor:
-    """The filler's output; of two frames for `temporal`, so that a state is carried."""
+    """The filler's output; of three frames for `temporal`, so that a state is carried."""
     given = arguments(row, sizes, dtype, order)
     if row.hook != "temporal":
         return filler(**given)
-    first, state = filler(**given)
-    second, _ = filler(output=given["output"].flip(-1), frame=given["frame"].flip(-1), state=state)
-    return torch.cat([first, second])
+    outputs, state = [], None
+    for i in range(FRAMES):
+        context = replace(given["context"], image=given["context"].image.roll(i, -1))
+        output, state = filler(given["output"].roll(i, -1), context, state)
+        outputs.append(output)
+    return torch.cat(outputs)
 
 
 def promised(row: Row, sizes: Sizes) -> tuple[int, ...]:
     if row.hook == "unifier":
         return (sizes.batch, WIDTH, *sizes.grid)
-    return (sizes.batch * (2 if row.hook == "temporal" else 1), sizes.channels, *sizes.output)
+    return (sizes.batch * (FRAMES if row.hook == "temporal" else 1), sizes.channels, *sizes.output)
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
@@ -201,8 +215,14 @@ def test_arguments_are_only_read(row, perturbed):
     given, copies = arguments(row, Sizes()), arguments(row, Sizes())
     with torch.no_grad():
         filler(**given)
-    for name, expected in copies.items():
-        assert name == "output" or expected is None or torch.equal(given[name], expected), name
+    for name, expected in seen(copies).items():
+        assert name == "output" or torch.equal(seen(given)[name], expected), name
+
+
+def seen(given: dict) -> dict[str, Tensor]:
+    """All tensors among arguments, those of the context too."""
+    flat = given | (vars(given["context"]) if "context" in given else {})
+    return {name: value for name, value in flat.items() if isinstance(value, Tensor)}
 
 
 @every_row
@@ -221,11 +241,14 @@ def test_gradients(row, perturbed):
     """Off its neutral start, every parameter matters: its gradient is finite and not zero. Inputs get one too."""
     filler = perturbed(make(row)).train()
     given = arguments(row, Sizes())
-    inputs = {name: tensor.requires_grad_() for name, tensor in given.items() if name in ("features", "value")}
-    output = filler(**given)
-    output = output[0] if row.hook == "temporal" else output
-    weight = torch.linspace(-1, 1, output.numel()).view_as(output)
-    total = (output * weight).sum() + sum(filler.auxiliary_loss().values())
+    inputs = {name: tensor.requires_grad_() for name, tensor in seen(given).items() if name in ("features", "value")}
+    total = 0
+    for _ in range(FRAMES if row.hook == "temporal" else 1):
+        output = filler(**given)
+        if row.hook == "temporal":
+            output, given["state"] = output
+        weight = torch.linspace(-1, 1, output.numel()).view_as(output)
+        total = total + (output * weight).sum() + sum(auxiliary_losses(filler, row, output).values())
     if total.requires_grad:
         total.backward()
     for name, parameter in filler.named_parameters():
@@ -234,6 +257,15 @@ def test_gradients(row, perturbed):
         assert parameter.grad.abs().max() > 0, f"the gradient of {name} is zero"
     for name, tensor in inputs.items():
         assert tensor.grad is None or torch.isfinite(tensor.grad).all(), name
+
+
+def auxiliary_losses(filler: Filler, row: Row, output: Tensor) -> dict[str, Tensor]:
+    """Of a filler whose latest forward was of `output`, with a target that is the whole output."""
+    if row.hook in ("unifier", "attention"):
+        output = torch.zeros(2, 7, 9, 13)
+    context = arguments(Row("refiner", "none"), Sizes())["context"]
+    batch = Batch(context.image, context.features, torch.ones_like(output), tuple(output.shape[-2:]))
+    return filler.auxiliary_loss(output, batch)
 
 
 @every_row
@@ -288,15 +320,19 @@ def test_images_of_a_batch_are_independent(row, perturbed):
         pytest.skip("the state belongs to the whole batch")
     both, given = call(filler, row, Sizes()), arguments(row, Sizes())
     for i in range(2):
-        alone = {name: tensor if name == "coords" else tensor[i : i + 1] for name, tensor in given.items()}
+        own = {n: t[i : i + 1] for n, t in seen(given).items() if n != "coords"}
+        alone = {name: own[name] for name in given if name in own}
+        if "context" in given:
+            inner = {name: tensor for name, tensor in own.items() if name in vars(given["context"])}
+            alone["context"] = replace(given["context"], **inner)
         assert close(filler(**alone), both[i : i + 1], row.tolerance)
 
 
 @every_row
 def test_auxiliary_losses_are_named_scalars(row):
     filler = make(row).train()
-    call(filler, row, Sizes())
-    losses = filler.auxiliary_loss()
+    output = call(filler, row, Sizes())
+    losses = auxiliary_losses(filler, row, output[-2:])
     assert isinstance(losses, dict)
     for name, loss in losses.items():
         assert name.endswith("_loss")
@@ -352,7 +388,8 @@ def test_a_decoder_is_pointwise(row, perturbed):
     with torch.no_grad():
         whole = filler(**given)
         for rows in (slice(0, 1), slice(4, 9)):
-            band = given | {"output": given["output"][:, :, rows], "coords": given["coords"][rows]}
+            context = replace(given["context"], coords=given["context"].coords[rows])
+            band = {"output": given["output"][:, :, rows], "context": context}
             assert close(filler(**band), whole[:, :, rows], row.tolerance)
 
 
@@ -364,7 +401,8 @@ def test_needs_whole_output_is_true_where_it_must_be(row, perturbed):
         return
     given = arguments(row, Sizes())
     with torch.no_grad():
-        whole, band = filler(**given), filler(**given | {"output": given["output"][:, :, 4:9]})
+        context = replace(given["context"], coords=given["context"].coords[4:9])
+        whole, band = filler(**given), filler(**given | {"output": given["output"][:, :, 4:9], "context": context})
     whole, band = (whole[0], band[0]) if row.hook == "temporal" else (whole, band)
     assert close(band, whole[:, :, 4:9], row.tolerance)
 
@@ -393,13 +431,14 @@ def test_every_combination(rows, perturbed):
     """Forward, backward, streaming (or its refusal), and the state dict's top level, through `core.build`."""
     model = perturbed(build([f"embed_dim={WIDTH}", *overrides(*rows)]))
     image, features, size = inputs()
-    output = model(image, features, size)
+    output, state = model(image, features, size, return_state=True)
     assert output.shape == (1, 5, *size)
     assert torch.isfinite(output).all()
-    auxiliary = [loss for m in model.modules() if isinstance(m, Filler) for loss in m.auxiliary_loss().values()]
-    (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward(retain_graph=bool(auxiliary))
-    if auxiliary:
-        sum(auxiliary).backward()
+    own = Batch(image, features, torch.ones_like(output), size)
+    auxiliary = [loss for filler in fillers_of(model) for loss in filler.auxiliary_loss(output, own).values()]
+    following = model(image.flip(-1), features.flip(-1), size, state=state)
+    weight = torch.linspace(-1, 1, output.numel()).view_as(output)
+    (((output + 2 * following) * weight).sum() + sum(auxiliary)).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{name} has no gradient"
         assert torch.isfinite(parameter.grad).all(), name
@@ -455,7 +494,8 @@ def tiny_model(perturbed) -> AnyUp:
 def test_objectives(row, perturbed):
     objective = build_filler("objective", {"name": row.name, **row.settings})
     model = tiny_model(perturbed)
-    losses = objective(model, batch())
+    output = model(batch().image, batch().features, batch().output_size)
+    losses = objective(model, batch(), output)
     assert losses
     for name, loss in losses.items():
         assert name.endswith("_loss")
@@ -467,7 +507,7 @@ def test_objectives(row, perturbed):
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.abs().max() > 0, name
-    again = objective(model, batch())
+    again = objective(model, batch(), model(batch().image, batch().features, batch().output_size))
     assert {name: loss.item() for name, loss in again.items()} == {name: loss.item() for name, loss in losses.items()}
 
 
@@ -478,15 +518,28 @@ def test_every_objective_with_every_learner(rows, perturbed):
     """Each step moves every weight, returns detached scalars, and the loss falls on the batch it is taken on."""
     objective, learner = (build_filler(row.hook, {"name": row.name, **row.settings}) for row in rows)
     model = tiny_model(perturbed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    trainable = Trainable(model, objective, learner)
+    optimizer = torch.optim.AdamW(trainable.parameters(), lr=1e-3)
     history = []
     for _ in range(6):
-        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        losses = learner.step(model, objective, batch(), optimizer)
-        assert all(not loss.requires_grad and loss.shape == () for loss in losses.values())
-        assert all(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
-        history.append(sum(losses.values()).item())
+        before = {name: parameter.detach().clone() for name, parameter in trainable.named_parameters()}
+        tasks = learner.step(trainable, [batch(), batch(crops=1)], optimizer)
+        assert len(tasks) == 2
+        assert all(not loss.requires_grad and loss.shape == () for losses in tasks for loss in losses.values())
+        assert all(not torch.equal(before[name], parameter) for name, parameter in trainable.named_parameters())
+        history.append(sum(sum(losses.values()) for losses in tasks).item())
     assert history[-1] < history[0]
+
+
+@pytest.mark.parametrize("row", CHOICES["learner"], ids=str)
+def test_adapting_leaves_the_given_model_as_it_is(row, perturbed):
+    """And gives a model that upsamples any number of channels."""
+    learner, model = build_filler("learner", {"name": row.name, **row.settings}), tiny_model(perturbed)
+    before = copy.deepcopy(model.state_dict())
+    adapted = learner.adapt(model, small_objective(), [batch()])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with torch.no_grad():
+        assert adapted(*inputs(channels=9)).shape == (1, 9, 13, 9)
 
 
 def test_auxiliary_losses_are_trained_with_the_objectives(perturbed):
@@ -497,17 +550,23 @@ def test_auxiliary_losses_are_trained_with_the_objectives(perturbed):
             super().__init__()
             self.gate = nn.Parameter(torch.tensor(2.0))
 
-        def forward(self, output: Tensor, features: Tensor, guidance: Tensor, coords: Tensor) -> Tensor:
+        def forward(self, output: Tensor, context: Context) -> Tensor:
             return output
 
-        def auxiliary_loss(self) -> dict[str, Tensor]:
+        def auxiliary_loss(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
             return {"gate_loss": self.gate.square()}
 
     model = AnyUp(decoder=Penalised, embed_dim=WIDTH)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    losses = PlainStep().step(model, small_objective(), batch(), optimizer)
+    losses = one_step(model, small_objective())
     assert losses["gate_loss"] == 4
     assert model.decoder.gate.item() == pytest.approx(2 - 0.1 * 4)
+
+
+def one_step(model: nn.Module, objective: Objective, rate: float = 0.1) -> dict[str, Tensor]:
+    """The losses of a plain step on one batch."""
+    trainable = Trainable(model, objective, PlainStep())
+    [losses] = PlainStep().step(trainable, [batch()], torch.optim.SGD(trainable.parameters(), lr=rate))
+    return losses
 
 
 def small_objective() -> Objective:
@@ -538,28 +597,28 @@ class WrongAttention(Base, Attention):
 
 
 class WrongDecoder(Base, Decoder):
-    def forward(self, output, features, guidance, coords):
+    def forward(self, output, context):
         return self.answer(output)
 
 
 class WrongRefiner(Base, Refiner):
     needs_whole_output = False
 
-    def forward(self, output, image, features):
+    def forward(self, output, context):
         return self.answer(output)
 
 
 class WrongTemporal(Base, Temporal):
     needs_whole_output = False
 
-    def forward(self, output, frame, state):
+    def forward(self, output, context, state):
         return self.answer(output), state
 
 
 class StatelessTemporal(Base, Temporal):
     needs_whole_output = False
 
-    def forward(self, output, frame, state):
+    def forward(self, output, context, state):
         return output
 
 
@@ -625,12 +684,12 @@ def test_a_right_answer_passes(hook):
 )
 def test_an_objectives_wrong_answer_is_named(losses, message, perturbed):
     class Answer(Objective):
-        def forward(self, model, batch):
-            return losses(model(batch.image, batch.features, batch.output_size).mean())
+        def forward(self, model, batch, output):
+            return losses(output.mean())
 
     model = tiny_model(perturbed)
     with pytest.raises((TypeError, ValueError), match=message):
-        PlainStep().step(model, Answer(), batch(), torch.optim.SGD(model.parameters(), lr=0.1))
+        one_step(model, Answer())
 
 
 def test_two_losses_of_one_name_are_refused(perturbed):
@@ -640,12 +699,12 @@ def test_two_losses_of_one_name_are_refused(perturbed):
         def __init__(self, embed_dim: int):
             super().__init__()
 
-        def forward(self, output, features, guidance, coords):
+        def forward(self, output, context):
             return output
 
-        def auxiliary_loss(self):
+        def auxiliary_loss(self, output, batch):
             return {"reconstruction_loss": torch.zeros(())}
 
     model = AnyUp(decoder=Twice, embed_dim=WIDTH)
     with pytest.raises(ValueError, match="reconstruction_loss"):
-        PlainStep().step(model, small_objective(), batch(), torch.optim.SGD(model.parameters(), lr=0.1))
+        one_step(model, small_objective())

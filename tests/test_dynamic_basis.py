@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import core
 from core import AnyUp, build, registry
 from extensions import dynamic_basis
-from extensions.dynamic_basis import GATE_SPEED, Conditioning, DynamicBasis
+from extensions.dynamic_basis import Conditioning, DynamicBasis
 
 WIDTH = 16
 SMALL = {"num_basis": 8, "kernel_size": 3, "bank_size": 3, "hidden_dim": 6}
@@ -31,9 +31,9 @@ def opened(filler: DynamicBasis, seed: int = 0) -> DynamicBasis:
     with torch.no_grad():
         for parameter in filler.double().parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-        for gate in (filler.gate, filler.contrast):
+        for gate in (filler.gates, filler.contrast_gates):
             if gate is not None:
-                gate.uniform_(0.02, 0.2, generator=generator)
+                gate.uniform_(0.2, 2.0, generator=generator)
     return filler
 
 
@@ -115,10 +115,10 @@ def loop_code(filler: DynamicBasis, features: np.ndarray, guidance: np.ndarray, 
 def loop_filters(filler: DynamicBasis, code: np.ndarray, channels: int) -> np.ndarray:
     """(M,k²)."""
     made = layer(filler.head, code)
-    num_basis, bank = len(filler.gate), filler.bank.detach().numpy()
+    num_basis, bank = len(filler.gates), filler.bank.detach().numpy()
     filters = []
     for m in range(num_basis):
-        gate = math.tanh(GATE_SPEED * filler.gate[m].item())
+        gate = math.tanh(filler.gates[m].item())
         update = sum(made[r * num_basis + m] * bank[r] for r in range(len(bank)))
         sensitivity = made[len(bank) * num_basis + m]
         basis = filler.encoder[0].basis[m].detach().numpy().ravel()
@@ -129,7 +129,7 @@ def loop_filters(filler: DynamicBasis, code: np.ndarray, channels: int) -> np.nd
 def loop_responses(filler: DynamicBasis, features: np.ndarray, guidance: np.ndarray, released: bool) -> np.ndarray:
     """(B,C,h,w), (B,D,H,W) -> (B,M,h,w)."""
     batch, channels, height, width = features.shape
-    num_basis, size = len(filler.gate), filler.encoder[0].basis.shape[-1]
+    num_basis, size = len(filler.gates), filler.encoder[0].basis.shape[-1]
     out = np.zeros((batch, num_basis, height, width))
     for b, row, column in product(range(batch), range(height), range(width)):
         cells = neighbourhood(row, column, height, width, filler.radius)
@@ -146,8 +146,8 @@ def loop_responses(filler: DynamicBasis, features: np.ndarray, guidance: np.ndar
             responses = responses.reshape(num_basis, channels).T
         exponentials = np.exp(responses)
         mean = (exponentials / exponentials.sum(1, keepdims=True)).mean(0)
-        if filler.contrast is not None:
-            factor = num_basis ** np.tanh(GATE_SPEED * filler.contrast.detach().numpy())
+        if filler.contrast_gates is not None:
+            factor = num_basis ** np.tanh(filler.contrast_gates.detach().numpy())
             mean = 1 / num_basis + factor * (mean - 1 / num_basis)
         out[b, :, row, column] = mean
     return out
@@ -218,7 +218,7 @@ def test_a_trained_baseline_goes_on_as_it_is(tmp_path, perturbed):
     core.save(baseline, tmp_path / "baseline.safetensors")
     model = build(["embed_dim=16", "unifier=dynamic_basis", "unifier.num_basis=8", "seed=3"]).eval()
     untouched = core.warm_start(model, tmp_path / "baseline.safetensors")
-    assert {name.split(".")[1] for name in untouched} == {"meta", "head", "bank", "gate", "contrast"}
+    assert {name.split(".")[1] for name in untouched} == {"meta", "head", "bank", "gates", "contrast_gates"}
     with torch.no_grad():
         assert torch.equal(model(*inputs()), baseline(*inputs()))
 
@@ -228,10 +228,10 @@ def test_gates_that_are_open_at_the_start():
     filler, closed = (
         build(["embed_dim=32", "unifier=dynamic_basis", f"unifier.open_at_start={x}"]).unifier for x in (0.9, 0.0)
     )
-    for gate in (filler.gate, filler.contrast):
-        torch.testing.assert_close((GATE_SPEED * gate).tanh(), torch.full_like(gate, 0.9))
+    for gate in (filler.gates, filler.contrast_gates):
+        torch.testing.assert_close((gate).tanh(), torch.full_like(gate, 0.9))
     own, theirs = filler.state_dict(), closed.state_dict()
-    assert [name for name in own if not torch.equal(own[name], theirs[name])] == ["gate", "contrast"]
+    assert [name for name in own if not torch.equal(own[name], theirs[name])] == ["gates", "contrast_gates"]
     features, guidance = noise(1, 6, 4, 5).float(), noise(1, 32, 16, 20).float()
     with torch.no_grad():
         assert (filler(features, guidance) - closed(features, guidance)).abs().max() > 1e-3
@@ -293,9 +293,9 @@ def test_open_gates_make_wide_features_count_as_much_as_narrow_ones(per_location
     """Every channel nine times: the learned basis then responds a third as much, fully open gates alike."""
     filler, (features, guidance) = make(per_location=per_location), given()
     with torch.no_grad():
-        filler.gate.fill_(10)
+        filler.gates.fill_(10)
         assert close(filler(features.repeat(1, 9, 1, 1), guidance), filler(features, guidance), 1e-6)
-        filler.gate.zero_()
+        filler.gates.zero_()
         assert not torch.allclose(filler(features.repeat(1, 9, 1, 1), guidance), filler(features, guidance), rtol=1e-3)
 
 
@@ -361,7 +361,7 @@ def test_pictures(per_location):
 def test_pictures_show_the_filters_in_red_and_blue():
     filler, (features, guidance) = make().float(), given()
     with torch.no_grad():
-        filler.gate.zero_()
+        filler.gates.zero_()
         filler.encoder[0].basis.zero_()
         filler.encoder[0].basis[1, 0, 0, 2] = 2.0
         filler.encoder[0].basis[1, 0, 2, 0] = -1.0

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import core
-from core import AnyUp, Attention, Batch, Decoder, Refiner, Temporal, Unifier, build, build_filler, registry
+from core import AnyUp, Attention, Batch, Context, Decoder, Refiner, Temporal, Unifier, build, build_filler, registry
 from core.attention import GlobalAttention, WindowAttention
 from core.hooks import MODEL_HOOKS
 from core.streams import named_stream
+from core.training import Trainable
 from core.unifiers import LearnedBasis, NoUnifier, Ordering
 
 SMALL = ["embed_dim=16", "unifier.num_basis=8"]
@@ -129,7 +130,7 @@ def define_fillers():
             super().__init__()
             self.weight = nn.Parameter(torch.rand(7))
 
-        def forward(self, output: Tensor, features: Tensor, guidance: Tensor, coords: Tensor) -> Tensor:
+        def forward(self, output: Tensor, context: Context) -> Tensor:
             return output + self.weight.sum()
 
     @core.register("noisy")
@@ -138,7 +139,7 @@ def define_fillers():
             super().__init__()
             self.weight = nn.Parameter(torch.rand(3))
 
-        def forward(self, output: Tensor, image: Tensor, features: Tensor) -> Tensor:
+        def forward(self, output: Tensor, context: Context) -> Tensor:
             return output * self.weight.sum()
 
     @core.register("noisy")
@@ -147,7 +148,7 @@ def define_fillers():
             super().__init__()
             self.weight = nn.Parameter(torch.rand(3))
 
-        def forward(self, output: Tensor, frame: Tensor, state: object | None) -> tuple[Tensor, object | None]:
+        def forward(self, output: Tensor, context: Context, state: object | None) -> tuple[Tensor, object | None]:
             return output, None
 
 
@@ -320,9 +321,10 @@ def training_batch() -> Batch:
 def train(model: AnyUp, steps: int = 20) -> list[dict[str, float]]:
     objective = build_filler("objective", {"name": "cosine_mse", "self_consistency_size": 20})
     learner = build_filler("learner", {"name": "sgd"})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-5)
+    trainable = Trainable(model, objective, learner)
+    optimizer = torch.optim.AdamW(trainable.parameters(), lr=2e-3, weight_decay=1e-5)
     batch = training_batch()
-    steps = [learner.step(model, objective, batch, optimizer) for _ in range(steps)]
+    steps = [learner.step(trainable, [batch], optimizer)[0] for _ in range(steps)]
     return [{name: loss.item() for name, loss in losses.items()} for losses in steps]
 
 

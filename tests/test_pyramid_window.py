@@ -18,7 +18,7 @@ from core.attention import WindowAttention
 from experiments.measuring.metrics import FidelityCase
 from experiments.training.validation import Validation
 from extensions import pyramid_window
-from extensions.pyramid_window import GATE_SPEED, PyramidWindowAttention
+from extensions.pyramid_window import PyramidWindowAttention
 
 WIDTH = 16
 
@@ -36,7 +36,7 @@ def make(scales=(2.0, 5.0), num_heads: int = 2, seed: int = 0, **settings) -> Py
     with torch.no_grad():
         for parameter in filler.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-        filler.gate.copy_(torch.linspace(-0.1, 0.3, len(filler.gate)))
+        filler.gates.copy_(torch.linspace(-1, 3, len(filler.gates)))
         filler.fusion.weight.mul_(5)
     return filler
 
@@ -147,7 +147,7 @@ def loop_pyramid(filler: PyramidWindowAttention, query: Tensor, key: Tensor, val
                     weights["position"][s],
                 )
                 logit = weights["fusion.weight"][s] @ context + weights["fusion.bias"][s]
-                share = abs(GATE_SPEED * weights["gate"][s]) / (1 + math.exp(-logit))
+                share = abs(weights["gates"][s]) / (1 + math.exp(-logit))
                 result, shares = result + share * looked, shares + share
             out[b, :, row, column] = result / shares
     return torch.from_numpy(out)
@@ -224,7 +224,7 @@ def test_at_the_start_it_is_the_window(more):
     assert all(torch.equal(own[name], tensor) for name, tensor in theirs.items())
     assert {name.split(".")[1] for name in own.keys() - theirs.keys()} == {
         "fusion",
-        "gate",
+        "gates",
         "log_temperature",
         "position",
     }
@@ -240,7 +240,7 @@ def test_a_trained_baseline_goes_on_as_it_is(tmp_path, perturbed):
     core.save(baseline, tmp_path / "baseline.safetensors")
     model = build(["embed_dim=16", "attention=pyramid_window", "unifier.num_basis=8", "seed=3"]).eval()
     untouched = core.warm_start(model, tmp_path / "baseline.safetensors")
-    assert {name.split(".")[1] for name in untouched} == {"fusion", "gate", "log_temperature", "position"}
+    assert {name.split(".")[1] for name in untouched} == {"fusion", "gates", "log_temperature", "position"}
     with torch.no_grad():
         assert torch.equal(model(*inputs()), baseline(*inputs()))
 
@@ -259,7 +259,7 @@ def test_gates_open_by_training():
         for name, parameter in filler.named_parameters():
             assert torch.isfinite(parameter.grad).all(), name
             closed = step == 0 and name.split(".")[0] in ("fusion", "log_temperature", "position")
-            if name == "gate":
+            if name == "gates":
                 assert (parameter.grad != 0).all()
             assert (parameter.grad.abs().max() > 0) != closed, name
         optimizer.step()
@@ -271,7 +271,7 @@ def test_a_gate_may_change_its_sign():
     filler, arguments = make(), given()
     with torch.no_grad():
         expected = filler(*arguments)
-        filler.gate.neg_()
+        filler.gates.neg_()
         assert close(filler(*arguments), expected)
         shares = filler.fusion_weights(noise(50, WIDTH))
     assert (shares > 0).all()
@@ -281,7 +281,7 @@ def test_a_gate_may_change_its_sign():
 def test_closed_scales_are_not_computed_without_gradients():
     filler, arguments = make(scales=(2.0, 3.0, 5.0)), given()
     with torch.no_grad():
-        filler.gate.copy_(torch.tensor([0.0, 0.2, 0.0]))
+        filler.gates.copy_(torch.tensor([0.0, 2.0, 0.0]))
         with patch.object(pyramid_window, "_attend", wraps=pyramid_window._attend) as attend:
             found = filler(*arguments)
         assert {len(call.args[2]) for call in attend.call_args_list} == {2}  # the window and one scale
@@ -376,7 +376,7 @@ def test_pictures():
         assert picture.shape == (3, 40, 30)
         assert torch.allclose(picture, share.float().expand(3, -1, -1), atol=1e-6)
     with torch.no_grad():
-        filler.gate.zero_()
+        filler.gates.zero_()
         filler(*arguments)
     assert filler.pictures() == {}, "closed gates show nothing"
 

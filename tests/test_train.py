@@ -94,13 +94,23 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
         assert torch.equal(one[name], other[name]), name
 
 
+DEFAULTS = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/train.yaml"))
+
+
+def view_settings(**settings) -> ViewSettings:
+    return ViewSettings(**{**DEFAULTS["views"], **settings})
+
+
+def optimiser_settings(**settings) -> OptimiserSettings:
+    return OptimiserSettings(**{**DEFAULTS["optimiser"], **settings})
+
+
 # What a step sees
 
 
 def views_of(photographs, shard=(0, 1), **settings) -> Views:
     data = open_data({"name": "images", "path": [str(photographs)]})
-    settings = {"view": 32, "crops": 3, **settings}
-    return Views(data, ViewSettings(**settings), [8, 16], 5, 2, 20, shard)
+    return Views(data, view_settings(**{"view": 32, "crops": 3, **settings}), [8, 16], 5, 2, 20, shard)
 
 
 def test_a_step_sees_the_same_whenever_it_is_asked(photographs):
@@ -188,17 +198,17 @@ def test_views_that_cannot_be_cut_are_refused(photographs, settings, message):
 
 
 def optimiser_of(weight: torch.nn.Module, num_steps=10, **settings) -> Optimiser:
-    return Optimiser(weight, OptimiserSettings(**settings), num_steps, Accelerator(cpu=True))
+    return Optimiser(weight, optimiser_settings(**settings), num_steps, Accelerator(cpu=True))
 
 
 def test_rates_rise_linearly_and_fall_as_a_cosine():
-    settings = OptimiserSettings(lr=2.0, warmup=4)
+    settings = optimiser_settings(lr=2.0, warmup=4)
     rates = [settings.rate(step, 12) for step in range(12)]
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
     assert rates[4] == 2
     assert rates[8] == pytest.approx(1)
     assert rates[11] == pytest.approx(1 + math.cos(math.pi * 7 / 8))
-    assert [OptimiserSettings(lr=2.0, schedule="constant").rate(step, 12) for step in (0, 11)] == [2, 2]
+    assert [optimiser_settings(lr=2.0, schedule="constant").rate(step, 12) for step in (0, 11)] == [2, 2]
 
 
 def test_accumulated_steps_are_one_step_on_their_mean():
@@ -244,7 +254,7 @@ def test_gradients_are_clipped_and_weights_averaged():
 )
 def test_updates_that_cannot_be_are_refused(settings, message):
     with pytest.raises(SettingError, match=message):
-        OptimiserSettings(**settings)
+        optimiser_settings(**settings)
 
 
 # Training

@@ -13,10 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 import core
+from core.batch import Batch
 from core.checkpoint import rename_published
 from core.compose import build_filler
-from core.hooks import Batch
 from core.reference import ReferenceAnyUp, reference_of
+from core.training import Trainable
 from experiments.cost.measure import count_flops
 from experiments.settings import DTYPES, SettingError, check_choice, check_writable, pick_device
 
@@ -210,12 +211,13 @@ def make_arm(name: str, case: Case, config: DictConfig, batch: Batch) -> Arm:
 def _training_arm(network: nn.Module, case: Case, config: DictConfig, batch: Batch) -> Arm:
     """Forward, losses, backward, update; below float32 under autocast, with float32 weights."""
     objective, learner = (build_filler(hook, config[hook]) for hook in ("objective", "learner"))
+    trainable = Trainable(network, objective, learner)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-4)
     dtype, device = DTYPES[case.dtype], batch.image.device.type
 
     def call() -> object:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            return learner.step(network, objective, batch, optimizer)
+            return learner.step(trainable, [batch], optimizer)
 
     def gradient() -> Tensor:
         call()

@@ -156,6 +156,18 @@ def centre_square(image: Tensor, side: int) -> Tensor:
     return image[..., top : top + side, left : left + side]  # (B,3,side,side)
 
 
+def square_flow(flow: Tensor, side: int) -> Tensor:
+    """(B,2,H,W) flow in pixels -> (B,2,side,side), in pixels of what `centre_square` makes of the frames; of the
+    nearest pixel, so that NaN stays where it is."""
+    height, width = flow.shape[-2:]
+    scale = side / min(height, width)
+    size = (max(side, round(height * scale)), max(side, round(width * scale)))
+    factor = flow.new_tensor([size[1] / width, size[0] / height]).view(2, 1, 1)  # x, y
+    resized = F.interpolate(flow, size, mode="nearest-exact") * factor  # (B,2,H',W')
+    top, left = (size[0] - side) // 2, (size[1] - side) // 2
+    return resized[..., top : top + side, left : left + side]
+
+
 def _find(entry: str) -> list[tuple[Path, str]]:
     """The images of one entry, sorted: (path, name without suffix)."""
     if entry == "bundled":

@@ -84,7 +84,7 @@ class ProbeSettings:
         if self.schedule == "legacy_jafar":
             return self.lr * 0.5 * (1 + math.cos(math.pi * step / self.epochs))
         warmup = int(self.warmup_epochs * num_steps / self.epochs)
-        return OptimiserSettings(self.lr, self.weight_decay, warmup=warmup).rate(step, num_steps)
+        return OptimiserSettings(self.lr, self.weight_decay, "cosine", warmup, 1, 0.0, 0.0).rate(step, num_steps)
 
 
 def train_probe(task: "ProbeTask", model: nn.Module | None, scale: int, seed: int, bench: Bench) -> nn.Module:

@@ -11,18 +11,20 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import core
-from core.hooks import Batch
+from core.backbones import Backbone
+from core.batch import Batch, Clip
 from core.registry import discover
 from experiments.atomic import CannotWrite
 from experiments.data import DataError, open_data
@@ -36,17 +38,18 @@ from experiments.training.setup import (
     alone_in,
     check_held_out,
     check_images,
+    check_parts,
     check_settings,
     deciding_settings,
     make_accelerator,
-    make_model,
+    make_trainable,
     open_encoders,
     untracked,
     warn_of_small_images,
 )
 from experiments.training.state import STATE_NAME, State, load_state, save_batch, save_state
 from experiments.training.validation import Validation
-from experiments.training.views import StepViews, Views, ViewSettings, stream
+from experiments.training.views import ClipViews, StepViews, Views, ViewSettings, stream
 
 log = logging.getLogger(__name__)
 
@@ -120,19 +123,15 @@ class Training:
         check_images(self.data, self.views_settings)
         self.backbones = open_encoders(config, self.views_settings.view, self.device)
         self.cache = FeatureCache(config.cache.folder, config.cache.max_gb)
-        model = replaced_by(make_model(config)).to(self.device).train()
-        self.model = self.accelerator.prepare_model(model)
-        self.micro_steps = config.backbones_per_step
-        settings = replace(
-            settings, accumulate=settings.accumulate * self.micro_steps, warmup=settings.warmup * self.micro_steps
-        )
-        self.optimiser = Optimiser(self.model, settings, config.steps * self.micro_steps, self.accelerator)
-        self.objective = core.build_filler("objective", config.objective)
-        self.learner = core.build_filler("learner", config.learner)
+        self.inner = make_trainable(config, replaced_by).to(self.device).train()
+        """The bare model, objective and learner."""
+        check_parts(self.inner.batch_parts, self.views_settings, self.data)
+        self.trainable = self.accelerator.prepare_model(self.inner)
+        self.optimiser = Optimiser(self.trainable, settings, config.steps, self.accelerator)
         self.shard = (self.accelerator.process_index, self.accelerator.num_processes)
         patch_sizes = [backbone.patch_size for backbone in self.backbones]
         how = (config.seed, config.batch_size, config.steps, self.shard)
-        self.views = Views(self.data, self.views_settings, patch_sizes, *how)
+        self.views = Views(self.data, self.views_settings, patch_sizes, *how, self.inner.batch_parts)
         self.state, self.curves = State(), Curves(self.out_dir / CURVES_NAME)
 
     def run(self, run: Run) -> Trained:
@@ -170,45 +169,68 @@ class Training:
         return self._finish(run)
 
     def step(self, views: StepViews) -> dict[str, float]:
-        """Encodes the views and updates the weights, once per backbone of the step -> mean losses of all processes.
+        """Encodes the views and updates the weights, with all backbones of the step -> mean losses of all processes.
 
         Raises:
             NonFiniteLoss, NotFinite: the batch of a loss that is NaN or infinite is saved first.
         """
         torch.manual_seed(stream(self.config.seed, "step", views.step, self.shard[0]).initial_seed())
+        several = self.of_each_backbone(views)
+        tasks = [self.batch(one) for one in several]
         sums: dict[str, float] = {}
-        for one in self.of_each_backbone(views):
-            batch = self.batch(one)
-            losses = self.learner.step(self.model, self.objective, batch, self.optimiser)
+        for one, batch, losses in zip(
+            several, tasks, self.inner.learner.step(self.trainable, tasks, self.optimiser), strict=True
+        ):
             means = {key: float(self.accelerator.reduce(loss.detach().float(), "mean")) for key, loss in losses.items()}
             if not math.isfinite(sum(means.values())):
                 raise NonFiniteLoss(self._report_non_finite(one, batch, means))
             for name, mean in means.items():
-                sums[name] = sums.get(name, 0.0) + mean / self.micro_steps
+                sums[name] = sums.get(name, 0.0) + mean / len(tasks)
         return sums
 
     def of_each_backbone(self, views: StepViews) -> list[StepViews]:
-        """The views of a step for each backbone that it trains with, in the order of the micro-steps."""
-        if self.micro_steps == 1:
+        """The views of a step for each backbone that it trains with."""
+        count = self.config.backbones_per_step
+        if count == 1:
             return [views]
         order = torch.randperm(len(self.backbones), generator=stream(self.config.seed, "backbones", views.step))
-        return [self.views.of_backbone(views.step, index) for index in order[: self.micro_steps].tolist()]
+        return [self.views.of_backbone(views.step, index) for index in order[:count].tolist()]
 
     def batch(self, views: StepViews) -> Batch:
-        """The views as the backbone of the step encodes them."""
-        backbone, s = self.backbones[views.backbone], self.views_settings
-        features = self.cache.encode(backbone, views.whole.to(self.device), views.names)  # (B,C,h,w)
+        """The views as the backbone of the step encodes them, with the optional parts that some filler looks at."""
+        backbone, s, asked = self.backbones[views.backbone], self.views_settings, self.inner.batch_parts
+        whole, crops = views.whole.to(self.device), views.crops.to(self.device)
+        features = self.cache.encode(backbone, whole, views.names)  # (B,C,h,w)
         names = [f"a crop of {name}" for name in views.names for _ in range(max(1, s.crops))]
-        target = self.cache.encode(backbone, views.crops.to(self.device), names)  # (B·n,C,h,w)
-        normalised = core.imagenet_normalize
+        target = self.cache.encode(backbone, crops, names)  # (B·n,C,h,w)
+        augmented, normalised = views.augmented, core.imagenet_normalize
+        encoder = partial(self._encoded, backbone, views.names)
         return Batch(
             image=normalised(views.guidance.to(self.device)),
             features=features,
             target=target,
             output_size=(features.shape[-2] * s.scale, features.shape[-1] * s.scale),
             corners=None if views.corners is None else views.corners.to(self.device),
-            augmented_image=normalised(views.augmented.to(self.device)),
+            backbone=backbone.name,
+            generator=stream(self.config.seed, "noise", views.step, views.backbone, self.shard[0]),
+            augmented_image=None if augmented is None else normalised(augmented.to(self.device)),
+            whole=whole if "whole" in asked else None,
+            crops=crops if "crops" in asked else None,
+            encoder=encoder if "encoder" in asked else None,
+            clip=None if views.clip is None else self._clip(views.clip, backbone, views.names),
         )
+
+    def _encoded(self, backbone: Backbone, names: list[str], images: Tensor) -> Tensor:
+        called = [f"a view of {', '.join(names)}"] * len(images)
+        return self.cache.encode(backbone, images.to(self.device), called)
+
+    def _clip(self, clip: ClipViews, backbone: Backbone, names: list[str]) -> Clip:
+        frames = clip.whole.flatten(0, 1).to(self.device)  # (B·T,3,view,view)
+        called = [f"a frame after {name}" for name in names for _ in range(clip.whole.shape[1])]
+        features = self.cache.encode(backbone, frames, called).unflatten(0, clip.whole.shape[:2])
+        guidance = core.imagenet_normalize(clip.guidance.flatten(0, 1).to(self.device))
+        flow = None if clip.flow is None else clip.flow.to(self.device)
+        return Clip(guidance.unflatten(0, clip.whole.shape[:2]), features, flow)
 
     def resume(self) -> None:
         """Takes back what an earlier start left in `out_dir`, as the setting `resume` says.
@@ -224,9 +246,9 @@ class Training:
             return
         self.state, tensors = load_state(path, self._identity())
         self.curves = Curves(self.out_dir / CURVES_NAME, until=self.state.step)
-        inner = self.accelerator.unwrap_model(self.model)
-        inner.load_state_dict({name.removeprefix("model/"): tensors[name] for name in tensors if name[:6] == "model/"})
-        self.optimiser.restore(tensors, self.state.step * self.micro_steps)
+        weights = {name.removeprefix("weights/"): tensors[name] for name in tensors if name.startswith("weights/")}
+        self.inner.load_state_dict(weights)
+        self.optimiser.restore(tensors, self.state.step)
         if self.accelerator.scaler is not None and self.state.scaler:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
         log.info("going on from step %d of %s", self.state.step, path)
@@ -235,15 +257,15 @@ class Training:
         """The curves, then the state that goes on from there, then the weights alone."""
         if not self.leads:
             return
-        inner, path = self.accelerator.unwrap_model(self.model), self.out_dir / STATE_NAME
-        tensors = {f"model/{name}": tensor for name, tensor in inner.state_dict().items()}
+        path = self.out_dir / STATE_NAME
+        tensors = {f"weights/{name}": tensor for name, tensor in self.inner.state_dict().items()}
         scaler = self.accelerator.scaler
         self.state.scaler = {} if scaler is None else scaler.state_dict()
         with self._told_how_to_go_on():
             self.curves.save()
             save_state(path, self.state, tensors | self.optimiser.tensors(), self._identity())
             with self.optimiser.averaged():
-                core.save(inner, self.out_dir / "last.safetensors")
+                core.save(self.inner.model, self.out_dir / "last.safetensors")
 
     @contextmanager
     def _told_how_to_go_on(self) -> Iterator[None]:
@@ -261,20 +283,21 @@ class Training:
 
     def _log(self, losses: dict[str, float], run: Run, views: StepViews) -> None:
         values = dict(losses) | {"loss": sum(losses.values()), "grad_norm": self.optimiser.grad_norm}
-        if len(self.backbones) > 1 and self.micro_steps == 1:  # losses of different encoders make no one curve
+        mixed = len(self.backbones) > 1 and self.config.backbones_per_step == 1
+        if mixed:  # losses of different encoders make no one curve
             values[f"loss/{self.backbones[views.backbone].name}"] = values["loss"]
-        values["lr"] = self.optimiser.adam.param_groups[0]["lr"]
+        values["lr"] = self.optimiser.lr
         values = {key: value for key, value in values.items() if math.isfinite(value)}
         self.curves.add(self.state.step, values)
         run.metrics(values | {"steps_per_s": self.state.step / max(self.state.seconds, 1e-9)}, self.state.step)
         log.debug("step %d: %s", self.state.step, values)
 
     def _validate(self, validation: Validation, run: Run) -> None:
-        inner, state = self.accelerator.unwrap_model(self.model), self.state
+        state = self.state
         with self.optimiser.averaged():
-            inner.eval()
-            state.validation = validation.measure(inner, run, state.step)
-            inner.train()
+            self.inner.eval()
+            state.validation = validation.measure(self.inner.model, run, state.step)
+            self.inner.train()
             self.curves.add(state.step, state.validation)
             run.metrics(state.validation, state.step)
             log.info("step %d: %s", state.step, ", ".join(f"{k} {v:.4f}" for k, v in sorted(state.validation.items())))
@@ -282,7 +305,7 @@ class Training:
             if state.best is None or result > state.best:
                 state.best = result
                 with self._told_how_to_go_on():
-                    core.save(inner, self.out_dir / "best.safetensors")
+                    core.save(self.inner.model, self.out_dir / "best.safetensors")
 
     def _report_non_finite(self, views: StepViews, batch: Batch, losses: dict[str, float]) -> str:
         path = self.out_dir / f"non_finite_step_{views.step}.safetensors"

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from core.training import lr_scale
 from experiments.settings import SettingError, check_choice
 
 SCHEDULES = ("cosine", "constant")
@@ -18,7 +19,7 @@ SCHEDULES = ("cosine", "constant")
 
 @dataclass(frozen=True)
 class OptimiserSettings:
-    """How weights are updated.
+    """How weights are updated; the defaults stand in configs/train.yaml.
 
     Args:
         lr: peak learning rate. weight_decay: of AdamW.
@@ -29,13 +30,13 @@ class OptimiserSettings:
         ema: decay of the moving average of the weights, which is what is evaluated and kept; 0: none.
     """
 
-    lr: float = 2e-4
-    weight_decay: float = 1e-5
-    schedule: str = "cosine"
-    warmup: int = 0
-    accumulate: int = 1
-    clip: float = 0.0
-    ema: float = 0.0
+    lr: float
+    weight_decay: float
+    schedule: str
+    warmup: int
+    accumulate: int
+    clip: float
+    ema: float
 
     def __post_init__(self):
         check_choice("optimiser.schedule", self.schedule, SCHEDULES)
@@ -57,24 +58,37 @@ class OptimiserSettings:
 
 
 class Optimiser:
-    """AdamW over the trainable weights of `model`, as `settings` say.
+    """AdamW over the trainable weights of a `core.training.Trainable`, as `settings` say.
+
+    Weights with a learning-rate scale of their own (`Filler.lr_scales`) decay as slowly as all others.
 
     Args:
-        model: as the accelerator prepared it. accelerator: scales losses, and knows the other processes.
+        trainable: as the accelerator prepared it. accelerator: scales losses, and knows the other processes.
     """
 
-    def __init__(self, model: nn.Module, settings: OptimiserSettings, num_steps: int, accelerator: Accelerator):
-        self.settings, self.num_steps, self.accelerator, self.model = settings, num_steps, accelerator, model
-        inner = accelerator.unwrap_model(model)
+    def __init__(self, trainable: nn.Module, settings: OptimiserSettings, num_steps: int, accelerator: Accelerator):
+        self.settings, self.num_steps, self.accelerator = settings, num_steps, accelerator
+        inner = accelerator.unwrap_model(trainable)
         self.weights = {name: weight for name, weight in inner.named_parameters() if weight.requires_grad}
         if not self.weights:
             raise SettingError("freeze leaves no weight to train")
-        adam = torch.optim.AdamW(self.weights.values(), lr=settings.lr, weight_decay=settings.weight_decay)
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, weight in self.weights.items():
+            groups.setdefault(lr_scale(inner, name), []).append(weight)
+        adam = torch.optim.AdamW(
+            [
+                {"params": weights, "lr_scale": scale, "weight_decay": settings.weight_decay / scale}
+                for scale, weights in groups.items()
+            ],
+            lr=settings.lr,
+        )
         self.adam = accelerator.prepare_optimizer(adam)
         self.step_number = 0
         """Of the next call of `step`; decides on the learning rate and on when an accumulated update is due."""
         self.ema = {name: weight.detach().clone() for name, weight in self.weights.items()} if settings.ema else {}
         self.grad_norm = math.nan
+        self.lr = settings.lr
+        """Of the latest update."""
 
     @property
     def updates(self) -> bool:
@@ -97,8 +111,9 @@ class Optimiser:
     def step(self) -> None:
         """Updates the weights with the rate of this step, where an update is due."""
         if self.updates:
+            self.lr = self.settings.rate(self.step_number, self.num_steps)
             for group in self.adam.param_groups:
-                group["lr"] = self.settings.rate(self.step_number, self.num_steps)
+                group["lr"] = self.lr * group["lr_scale"]
             clip = self.settings.clip or math.inf
             self.grad_norm = float(self.accelerator.clip_grad_norm_(list(self.weights.values()), clip))
             self.adam.step()

@@ -5,7 +5,7 @@ Encoders are frozen, so trainings of one process share them: a sweep loads each 
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -15,9 +15,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 import core
 from core.backbones import Backbone, backbone_from_config
+from core.streams import named_stream
+from core.training import Trainable
 from experiments.data import DataSet
 from experiments.lock import Locked, lock_folder, unlock_folder
 from experiments.settings import SettingError, check_choice, pick_device
@@ -168,6 +171,41 @@ def make_model(config: DictConfig) -> core.AnyUp:
     if config.compile:
         model.compile_encoders()
     return model
+
+
+def make_trainable(
+    config: DictConfig, replaced_by: Callable[[core.AnyUp], nn.Module] = lambda model: model
+) -> Trainable:
+    """Model, objective and learner; each draws its weights from a stream of its own.
+
+    `replaced_by` makes of the model another one to be trained in its place. Raises as `make_model`.
+    """
+    model, fillers = make_model(config), []
+    for hook in ("objective", "learner"):
+        with _refusals_named(), named_stream(config.seed, hook):
+            fillers.append(core.build_filler(hook, config[hook]))
+    return Trainable(replaced_by(model), *fillers)
+
+
+def check_parts(asked: frozenset[str], views: ViewSettings, data: DataSet) -> None:
+    """Refuses what fillers look at and the settings or the data do not give; and clips that nobody looks at.
+
+    Raises:
+        SettingError: names the setting.
+    """
+    if "clip" not in asked:
+        if views.clip:
+            raise SettingError(f"views.clip={views.clip}, but no filler looks at clips: set it to 0")
+        return
+    if views.clip < 2:
+        raise SettingError("a filler looks at clips of a video: set views.clip to their number of frames, from 2")
+    longest = max(map(len, data.videos.values()), default=0) if data.videos else 0
+    if longest < views.clip or any(len(frames) < views.clip for frames in data.videos.values()):
+        raise SettingError(
+            f"views.clip={views.clip} needs videos with as many frames, and data={data.choice} has "
+            + ("single images" if not data.videos else f"one of {min(map(len, data.videos.values()))}")
+            + ": use data=frames or data=scenes with data.frames=N"
+        )
 
 
 def deciding_settings(config: DictConfig) -> dict[str, Any]:

@@ -8,12 +8,14 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from core.hooks import Batch
+from core.batch import Batch
 from core.weight_files import WeightsError, read_weights
 from experiments.atomic import replacing
 from experiments.settings import SettingError
 
 STATE_NAME = "state.safetensors"
+FORMAT = "2"
+"""Of the names of the tensors."""
 
 
 class ChangedConfig(SettingError):
@@ -48,7 +50,8 @@ def save_state(path: Path, state: State, tensors: dict[str, Tensor], config: dic
     """
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as part:
-        save_file(kept, part, {"state": json.dumps(asdict(state)), "config": json.dumps(config, sort_keys=True)})
+        described = {"state": json.dumps(asdict(state)), "config": json.dumps(config, sort_keys=True)}
+        save_file(kept, part, {"format": FORMAT} | described)
 
 
 def load_state(path: Path, config: dict[str, Any]) -> tuple[State, dict[str, Tensor]]:
@@ -83,6 +86,11 @@ def read_state(path: Path) -> tuple[State, dict[str, Any], dict[str, Tensor]]:
     tensors, metadata = read_weights(path)
     if "state" not in metadata or "config" not in metadata:
         raise WeightsError(f"{path} is no state of a training")
+    if metadata.get("format") != FORMAT:
+        raise WeightsError(
+            f"{path} was made by another version of this package: start anew with resume=never or another out_dir; to "
+            f"continue from its weights alone, use init_from={path.with_name('last.safetensors')}"
+        )
     return State(**json.loads(metadata["state"])), json.loads(metadata["config"]), tensors
 
 
@@ -98,6 +106,8 @@ def save_batch(path: Path, batch: Batch, names: list[str], losses: dict[str, flo
         "features": batch.features,
         "target": batch.target,
         "corners": batch.corners,
+        "whole": batch.whole,
+        "crops": batch.crops,
     }
     kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
     with replacing(path) as part:

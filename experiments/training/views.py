@@ -6,6 +6,7 @@ their features are what must be reached (the released procedure has 448, 224 and
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +16,13 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from experiments.data import DataSet
-from experiments.data.image_files import centre_square
+from experiments.data.image_files import centre_square, square_flow
 from experiments.settings import SettingError
 
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """How views are cut.
+    """How views are cut; the defaults stand in configs/train.yaml.
 
     Args:
         view: side in pixels of what the encoder sees, of the whole image and of each crop.
@@ -31,17 +32,19 @@ class ViewSettings:
         crop_pool: crops are drawn from this many fixed ones for each image, so that their features can be cached;
             0: from all.
         augment: strength of the photometric augmentation of the guidance, 0 to 1.
+        clip: frames of the videos that some fillers look at; 0: none do.
     """
 
-    view: int = 224
-    guidance: int | None = None
-    scale: int = 2
-    crops: int = 4
-    crop_pool: int = 0
-    augment: float = 0.4
+    view: int
+    guidance: int | None
+    scale: int
+    crops: int
+    crop_pool: int
+    augment: float
+    clip: int
 
     def __post_init__(self):
-        for name, least in (("view", 16), ("scale", 2), ("crops", 0), ("crop_pool", 0)):
+        for name, least in (("view", 16), ("scale", 2), ("crops", 0), ("crop_pool", 0), ("clip", 0)):
             if getattr(self, name) < least:
                 raise SettingError(f"views.{name} must be at least {least}, got {getattr(self, name)}")
         if self.guidance is not None and self.guidance < 8:
@@ -50,6 +53,18 @@ class ViewSettings:
             raise SettingError(f"views.augment must lie between 0 and 1, got {self.augment}")
         if 0 < self.crop_pool < self.crops:
             raise SettingError(f"views.crop_pool={self.crop_pool} has fewer than views.crops={self.crops} crops")
+
+
+@dataclass(frozen=True)
+class ClipViews:
+    """The videos that the images of a step begin, before any encoder has seen them."""
+
+    guidance: Tensor
+    """(B,T,3,g,g) RGB in [0,1]."""
+    whole: Tensor
+    """(B,T,3,view,view): the encoder's input."""
+    flow: Tensor | None
+    """(B,T-1,2,g,g) to the next frame, in pixels of the guidance; None where the data do not know it."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +78,16 @@ class StepViews:
     """Of the images."""
     guidance: Tensor
     """(B,3,g,g) RGB in [0,1]."""
-    augmented: Tensor
-    """(B,3,g,g), photometrically augmented."""
+    augmented: Tensor | None
+    """(B,3,g,g), photometrically augmented; None where nobody looks at it."""
     whole: Tensor
     """(B,3,view,view): the encoder's input."""
     crops: Tensor
     """(B·n,3,view,view): n consecutive crops for each image; (B,3,scale·view,scale·view) without crops."""
     corners: Tensor | None
     """(B·n,2) rows and columns of the crops, in cells of the fine grid; None without crops."""
+    clip: ClipViews | None = None
+    """None where nobody looks at it."""
 
 
 class Views(Dataset):
@@ -84,6 +101,7 @@ class Views(Dataset):
         batch_size: images a step, of all processes together.
         num_steps: how many steps there are.
         shard: (rank, processes): the part of each batch that this process sees.
+        parts: the optional parts of a `core.Batch` that some filler looks at.
 
     Raises:
         SettingError: sizes that do not divide.
@@ -98,6 +116,7 @@ class Views(Dataset):
         batch_size: int,
         num_steps: int,
         shard: tuple[int, int] = (0, 1),
+        parts: frozenset[str] = frozenset({"augmented_image"}),
     ):
         for patch in patch_sizes:
             if settings.view % patch:
@@ -105,7 +124,7 @@ class Views(Dataset):
         if batch_size % shard[1]:
             raise SettingError(f"batch_size={batch_size} cannot be shared by {shard[1]} processes")
         self.data, self.settings, self.patch_sizes, self.seed = data, settings, patch_sizes, seed
-        self.batch_size, self.num_steps, self.shard = batch_size, num_steps, shard
+        self.batch_size, self.num_steps, self.shard, self.parts = batch_size, num_steps, shard, parts
         jitter = settings.augment
         self.photometric = v2.Compose(
             [v2.ColorJitter(jitter, jitter, jitter, jitter / 4), v2.RandomGrayscale(jitter / 4)]
@@ -124,12 +143,13 @@ class Views(Dataset):
         share = self.batch_size // processes
         positions = range(step * self.batch_size + rank * share, step * self.batch_size + (rank + 1) * share)
         chosen = [self._image(position) for position in positions]
+        if "clip" in self.parts:
+            chosen = [self._frames(index)[0] for index in chosen]
         s, squares = self.settings, []
         for index in chosen:
             squares.append(centre_square(self.data[index].image[None], s.scale * s.view))
         square = torch.cat(squares)  # (B,3,scale·view,scale·view)
-        whole = shrink_to(square, s.view)
-        guidance = whole if s.guidance in (None, s.view) else shrink_to(square, s.guidance)
+        whole, guidance = self._shrunk(square)
         crops, corners = square, None
         if s.crops:
             corners = torch.cat([self._corners(step, at, self.data.names[i], backbone) for at, i in enumerate(chosen)])
@@ -139,11 +159,39 @@ class Views(Dataset):
             backbone=backbone,
             names=[self.data.names[index] for index in chosen],
             guidance=guidance,
-            augmented=self._augment(guidance, positions),
+            augmented=self._augment(guidance, positions) if "augmented_image" in self.parts else None,
             whole=whole,
             crops=crops,
             corners=corners,
+            clip=self._clip(chosen) if "clip" in self.parts else None,
         )
+
+    def _shrunk(self, square: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,3,S,S) -> what the encoder sees, (B,3,view,view), and what guides, (B,3,g,g)."""
+        s = self.settings
+        whole = shrink_to(square, s.view)
+        return whole, whole if s.guidance in (None, s.view) else shrink_to(square, s.guidance)
+
+    def _frames(self, index: int) -> Sequence[int]:
+        """The frames of the clip that begins at a sample, or earlier where its video ends too soon."""
+        frames = next(frames for frames in self.data.videos.values() if index in frames)
+        first = min(list(frames).index(index), len(frames) - self.settings.clip)
+        return frames[first : first + self.settings.clip]
+
+    def _clip(self, chosen: list[int]) -> ClipViews:
+        s = self.settings
+        whole, guidance, flows = [], [], []
+        for index in chosen:
+            samples = [self.data[i] for i in self._frames(index)]
+            square = torch.cat([centre_square(sample.image[None], s.scale * s.view) for sample in samples])
+            seen, guides = self._shrunk(square)
+            whole.append(seen)
+            guidance.append(guides)
+            flows.append([sample.flow for sample in samples[:-1]])
+        known = all(flow is not None for own in flows for flow in own)
+        side = guidance[0].shape[-1]
+        flow = torch.stack([square_flow(torch.stack(own), side) for own in flows]) if known else None
+        return ClipViews(torch.stack(guidance), torch.stack(whole), flow)
 
     def _image(self, position: int) -> int:
         """The image at a position of the endless sequence in which each pass is another permutation."""

@@ -87,7 +87,7 @@ def step(model: nn.Module, case: Case, state: object | None, bench: Bench) -> tu
     """
     guidance, features, size = bench.guidance(case), case.features[0].float(), bench.sizes.output
     if isinstance(model, core.AnyUp):
-        output, state = model.step(guidance, features, state, size)
+        output, state = model(guidance, features, size, state=state, return_state=True)
     else:
         output = model(guidance, features, size)
     return checked(output, features, size, [case]), state
