@@ -263,11 +263,11 @@ def test_a_cell_that_was_changed_is_another_idea(monkeypatch):
             def __init__(self, embed_dim: int):
                 super().__init__()
 
-            def forward(self, output, features, guidance, coords):
+            def forward(self, output, context):
                 return output + 1.0 if amount == 1 else output
 
         if amount == 2:
-            Cell.forward = lambda self, output, features, guidance, coords: output + 2.0
+            Cell.forward = lambda self, output, context: output + 2.0
         Cell.__module__ = "__main__"
         monkeypatch.setattr("experiments.sweeps.code_version.choices", lambda hook: {"cell": Cell})
         return code_version([("decoder", "cell")])
@@ -289,7 +289,7 @@ class Base(core.Decoder):
         super().__init__()
         self.layers = [x for x in range(3)]
 class Cell(Base):
-    def forward(self, output, features, guidance, coords):
+    def forward(self, output, context):
         return (lambda x: pushed(x))(output)
 """
 

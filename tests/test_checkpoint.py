@@ -80,7 +80,7 @@ def test_a_filler_without_a_name_cannot_be_saved(tmp_path):
         def __init__(self, embed_dim: int):
             super().__init__()
 
-        def forward(self, output, features, guidance, coords):
+        def forward(self, output, context):
             return output
 
     model = core.AnyUp(embed_dim=16, decoder=Anonymous)
@@ -358,7 +358,7 @@ def test_a_checkpoint_of_an_extension_that_is_gone(saved, own_registry):
             super().__init__()
             self.weight = nn.Parameter(torch.ones(depth))
 
-        def forward(self, output, features, guidance, coords):
+        def forward(self, output, context):
             return output * self.weight.mean()
 
     core.save(core.build([*SMALL, "decoder=passing", "decoder.depth=3"]), saved)
@@ -588,7 +588,7 @@ def test_warm_start_into_a_filler_with_weights_of_its_own(saved, own_registry):
             super().__init__()
             self.gate = nn.Parameter(torch.zeros(3))
 
-        def forward(self, output, features, guidance, coords):
+        def forward(self, output, context):
             return output * (1 + self.gate.sum())
 
     variant = core.build([*SMALL, "decoder=gated", "seed=2"])
@@ -655,7 +655,7 @@ def test_warm_start_with_settings_that_are_lists(saved, own_registry):
             super().__init__()
             self.weight = nn.Parameter(torch.ones(len(sizes)))
 
-        def forward(self, output, features, guidance, coords):
+        def forward(self, output, context):
             return output * self.weight.mean()
 
     model = core.AnyUp(decoder=Sized, embed_dim=16)

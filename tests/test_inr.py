@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import core
-from core import AnyUp, Attention, Refiner, Temporal, build, points
+from core import AnyUp, Attention, Context, Refiner, Temporal, build, points
 from core.attention import GlobalAttention
 from core.fast.windows import window_bounds
 from core.points import nearest_cells, pixel_centres, sample, visible_keys
@@ -43,6 +43,10 @@ def given(channels: int = 5, grid=(3, 4), image=(9, 14), size=(7, 6), batch: int
         "guidance": noise(batch, WIDTH, *image, seed=2),
         "coords": pixel_centres(size, like=torch.empty(0, dtype=torch.float64)),
     }
+
+
+def decode(decoder: INRDecoder, output: Tensor, features: Tensor, guidance: Tensor, coords: Tensor) -> Tensor:
+    return decoder(output, Context(image=guidance[:, :3], features=features, coords=coords, guidance=guidance))
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> bool:
@@ -145,7 +149,7 @@ def loop_context(decoder, seen, features, guidance, own, position, cell) -> tupl
 @torch.no_grad()
 def test_decoder_is_its_definition(sizes):
     decoder, arguments = make(), given(**sizes)
-    actual = decoder(**arguments)
+    actual = decode(decoder, **arguments)
     for i in range(2):
         alone = {name: tensor if name == "coords" else tensor[i] for name, tensor in arguments.items()}
         assert close(actual[i], loop_decoder(decoder, **alone), 1e-6)  # coordinates are float32
@@ -177,7 +181,7 @@ def test_a_closed_gate_opens():
     optimizer = torch.optim.SGD(decoder.parameters(), lr=0.1)
     for step in range(2):
         optimizer.zero_grad()
-        (decoder(**given()) * noise(2, 5, 7, 6, seed=9)).sum().backward()
+        (decode(decoder, **given()) * noise(2, 5, 7, 6, seed=9)).sum().backward()
         for name, parameter in decoder.named_parameters():
             assert (parameter.grad.abs().max() > 0) == (name == "gate" or step > 0), (name, step)
         optimizer.step()
@@ -193,12 +197,12 @@ def test_learns_what_no_weighted_mean_can_give():
     optimizer = torch.optim.Adam(decoder.parameters(), lr=0.03)
     before = (arguments["output"] - target).square().mean()
     for _ in range(150):
-        loss = (decoder(**arguments) - target).square().mean()
+        loss = (decode(decoder, **arguments) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert loss < 0.1 * before
-    assert decoder(**arguments).max() > 1.05 * arguments["features"].max()
+    assert decode(decoder, **arguments).max() > 1.05 * arguments["features"].max()
 
 
 # --- what it follows, and where it is continuous ---------------------------------------------------------------------
@@ -207,11 +211,11 @@ def test_learns_what_no_weighted_mean_can_give():
 @torch.no_grad()
 def test_follows_scale_and_shift_of_the_features():
     decoder, arguments = make(), given()
-    expected = decoder(**arguments)
+    expected = decode(decoder, **arguments)
     scale = noise(1, 5, 1, 1).exp()
     for factor, shift in ((scale, 0), (1e-3, 0), (1, 3.0), (scale, 5.0)):
         changed = {name: factor * arguments[name] + shift for name in ("output", "features")}
-        assert close(decoder(**(arguments | changed)), factor * expected + shift, 1e-5)
+        assert close(decode(decoder, **(arguments | changed)), factor * expected + shift, 1e-5)
 
 
 @torch.no_grad()
@@ -221,7 +225,7 @@ def test_channels_that_are_constant_stay_so(dtype):
     arguments = {name: tensor.to(dtype) for name, tensor in given(batch=1).items()}
     for name in ("output", "features"):
         arguments[name][:, 0], arguments[name][:, 1] = 0, 2
-    result = make().to(dtype)(**arguments)
+    result = decode(make().to(dtype), **arguments)
     assert torch.isfinite(result).all()
     assert (result[:, 0] == 0).all()
     assert close(result[:, 1], arguments["output"][:, 1], 1e-2)
@@ -233,7 +237,7 @@ def test_continuous_where_the_nearest_cells_change():
     centre, step = 1.5 / 3, 1e-9
     places = torch.tensor([[[centre - step, 0.4], [centre + step, 0.4], [centre + 0.02, 0.4]]], dtype=torch.float64)
     output = arguments["output"][:, :, :1, :1].expand(-1, -1, 1, 3)
-    before, after, further = decoder(**(arguments | {"output": output, "coords": places}))[0, :, 0].unbind(1)
+    before, after, further = decode(decoder, **(arguments | {"output": output, "coords": places}))[0, :, 0].unbind(1)
     assert close(after, before, 1e-6)
     assert (further - before).abs().max() > 1e-3
 
@@ -241,9 +245,9 @@ def test_continuous_where_the_nearest_cells_change():
 @torch.no_grad()
 def test_guidance_and_place_matter():
     decoder, arguments = make(), given()
-    result = decoder(**arguments)
+    result = decode(decoder, **arguments)
     for name, other in (("guidance", arguments["guidance"].flip(-1)), ("coords", arguments["coords"] * 0.9)):
-        assert (decoder(**(arguments | {name: other})) - result).abs().max() > 1e-3, name
+        assert (decode(decoder, **(arguments | {name: other})) - result).abs().max() > 1e-3, name
 
 
 # --- blocks, memory, other modes -------------------------------------------------------------------------------------
@@ -251,19 +255,19 @@ def test_guidance_and_place_matter():
 
 def test_blocks_change_nothing(monkeypatch):
     decoder, arguments = make(), given()
-    whole, weight = decoder(**arguments), noise(2, 5, 7, 6, seed=9)
+    whole, weight = decode(decoder, **arguments), noise(2, 5, 7, 6, seed=9)
     expected = torch.autograd.grad((whole * weight).sum(), list(decoder.parameters()))
     for limit, several in ((1, 1), (2 * 4 * 32, 8)):  # one point, four points at once
         monkeypatch.setattr(inr, "MAX_HIDDEN", {"cpu": limit})
         monkeypatch.setattr(inr, "MAX_POINTS", several)
-        result = decoder(**arguments)
+        result = decode(decoder, **arguments)
         assert close(result, whole)
         for ours, theirs in zip(
             torch.autograd.grad((result * weight).sum(), list(decoder.parameters())), expected, strict=True
         ):
             assert close(ours, theirs, 1e-9)
         with torch.no_grad():
-            assert close(decoder(**arguments), whole)
+            assert close(decode(decoder, **arguments), whole)
 
 
 def large(channels: int = 64, side: int = 32) -> dict[str, Tensor]:
@@ -277,10 +281,10 @@ def test_the_hidden_layer_never_exists_at_once(monkeypatch, largest_tensor):
     monkeypatch.setattr(inr, "MAX_HIDDEN", {"cpu": 2**14})
     decoder, arguments = make().float(), large()
     with torch.no_grad(), largest_tensor() as largest:
-        decoder(**arguments)
+        decode(decoder, **arguments)
     assert largest.values == arguments["output"].numel()
     with torch.no_grad(), largest_tensor() as largest:
-        decoder(**large(channels=1))
+        decode(decoder, **large(channels=1))
     assert largest.values <= 2**16, "the context of a block"  # 4 x hidden_dim values a point
 
 
@@ -294,13 +298,13 @@ def test_with_gradients_blocks_keep_their_inputs_alone(monkeypatch):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        decoder(**(arguments | {"output": arguments["output"].requires_grad_()}))
+        decode(decoder, **(arguments | {"output": arguments["output"].requires_grad_()}))
     assert sum(kept.values()) < 2 * arguments["output"].numel()
 
 
 def test_differentiates_twice():
     decoder, arguments = make(), given()
-    (first,) = torch.autograd.grad(decoder(**arguments).square().sum(), decoder.gate, create_graph=True)
+    (first,) = torch.autograd.grad(decode(decoder, **arguments).square().sum(), decoder.gate, create_graph=True)
     first.square().sum().backward()
     assert decoder.head.weight.grad.abs().max() > 0
     assert torch.isfinite(decoder.head.weight.grad).all()
@@ -308,10 +312,10 @@ def test_differentiates_twice():
 
 def test_half_precision_by_autocast():
     decoder, arguments = make().float(), {name: tensor.float() for name, tensor in given().items()}
-    expected = decoder(**arguments)
+    expected = decode(decoder, **arguments)
     for grad in (True, False):
         with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
-            assert close(decoder(**arguments), expected, 0.05)
+            assert close(decode(decoder, **arguments), expected, 0.05)
 
 
 def test_coordinates_are_not_rounded_to_half_precision():
@@ -336,7 +340,7 @@ def test_exports(perturbed, others):
 def test_pictures_show_the_blending_weight():
     decoder, arguments = make(), given()
     assert decoder.pictures() == {}
-    moved = decoder(**arguments) - arguments["output"]
+    moved = decode(decoder, **arguments) - arguments["output"]
     pictures = decoder.pictures()
     plain, relative = pictures.values()
     assert next(iter(pictures)) == "blend"
@@ -345,7 +349,7 @@ def test_pictures_show_the_blending_weight():
     assert plain.min() >= 0
     assert relative.max() == 1
     decoder.gate.mul_(1e-4)  # small weights: as the gate does, so the correction and the picture
-    less = decoder(**arguments) - arguments["output"]
+    less = decode(decoder, **arguments) - arguments["output"]
     ratio = less[0].abs().amax(0) / moved[0].abs().amax(0)  # by pixel
     assert close(decoder.pictures()["blend"][0] / plain[0], ratio, 1e-4)
 
@@ -353,7 +357,7 @@ def test_pictures_show_the_blending_weight():
 @torch.no_grad()
 def test_pictures_of_large_outputs_are_small_and_a_closed_gate_is_black():
     decoder = INRDecoder(WIDTH, **SMALL)
-    decoder(**{name: tensor.float() for name, tensor in given(1, size=(300, 270), batch=1).items()})
+    decode(decoder, **{name: tensor.float() for name, tensor in given(1, size=(300, 270), batch=1).items()})
     pictures = decoder.pictures()
     assert all(picture.shape == (3, 256, 256) and not picture.any() for picture in pictures.values())
 
@@ -537,7 +541,7 @@ class WholeRefiner(Refiner):
     def __init__(self, embed_dim: int):
         super().__init__()
 
-    def forward(self, output, image, features):
+    def forward(self, output, context):
         return output
 
 
@@ -545,7 +549,7 @@ class WholeTemporal(Temporal):
     def __init__(self, embed_dim: int):
         super().__init__()
 
-    def forward(self, output, frame, state):
+    def forward(self, output, context, state):
         return output, state
 
 
@@ -588,5 +592,5 @@ def test_it_is_light_and_the_same_for_any_number_of_channels():
     assert added < 0.05 * sum(parameter.numel() for parameter in AnyUp().parameters())
     decoder = make()
     for channels, larger in pairwise((1, 7, 40)):
-        assert decoder(**given(channels)).shape[1] == channels
-        assert decoder(**given(larger)).shape[1] == larger
+        assert decode(decoder, **given(channels)).shape[1] == channels
+        assert decode(decoder, **given(larger)).shape[1] == larger

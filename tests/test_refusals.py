@@ -93,7 +93,7 @@ class WholeOutput(Refiner):
     def __init__(self, embed_dim: int):
         super().__init__()
 
-    def forward(self, output, image, features):
+    def forward(self, output, context):
         return output
 
 
@@ -126,7 +126,7 @@ class WrongDecoder(Decoder):
     def __init__(self, embed_dim: int):
         super().__init__()
 
-    def forward(self, output, features, guidance, coords):
+    def forward(self, output, context):
         return None
 
 
@@ -161,7 +161,7 @@ BATCH = core.Batch(IMAGE, FEATURES, torch.randn(4, 5, 3, 3), (8, 12), torch.zero
 def test_batches_that_do_not_fit(model, change, message):
     objective = core.build_filler("objective", core.compose().objective)
     with pytest.raises(ValueError, match=message):
-        objective(model, dataclasses.replace(BATCH, **change))
+        losses_of(objective, model, dataclasses.replace(BATCH, **change))
 
 
 def test_compile_without_a_compiler(monkeypatch):
@@ -203,7 +203,7 @@ def test_reference_of_another_model_is_refused():
 def test_output_sizes_that_are_none(model, output_size):
     """Whatever is given, the message says what an output size is."""
     message = r"output_size must be (two positive integers|\(height, width\))"
-    for call in (model, model.stream, lambda *inputs: model.step(*inputs[:2], None, inputs[2])):
+    for call in (model, model.stream, lambda *inputs: model(*inputs, return_state=True)):
         with pytest.raises(ValueError, match=message):
             call(IMAGE, FEATURES, output_size)
 
@@ -240,7 +240,7 @@ def test_more_inputs_that_do_not_fit(model, image, features, message):
     out = torch.empty(2, 5, 8, 8)
     for call in (
         lambda: model(image, features, (8, 8)),
-        lambda: model.step(image, features, None, (8, 8)),
+        lambda: model(image, features, (8, 8), state=None, return_state=True),
         lambda: model.stream(image, features, (8, 8)),  # at once, not when the first band is asked for
         lambda: model(image, features, (8, 8), out=out),
     ):
@@ -307,7 +307,7 @@ class WholeVideo(core.Temporal):
     def __init__(self, embed_dim: int):
         super().__init__()
 
-    def forward(self, output, frame, state):
+    def forward(self, output, context, state):
         return output, state
 
 
@@ -360,7 +360,7 @@ def test_values_that_are_not_finite_are_looked_for_in_every_way_in():
     for call in (
         lambda: checking(image, FEATURES),
         lambda: checking.stream(image, FEATURES),
-        lambda: checking.step(image, FEATURES, None),
+        lambda: checking(image, FEATURES, return_state=True),
         lambda: checking(image, FEATURES, out=torch.empty(2, 5, 32, 40)),
     ):
         with pytest.raises(ValueError, match=message):
@@ -371,6 +371,10 @@ def test_values_that_are_not_finite_are_looked_for_in_every_way_in():
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 AUGMENTED = dataclasses.replace(BATCH, augmented_image=IMAGE)
+
+
+def losses_of(objective, model, batch):
+    return objective(model, batch, model(batch.image, batch.features, batch.output_size))
 
 
 @pytest.mark.parametrize(
@@ -392,11 +396,11 @@ AUGMENTED = dataclasses.replace(BATCH, augmented_image=IMAGE)
 def test_targets_that_are_not_part_of_the_output(model, change, message):
     """Never broadcast, never cut off: a wrong loss would look like a loss."""
     objective = core.build_filler("objective", {"name": "cosine_mse", "self_consistency_size": 8})
-    assert len(objective(model, AUGMENTED)) == 3
+    assert len(losses_of(objective, model, AUGMENTED)) == 3
     with pytest.raises(ValueError, match=message):
-        objective(model, dataclasses.replace(AUGMENTED, **change))
+        losses_of(objective, model, dataclasses.replace(AUGMENTED, **change))
 
 
 def test_a_loss_that_is_switched_off_needs_nothing(model):
     objective = core.build_filler("objective", {"name": "cosine_mse", "self_consistency": 0})
-    assert objective(model, BATCH).keys() == {"reconstruction_loss", "input_consistency_loss"}
+    assert losses_of(objective, model, BATCH).keys() == {"reconstruction_loss", "input_consistency_loss"}

@@ -10,7 +10,19 @@ import torch
 from torch import Tensor, nn
 
 import core
-from core import AnyUp, Attention, Decoder, Learner, Objective, build, build_filler, compose, register, registry
+from core import (
+    AnyUp,
+    Attention,
+    Context,
+    Decoder,
+    Learner,
+    Objective,
+    build,
+    build_filler,
+    compose,
+    register,
+    registry,
+)
 from core.attention import WindowAttention
 from core.hooks import HOOK_POINTS, Filler
 from core.unifiers import LearnedBasis, Ordering
@@ -32,7 +44,7 @@ def decoder(**namespace) -> type[Decoder]:
     def __init__(self, embed_dim: int):
         Decoder.__init__(self)
 
-    def forward(self, output: Tensor, features: Tensor, guidance: Tensor, coords: Tensor) -> Tensor:
+    def forward(self, output: Tensor, context: Context) -> Tensor:
         return output
 
     return type("Idea", (Decoder,), {"__init__": __init__, "forward": forward, "__module__": __name__, **namespace})
@@ -53,7 +65,7 @@ def test_a_registered_idea_is_a_choice():
             super().__init__()
             self.factor = factor
 
-        def forward(self, output: Tensor, features: Tensor, guidance: Tensor, coords: Tensor) -> Tensor:
+        def forward(self, output: Tensor, context: Context) -> Tensor:
             return output * self.factor
 
     assert registry.choices("decoder")["scaled"] is Scaled
@@ -71,7 +83,7 @@ def test_the_decorator_returns_the_class():
 
 CELL = """
 from torch import Tensor
-from core import Decoder, register
+from core import Context, Decoder, register
 
 @register("mine")
 class Mine(Decoder):
@@ -79,7 +91,7 @@ class Mine(Decoder):
         super().__init__()
         self.shift = shift
 
-    def forward(self, output: Tensor, features: Tensor, guidance: Tensor, coords: Tensor) -> Tensor:
+    def forward(self, output: Tensor, context: Context) -> Tensor:
         return output + self.shift
 """
 
@@ -179,8 +191,11 @@ def test_training_fillers_need_no_init():
             super().__init__()
             self.patience = patience
 
-        def step(self, model, objective, batch, optimizer):
-            return {}
+        def forward(self, model, objective, tasks):
+            return []
+
+        def step(self, trainable, tasks, optimizer):
+            return []
 
     config = compose(["objective=fixed", "learner=idle", "learner.patience=7"])
     assert type(build_filler("objective", config.objective)) is Fixed
@@ -211,7 +226,7 @@ def typed() -> dict:
             super().__init__()
             found.update({key: value for key, value in locals().items() if key not in ("self", "__class__", "found")})
 
-        def forward(self, output: Tensor, features: Tensor, guidance: Tensor, coords: Tensor) -> Tensor:
+        def forward(self, output: Tensor, context: Context) -> Tensor:
             return output
 
     return found

@@ -161,7 +161,7 @@ def test_videos_of_estimated_flow_and_models_with_a_state(video, own_registry):
         def __init__(self, embed_dim: int):
             super().__init__()
 
-        def forward(self, output, frame, state):
+        def forward(self, output, context, state):
             Remembers.seen.append(state)
             return output, (0 if state is None else state + 1)
 

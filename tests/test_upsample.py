@@ -98,7 +98,7 @@ def test_a_mapped_file_is_filled_band_by_band_where_that_is_possible(photos, mon
         def __init__(self, embed_dim: int):
             super().__init__()
 
-        def forward(self, output, image, features):
+        def forward(self, output, context):
             return output + 1
 
     settings = (f"images={photos}/a.png", "features=npy")
