@@ -42,8 +42,8 @@ def no_children(monkeypatch):
 def test_both_arms_train_alike():
     """Several steps, not only the first: the same losses from the same images, and weights that move."""
     ours, dense = Arm("ours", config("steps=4")), Arm("dense", config("steps=4"))
-    assert isinstance(dense.training.model, ReferenceAnyUp)
-    assert type(ours.training.model) is core.AnyUp
+    assert isinstance(dense.training.inner.model, ReferenceAnyUp)
+    assert type(ours.training.inner.model) is core.AnyUp
     losses = [(ours.step(), dense.step()) for _ in range(4)]
     for one, other in losses:
         assert one == pytest.approx(other, rel=1e-4)
