@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HTTPError
 from torch import Tensor, nn
@@ -188,6 +189,37 @@ class AnyUp(nn.Module, ModelHubMixin):
             per_image.append(self._at(query[i : i + 1], key[i : i + 1], own))
         return torch.cat(per_image)
 
+    def readout(
+        self,
+        image: Tensor,
+        features: Tensor,
+        head: nn.Linear | nn.Conv2d | tuple[Tensor, Tensor | None],
+        output_size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """What a linear head gives on the upsampled features, without making them: `head(model(image, features))`.
+
+        Attention applies one weight per cell to all channels, so a linear head commutes with it: W·up(F) = up(W·F).
+        With 21 classes instead of 384 channels the values take 18 times less memory and time.
+
+        Args:
+            image, features, output_size: as for `forward`.
+            head: `nn.Linear(C, K)`, `nn.Conv2d(C, K, 1)`, or weight (K,C) and bias (K,) or None.
+
+        Returns:
+            (B,K,Qh,Qw): equal to the head on `forward`'s output, up to rounding.
+
+        Raises:
+            ValueError: as `forward`; a head that does not fit; or a filler whose output is not linear in the features.
+        """
+        output_size = validation.check_inputs(self, image, features, output_size)
+        weight, bias = validation.check_head(head, features)
+        validation.check_linear(self)
+        values = F.conv2d(features, weight[..., None, None])  # (B,K,h,w)
+        _, query, key = self._guide(image, features, output_size, Buffers())
+        output = self.attention(query, key, values, *([None] if self.attention.takes_out else []))
+        output = validation.check_filled(self, "attention", output, (len(features), len(weight), *output_size))
+        return output if bias is None else output + bias.to(output)[:, None, None]
+
     def _at(self, query, key, context):
         points, features = context.coords, context.features
         output = self.attention.at(query, key, features, points)
@@ -215,7 +247,8 @@ class AnyUp(nn.Module, ModelHubMixin):
         return validation.check_filled(self, "temporal", output, shape), state
 
     def _seen_by(self, filler, context):
-        return context if filler.needs_guidance else replace(context, guidance=None)
+        as_it_is = filler.needs_guidance or context.guidance is None
+        return context if as_it_is else replace(context, guidance=None)
 
     def _output_memory(self, features, output_size):
         """Memory for attention's output, which the encoders may use before; None where that cannot be."""

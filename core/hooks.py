@@ -138,6 +138,9 @@ class AfterAttention(Filler):
     """True: `context.guidance` is the encoded image. It is freed before attention when nobody needs it."""
     needs_whole_output: ClassVar[bool] = True
     """False only when `forward` may be called on bands of rows; otherwise a streamed output is refused."""
+    linear_in_values: ClassVar[bool] = False
+    """True only when the output is the same linear map of `output` for every channel, so that a linear head may come
+    first (`AnyUp.readout`)."""
 
 
 class Decoder(AfterAttention):

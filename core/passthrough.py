@@ -11,6 +11,8 @@ from core.registry import register
 class NoDecoder(Decoder):
     """Keeps the explicit output."""
 
+    linear_in_values = True
+
     def __init__(self, embed_dim: int):
         super().__init__()
 
@@ -23,6 +25,7 @@ class NoRefiner(Refiner):
     """Keeps the decoded output."""
 
     needs_whole_output = False
+    linear_in_values = True
 
     def __init__(self, embed_dim: int):
         super().__init__()
@@ -36,6 +39,7 @@ class NoTemporal(Temporal):
     """Treats every frame as if it were alone."""
 
     needs_whole_output = False
+    linear_in_values = True
 
     def __init__(self, embed_dim: int):
         super().__init__()

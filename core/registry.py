@@ -27,7 +27,8 @@ def register(name: str) -> Callable[[_T], _T]:
     Running the same definition again (a notebook cell) replaces the earlier one.
 
     Raises:
-        TypeError: the class fills no hook point, or an argument of its `__init__` has no type.
+        TypeError: the class fills no hook point, an argument of its `__init__` has no type, or `changeable` names
+            what is no argument.
         ValueError: the hook point already has another filler of that name.
     """
 
@@ -39,7 +40,10 @@ def register(name: str) -> Callable[[_T], _T]:
                 f"{hook}={name} is already registered by {known.__module__}.{known.__qualname__}; "
                 f"{cls.__module__}.{cls.__qualname__} needs another name (taken: {', '.join(sorted(_fillers[hook]))})"
             )
-        add_choice(hook, name, signature_fields(cls))
+        fields = signature_fields(cls)
+        if wrong := sorted(set(cls.changeable) - set(fields)):
+            raise TypeError(f"{cls.__qualname__}.changeable names {', '.join(wrong)}, which its __init__ has not")
+        add_choice(hook, name, fields)
         cls.choice = name
         _fillers[hook][name] = cls
         return cls
@@ -107,6 +111,11 @@ def describe(filler: Callable[..., Filler]) -> dict[str, Any]:
     settings = {key: default for key, (_, default) in signature_fields(cls).items()} | bound
     plain = {key: value.name if isinstance(value, Enum) else value for key, value in settings.items()}
     return {"name": cls.choice, **plain}
+
+
+def changeable(hook: str, name: str) -> tuple[str, ...]:
+    """The settings of `hook=name` that may be others after training than in it, as "hook.setting"."""
+    return tuple(f"{hook}.{setting}" for setting in choices(hook)[name].changeable)
 
 
 def signature_fields(cls: type) -> dict[str, tuple[type, Any]]:

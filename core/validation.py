@@ -108,6 +108,39 @@ def check_no_state(state: object | None, return_state: bool) -> None:
         raise ValueError("a video's state cannot be carried with out=, which is written in bands: leave out= away")
 
 
+def check_head(head: object, features: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Weight (K,C) and bias (K,) of a linear head on C channels.
+
+    Raises:
+        TypeError, ValueError: no such head; says what it may be.
+    """
+    if isinstance(head, (nn.Linear, nn.Conv2d)):
+        weight, bias = head.weight, head.bias
+        if isinstance(head, nn.Conv2d) and (head.kernel_size != (1, 1) or head.groups != 1):
+            raise ValueError(f"head must be linear in each pixel, got {head}; call it on the model's output")
+        weight = weight.flatten(1)
+    elif isinstance(head, tuple) and len(head) == 2 and isinstance(head[0], Tensor):
+        weight, bias = head
+    else:
+        raise TypeError(f"head must be nn.Linear, nn.Conv2d of 1x1, or (weight, bias), got {type(head).__name__}")
+    if weight.dim() != 2 or weight.shape[1] != features.shape[1]:
+        raise ValueError(f"head has weight {_shape(weight)}, but features have {features.shape[1]} channels")
+    if bias is not None and tuple(bias.shape) != (len(weight),):
+        raise ValueError(f"head has bias {_shape(bias)} for {len(weight)} outputs")
+    return weight, bias
+
+
+def check_linear(model: nn.Module) -> None:
+    """Refuses fillers after attention whose output is not linear in the features."""
+    for hook in ("decoder", "refiner", "temporal"):
+        filler = getattr(model, hook)
+        if not filler.linear_in_values:
+            raise ValueError(
+                f"{hook}={type(filler).__name__} is not linear in the features, so a head cannot come first: call the "
+                f"head on the model's output, or use {hook}=none"
+            )
+
+
 def check_filled(model: nn.Module, hook: str, result: object, shape: tuple[int, ...]) -> Tensor:
     """Refuses a filler's result that is not a tensor of the shape its hook point promises."""
     name = type(getattr(model, hook)).__name__

@@ -1,0 +1,78 @@
+"""A linear head in front of the attention gives what it gives behind it, and is refused where it would not."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import core
+from core import AnyUp, Context, Decoder
+
+SMALL = ["embed_dim=16", "unifier.num_basis=8"]
+
+
+def inputs(channels: int = 7, batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(batch, *shape, generator=generator).to(dtype)  # noqa: E731
+    return draw(3, 14, 19), draw(channels, 4, 5)
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["attention=global"], ["attention=pyramid_window"], ["unifier.ordering=released"]], ids=str
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_is_the_head_on_the_output(perturbed, overrides, bias):
+    model = perturbed(core.build([*SMALL, *overrides])).double().eval()
+    image, features = inputs(dtype=torch.float64)
+    head = nn.Conv2d(7, 3, 1, bias=bias).double()
+    with torch.no_grad():
+        expected = head(model(image, features, (11, 9)))
+        torch.testing.assert_close(model.readout(image, features, head, (11, 9)), expected, rtol=1e-10, atol=1e-12)
+        linear = nn.Linear(7, 3, bias=bias).double()
+        linear.weight.copy_(head.weight.flatten(1))
+        if bias:
+            linear.bias.copy_(head.bias)
+        for same in (linear, (head.weight.flatten(1), head.bias)):
+            torch.testing.assert_close(model.readout(image, features, same, (11, 9)), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_reach_the_head_and_the_model():
+    model, (image, features) = core.build(SMALL).double(), inputs(dtype=torch.float64)
+    grads = []
+    for call in (lambda head: head(model(image, features, (6, 8))),
+                 lambda head: model.readout(image, features, head, (6, 8))):  # fmt: skip
+        torch.manual_seed(1)
+        head = nn.Conv2d(7, 3, 1).double()
+        weights = [head.weight, head.bias, model.attention.project_query.weight, model.unifier.encoder[0].basis]
+        grads.append(torch.autograd.grad(call(head).square().sum(), weights))
+    for there, here in zip(*grads, strict=True):
+        torch.testing.assert_close(here, there, rtol=1e-8, atol=1e-12)
+
+
+def test_full_features_are_never_made(largest_tensor):
+    model, (image, features) = core.build(SMALL).eval(), inputs(channels=512, batch=1)
+    with torch.no_grad(), largest_tensor() as largest:
+        model.readout(image, features, nn.Linear(512, 2), (40, 50))
+    assert largest.values < 40 * 50 * 512 / 3
+
+
+class Curved(Decoder):
+    def __init__(self, embed_dim: int):
+        super().__init__()
+
+    def forward(self, output: Tensor, context: Context) -> Tensor:
+        return output.relu()
+
+
+@pytest.mark.parametrize(
+    ("fillers", "head", "error", "message"),
+    [
+        ({"decoder": Curved}, nn.Linear(7, 2), ValueError, r"decoder=Curved is not linear .* or use decoder=none"),
+        ({}, nn.Linear(6, 2), ValueError, r"head has weight \(2, 6\), but features have 7 channels"),
+        ({}, nn.Conv2d(7, 2, 3), ValueError, r"head must be linear in each pixel"),
+        ({}, (torch.zeros(2, 7), torch.zeros(3)), ValueError, r"head has bias \(3,\) for 2 outputs"),
+        ({}, nn.Sequential(nn.Linear(7, 2)), TypeError, r"head must be nn.Linear, nn.Conv2d of 1x1.*got Sequential"),
+    ],
+)
+def test_what_would_not_be_exact_is_refused(fillers, head, error, message):
+    with pytest.raises(error, match=message):
+        AnyUp(**fillers, embed_dim=16).readout(*inputs(), head)
