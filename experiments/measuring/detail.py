@@ -1,0 +1,104 @@
+"""Detail: what a fine grid of features shows beyond the coarse grid it was upsampled from.
+
+Cosine and squared error reward blur: features of one crop are noisy, and a blurred output agrees better with noise
+(docs/evidence.md). Detail does not. Of output and target everything is taken away that the coarse grid can carry,
+`d(x) = x - bilinear(area_down(x))`, and what is left is correlated over the image and all channels. Blurring the output
+takes away detail that is right before it takes away detail that is wrong, and how strong the detail is plays no part.
+"""
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def detail(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B,C,H,W) -> (B,C,H,W): x without what a grid of (h,w) cells carries.
+
+    Raises:
+        ValueError: the grid is not coarser than x.
+    """
+    if any(cells >= side for cells, side in zip(grid, x.shape[-2:], strict=True)):
+        raise ValueError(f"the coarse grid {tuple(grid)} must have fewer cells than the features {tuple(x.shape[-2:])}")
+    return x - _carried(x, grid)
+
+
+def octaves(x: Tensor, grid: tuple[int, int]) -> dict[str, Tensor]:
+    """The detail of (B,C,H,W) in bands of one octave, coarse to fine, which add up to `detail`: "1x-2x", "2x-4x", ...
+
+    Band k is what a grid of 2^(k+1) times as many cells along each axis carries and one of 2^k times as many does not
+    (a Laplacian pyramid, Burt and Adelson 1983, from area averages). The last one ends at the resolution of x.
+    """
+    bands, factor, below = {}, 1, _carried(x, grid)
+    while any(2 * factor * cells < side for cells, side in zip(grid, x.shape[-2:], strict=True)):
+        above = _carried(x, (2 * factor * grid[0], 2 * factor * grid[1]))
+        bands[f"{factor}x-{2 * factor}x"] = above - below
+        factor, below = 2 * factor, above
+    return bands | {f"{factor}x-{2 * factor}x": x - below}
+
+
+def agreement(ours: Tensor, target: Tensor, where: Tensor | None = None) -> dict[str, float]:
+    """How the detail of an output agrees with that of the target, each (1,C,H,W) in float64 or converted to it.
+
+    Args:
+        where: (H,W) bool, the positions that count; None: all.
+
+    Returns:
+        correlation: of the two over positions and channels, about zero, which is detail's mean: 1 is perfect whatever
+            the amplitude; 0 where the output has none.
+        unexplained: squared error at the output's best amplitude, in units of the target's energy: 1 - correlation²
+            where the correlation is positive, else 1: no positive amplitude helps.
+        amplitude: root of the output's energy over the target's.
+        Empty where the target has no detail.
+    """
+    ours, target = (x.detach().double().cpu()[0] for x in (ours, target))  # (C,H,W)
+    if where is not None:
+        ours, target = ours[:, where], target[:, where]
+    product, own, wanted = ((a * b).sum().item() for a, b in ((ours, target), (ours, ours), (target, target)))
+    if wanted <= 0:
+        return {}
+    correlation = product / (own * wanted) ** 0.5 if own > 0 else 0.0
+    return {
+        "correlation": correlation,
+        "unexplained": 1 - max(correlation, 0.0) ** 2,
+        "amplitude": (own / wanted) ** 0.5,
+    }
+
+
+def detail_measures(
+    ours: Tensor, target: Tensor, grid: tuple[int, int], edges: Tensor | None = None
+) -> Mapping[str, float]:
+    """All measures of detail of one image: overall, near image edges, and per octave where there are several.
+
+    Args:
+        ours, target: (1,C,H,W). grid: (h,w) of the low-resolution features. edges: (H,W) bool.
+
+    Returns:
+        detail, detail_error, detail_amplitude; edge_detail; detail_1x-2x, ... (`agreement`'s correlation).
+    """
+    ours, target = ours.detach().double(), target.detach().double()
+    fine, wanted = detail(ours, grid), detail(target, grid)
+    found = agreement(fine, wanted)
+    measured = {
+        name: found[key]
+        for name, key in (
+            ("detail", "correlation"),
+            ("detail_error", "unexplained"),
+            ("detail_amplitude", "amplitude"),
+        )
+        if key in found
+    }
+    if edges is not None and edges.any():
+        near = agreement(fine, wanted, edges)
+        measured |= {"edge_detail": near["correlation"]} if near else {}
+    bands = octaves(ours, grid), octaves(target, grid)
+    if len(bands[0]) > 1:
+        for name, band in bands[0].items():
+            own = agreement(band, bands[1][name])
+            measured |= {f"detail_{name}": own["correlation"]} if own else {}
+    return measured
+
+
+def _carried(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """What a grid carries of (B,C,H,W): area averages, enlarged bilinearly."""
+    return F.interpolate(F.interpolate(x, grid, mode="area"), x.shape[-2:], mode="bilinear", align_corners=False)
