@@ -164,7 +164,7 @@ class DynamicBasis(LearnedBasis):
         code = self.meta(features, guidance, self.radius)  # (B,h',w',hidden)
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             self._seen = code[0], features.shape[1]
-        return self.encoder(F.normalize(features, dim=1), stem=partial(self._responses, code))
+        return self._encoded(features, partial(self._responses, code)).to(guidance.dtype)
 
     def filters(self, code: Tensor, channels: int) -> Tensor:
         """(…,hidden) -> (…,k²,M), the filters for features of that many channels."""
