@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import core
-from core.checkpoint import read, rename_published, to_published
+from core.checkpoint import read
+from core.published import rename_published, to_published
 from core.reference import ReferenceAnyUp
 from core.weight_files import WeightsError
 from experiments.data.image_files import bundled

@@ -13,9 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 import core
-from core.checkpoint import rename_published
 from core.compose import build_filler
 from core.hooks import Batch
+from core.published import rename_published
 from core.reference import ReferenceAnyUp, reference_of
 from experiments.cost.measure import count_flops
 from experiments.settings import DTYPES, SettingError, check_choice, check_writable, pick_device
