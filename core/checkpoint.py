@@ -59,7 +59,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             inner = inner._orig_mod
         else:
             break
-    if not (hasattr(inner, "factories") and hasattr(inner, "config")):
+    if not hasattr(inner, "factories"):
         raise TypeError(f"{type(model).__name__} is no AnyUp, nor a known wrapper of one")
     return inner
 

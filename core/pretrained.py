@@ -21,7 +21,7 @@ class Pretrained(ModelHubMixin):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | Path = "bundled",
+        pretrained_model_name_or_path: str | Path | None = None,
         *,
         force_download: bool = False,
         token: str | bool | None = None,
@@ -31,7 +31,7 @@ class Pretrained(ModelHubMixin):
     ) -> Self:
         """A trained model in eval mode: by name, or saved with `save_pretrained` or `push_to_hub`.
 
-        Names: `bundled` (the default) and `bundled_released` are the baselines that were trained here and come with
+        Names: `bundled` (also for None) and `bundled_released` are the baselines that were trained here and come with
         this package, for the two orderings of the feature path (docs/weights.md). `anyup_paper` (trained on DINOv2
         ViT-S/14) and `anyup_multi_backbone` (on five backbones) are the weights that AnyUp's authors published:
         Wimmer et al., arXiv 2510.12764, CC-BY-4.0; credit them. They are downloaded from their release (3.5 MB),
@@ -43,7 +43,7 @@ class Pretrained(ModelHubMixin):
             OSError: no such name or folder, a folder without a model, a file (`core.load` takes those), or nothing
                 from the hub. WeightsError: as `core.load`.
         """
-        where = pretrained_model_name_or_path
+        where = "bundled" if pretrained_model_name_or_path is None else pretrained_model_name_or_path
         if str(where) in (*checkpoint.BUNDLED, *PUBLISHED) or Path(where).expanduser().is_dir():
             path = checkpoint.find(where)
         else:
