@@ -12,7 +12,8 @@ from importlib.metadata import entry_points
 from typing import Any, TypeVar, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from core.hooks import HOOK_POINTS, Filler
 
@@ -93,7 +94,11 @@ def factory(hook: str, name: str, settings: dict[str, Any]) -> Callable[..., Fil
         raise ValueError(
             f"{hook}={name} has no setting {', '.join(unknown)}; it has: {', '.join(fields) or 'no settings'}"
         )
-    return partial(known[name], **{key: _as_declared(fields[key][0], value) for key, value in settings.items()})
+    unset = [key for key, (_, default) in fields.items() if default is MISSING and key not in settings]
+    if unset:
+        raise ValueError(f"{hook}={name} needs a value for {', '.join(unset)}: set {hook}.{unset[0]}=...")
+    owner = f"{hook}={name}"
+    return partial(known[name], **{key: _as_declared(owner, key, fields[key][0], settings[key]) for key in settings})
 
 
 def describe(filler: Callable[..., Filler]) -> dict[str, Any]:
@@ -140,13 +145,25 @@ def signature_fields(cls: type) -> dict[str, tuple[type, Any]]:
     return fields
 
 
-def _as_declared(kind: type, value: Any) -> Any:
-    """Undoes what YAML and JSON do not know: tuples come back as lists, members of an Enum as their names."""
-    if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(value)
-    if inspect.isclass(kind) and issubclass(kind, Enum) and isinstance(value, str):
-        return kind[value]
-    return value
+def _as_declared(owner: str, key: str, kind: type, value: Any) -> Any:
+    """The value of a setting in its declared type, as Hydra takes it: members of an Enum by name, tuples as lists.
+
+    Raises:
+        ValueError: it cannot be; names the filler, the setting, the value and what it may be.
+    """
+    try:
+        node = OmegaConf.structured(dataclasses.make_dataclass("Settings", [(key, kind)]))
+        node[key] = value
+        plain = OmegaConf.to_container(node, resolve=True)[key]
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{owner}: {key} must be {_described(kind)}, got {value!r}") from error
+    return tuple(plain) if get_origin(kind) is tuple and plain is not None else plain
+
+
+def _described(kind: type) -> str:
+    if inspect.isclass(kind) and issubclass(kind, Enum):
+        return f"one of {', '.join(kind.__members__)}"
+    return kind.__name__ if inspect.isclass(kind) and get_origin(kind) is None else str(kind)
 
 
 def discover() -> None:

@@ -135,8 +135,8 @@ def upsamplers(config: DictConfig) -> dict[str, nn.Module]:
             raise _named_twice(name)
     try:
         models = {name: make_peer(name) for name in names}
-        return models | {name: core.load(Path(path).expanduser()) for name, path in files.items()}
-    except (core.WeightsError, FileNotFoundError) as error:
+        return models | {name: core.load(path) for name, path in files.items()}
+    except (core.WeightsError, OSError) as error:
         raise SettingError(f"checkpoints: {error}") from error
     except ValueError as error:
         raise SettingError(str(error)) from error

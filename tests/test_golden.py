@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from core import AnyUp, build, from_config
-from core.checkpoint import rename_published, to_published
 from core.fast.windows import window_bounds
+from core.published import rename_published, to_published
 from core.reference import ReferenceAnyUp, reference_of
 from core.training import cosine_mse
 

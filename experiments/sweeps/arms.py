@@ -210,7 +210,7 @@ def names_of(data: DictConfig) -> frozenset[str]:
 
 
 def _named(config: DictConfig) -> dict[str, object]:
-    """Name -> overrides, or {checkpoint: FILE}; the product's arms have their overrides as names."""
+    """Name -> overrides, or {checkpoint: FILE or NAME}; the product's arms have their overrides as names."""
     named: dict[str, object] = {name: config.arms[name] for name in config.arms or {}}
     values: dict[str, list[object]] = {}
     for key, node in dict(config.product or {}).items():
@@ -232,9 +232,10 @@ def _arm(name: str, value: object, config: DictConfig) -> Arm:
     if isinstance(value, DictConfig):
         if set(value) != {"checkpoint"}:
             raise SettingError(f"arm {name} must be a list of overrides, or {{checkpoint: FILE}}, got {value}")
-        path = Path(value.checkpoint).expanduser()
-        if not path.is_file():
-            raise SettingError(f"arm {name}: its checkpoint {path} does not exist")
+        try:
+            path = checkpoint.find(value.checkpoint)
+        except (core.WeightsError, OSError) as error:
+            raise SettingError(f"arm {name}: its {error}") from error
         return Arm(name, "checkpoint", checkpoint=path)
     overrides = value if isinstance(value, list) else strings(config, "arms", name)
     if any(override.lstrip("+").partition("=")[0] == "seed" for override in [*strings(config, "train"), *overrides]):
@@ -266,11 +267,13 @@ def _check_distinct(arms: Sequence[Arm]) -> None:
 
 
 def files_of(settings: object) -> dict[str, str]:
-    """Files that settings name (weights to start from, an encoder's) -> digest of their content."""
+    """Files that settings name (weights to start from, an encoder's), by path or name -> digest of their content."""
     if isinstance(settings, Mapping):
         return {path: known for value in settings.values() for path, known in files_of(value).items()}
     if isinstance(settings, list):
         return {path: known for value in settings for path, known in files_of(value).items()}
+    if isinstance(settings, str) and settings in checkpoint.BUNDLED:
+        return {settings: _digest(checkpoint.BUNDLED[settings])}  # published weights never change: their name will do
     if isinstance(settings, str) and settings and Path(settings).expanduser().is_file():
         return {settings: _digest(Path(settings).expanduser())}
     return {}

@@ -153,7 +153,7 @@ def check_held_out(data: DataSet, val_data: DataSet, count: int) -> None:
 
 
 def make_model(config: DictConfig) -> core.AnyUp:
-    """New, or warm-started from `init_from`; without gradients for what `freeze` names.
+    """New, or warm-started from `init_from` (as for `core.load`); without gradients for what `freeze` names.
 
     Raises:
         SettingError: a value that a part refuses; `freeze` names no part. WeightsError, OSError: as `warm_start`.
@@ -161,7 +161,7 @@ def make_model(config: DictConfig) -> core.AnyUp:
     with _refusals_named():
         model = core.from_config({**config, "compile": False})
     if config.init_from:
-        new = core.warm_start(model, Path(config.init_from).expanduser())
+        new = core.warm_start(model, config.init_from)
         log.info("weights of %s; new: %s", config.init_from, ", ".join(new) or "none")
     parts = dict(model.named_children())
     for name in config.freeze:

@@ -83,7 +83,13 @@ def read_state(path: Path) -> tuple[State, dict[str, Any], dict[str, Tensor]]:
     Raises:
         WeightsError: the file is damaged, or no such state.
     """
-    tensors, metadata = read_weights(path)
+    try:
+        tensors, metadata = read_weights(path)
+    except WeightsError as error:
+        raise WeightsError(
+            f"{error}. It holds a training's state: delete it, or train with resume=never; the weights of the last "
+            f"checkpoint are in {path.with_name('last.safetensors')} (init_from=... starts from them)"
+        ) from error
     if "state" not in metadata or "config" not in metadata:
         raise WeightsError(f"{path} is no state of a training")
     if metadata.get("format") != FORMAT:
