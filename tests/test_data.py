@@ -828,7 +828,7 @@ def test_open_data_names_what_is_missing_or_unknown(composed):
         open_data(composed("data=camvid"))
     with pytest.raises(DataError, match="data=camvid has no setting color; it has: path, split"):
         open_data({"name": "camvid", "path": ".", "color": True})
-    with pytest.raises(DataError, match=r"no data set is called 'camvit'; there are: .*camvid"):
+    with pytest.raises(DataError, match=r"data=camvit is not registered; there are: .*camvid"):
         open_data({"name": "camvit"})
 
 
