@@ -82,29 +82,34 @@ class Choices(Generic[_C]):
         """The class `name` with its settings, still to be called.
 
         Raises:
-            error: unknown name, or a setting that the class does not have; lists what there is.
+            error: unknown name, an unknown setting, one without a value, or of another type; says what there is.
         """
-        cls, fields = self._with_fields(name, settings)
-        return partial(cls, **{key: _as_declared(fields[key][0], value) for key, value in settings.items()})
+        known, owner = self.all(), f"{self.group}={name}"
+        if name not in known:
+            raise self.error(f"{owner} is not registered; there are: {', '.join(sorted(known))}")
+        fields = signature_fields(known[name])
+        if unknown := sorted(map(str, set(settings) - set(fields))):
+            raise self.error(
+                f"{owner} has no setting {', '.join(unknown)}; it has: {', '.join(fields) or 'no settings'}"
+            )
+        values = {key: default for key, (_, default) in fields.items()} | dict(settings)
+        if unset := [key for key, value in values.items() if isinstance(value, str) and value == MISSING]:
+            raise self.error(f"{owner} needs a value for {', '.join(unset)}: set {self.group}.{unset[0]}=...")
+        try:
+            typed = {key: _as_declared(owner, key, fields[key][0], settings[key]) for key in settings}
+        except ValueError as error:
+            raise self.error(str(error)) from error
+        return partial(known[name], **typed)
 
     def settings(self, node: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-        """The configuration `{name, ...settings}` checked, each setting of its declared type, left-out ones included.
+        """The configuration `{name, ...settings}` checked: each setting of its declared type, defaults filled in.
 
         Raises:
-            error: no or an unknown name, an unknown setting, one that is missing or of another type; names it.
+            error: as `bind`, or a setting that refers to one without a value.
         """
-        node = node if isinstance(node, DictConfig) else OmegaConf.create(dict(node))
-        try:
-            values = OmegaConf.to_container(node, resolve=True)
-            name = values.pop("name", None)
-            self._with_fields(name, values)
-            whole = OmegaConf.merge(ConfigStore.instance().load(f"{self.group}/{name}.yaml").node, values)
-            if missing := sorted(key for key in whole if OmegaConf.is_missing(whole, key)):
-                raise self.error(f"{self.group}={name} needs {', '.join(f'{self.group}.{key}=...' for key in missing)}")
-            return OmegaConf.to_container(whole)
-        except OmegaConfBaseException as error:
-            where = ".".join(filter(None, (self.group, error.full_key)))
-            raise self.error(f"{where}: {str(error).splitlines()[0]}") from error
+        bound = self._bound(node)
+        defaults = {key: default for key, (_, default) in signature_fields(bound.func).items()}
+        return {"name": bound.func.choice, **defaults, **bound.keywords}
 
     def make(self, node: DictConfig | Mapping[str, Any]) -> _C:
         """Builds what a configuration `{name, ...settings}` describes.
@@ -112,19 +117,14 @@ class Choices(Generic[_C]):
         Raises:
             error: as `settings`; and what the class refuses.
         """
-        values = self.settings(node)
-        return self.bind(values.pop("name"), values)()
+        return self._bound(node)()
 
-    def _with_fields(self, name: object, settings: Mapping[str, Any]) -> tuple[type[_C], dict[str, tuple[type, Any]]]:
-        known = self.all()
-        if name not in known:
-            raise self.error(f"{self.group}={name} is not registered; there are: {', '.join(sorted(known))}")
-        fields = signature_fields(known[name])
-        if unknown := sorted(map(str, set(settings) - set(fields))):
-            raise self.error(
-                f"{self.group}={name} has no setting {', '.join(unknown)}; it has: {', '.join(fields) or 'no settings'}"
-            )
-        return known[name], fields
+    def _bound(self, node: DictConfig | Mapping[str, Any]) -> "partial[_C]":
+        try:
+            values = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+        except OmegaConfBaseException as error:
+            raise self.error(f"{self.group}: {str(error).splitlines()[0]}; give it a value") from error
+        return self.bind(values.pop("name", None), values)
 
 
 _fillers: dict[str, Choices[Filler]] = {hook: Choices(hook, base) for hook, base in HOOK_POINTS.items()}
@@ -218,13 +218,25 @@ def signature_fields(cls: type) -> dict[str, tuple[type, Any]]:
     return fields
 
 
-def _as_declared(kind: type, value: Any) -> Any:
-    """Undoes what YAML and JSON do not know: tuples come back as lists, members of an Enum as their names."""
-    if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(value)
-    if inspect.isclass(kind) and issubclass(kind, Enum) and isinstance(value, str):
-        return kind[value]
-    return value
+def _as_declared(owner: str, key: str, kind: type, value: Any) -> Any:
+    """The value of a setting in its declared type, as Hydra takes it: members of an Enum by name, tuples as lists.
+
+    Raises:
+        ValueError: it cannot be; names the filler, the setting, the value and what it may be.
+    """
+    try:
+        node = OmegaConf.structured(dataclasses.make_dataclass("Settings", [(key, kind)]))
+        node[key] = value
+        plain = OmegaConf.to_container(node, resolve=True)[key]
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{owner}: {key} must be {_described(kind)}, got {value!r}") from error
+    return tuple(plain) if get_origin(kind) is tuple and plain is not None else plain
+
+
+def _described(kind: type) -> str:
+    if inspect.isclass(kind) and issubclass(kind, Enum):
+        return f"one of {', '.join(kind.__members__)}"
+    return kind.__name__ if inspect.isclass(kind) and get_origin(kind) is None else str(kind)
 
 
 def discover() -> None:

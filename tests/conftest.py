@@ -69,7 +69,7 @@ def own_registry(monkeypatch) -> Iterator[None]:
     """Forgets what a test registers: all choices and Hydra's store are as before once the test is over."""
     from hydra.core.config_store import ConfigStore
 
-    monkeypatch.setattr(registry, "_groups", list(registry._groups))
+    registry.discover()  # a module registers once: what a test is the first to import must stay
     for group in registry._groups:
         monkeypatch.setattr(group, "known", dict(group.known))
     store = ConfigStore.instance()
