@@ -33,6 +33,7 @@ from experiments.peers.joint_bilateral import JointBilateral
 from experiments.peers.windows import nearby
 from experiments.settings import SettingError
 from experiments.sweeps.arms import composed, read_arms
+from experiments.sweeps.members import Member
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -277,13 +278,13 @@ def test_channels_and_factor_that_a_peer_has_not_are_refused(fixed, tmp_path):
 
 @pytest.fixture
 def sweep(tmp_path):
-    """Changes -> the configuration of a sweep."""
+    """Overrides and changes -> the configuration of a sweep."""
 
-    def make(**changes):
-        made = composed("ablate", ["experiment=debug/fast", "tracking.enabled=false", "device=cpu"])
+    def make(*overrides, **changes):
+        made = composed("ablate", ["experiment=debug/fast", "tracking.enabled=false", "device=cpu", *overrides])
         OmegaConf.set_struct(made, False)
         made.out_dir = str(tmp_path / "sweep")
-        for key, value in {"arms": {"baseline": []}, "peers": [], "ceilings": [], **changes}.items():
+        for key, value in {"peers": [], "ceilings": [], **changes}.items():
             made[key] = value
         return made
 
@@ -302,9 +303,20 @@ def test_arms_of_sweeps_are_peers_with_settings_and_weights(sweep, learned, tmp_
     assert mine.model().layer.weight.unique() == 0.5
     assert len({arm().key(0), arm(gain=3.0).key(0), arm(0.25).key(0)}) == 3
     assert arm(0.5).key(0) == arm(0.5, "elsewhere.safetensors").key(0) == arm(gain=1.0).key(0)
-    one, other = read_arms(sweep(peers={"wide": {"peer": "joint_bilateral", "window": 7}, "nearest": "nearest"}))[1:]
-    assert (one.name, one.model().window, other.name) == ("wide", 7, "nearest")
-    assert read_arms(sweep(peers=["nearest"]))[1].key(0) == other.key(0)
+
+
+def test_a_sweep_takes_peers_from_the_command_line_and_by_name(sweep):
+    [one] = [arm for arm in read_arms(sweep("+arms={wide:{peer:joint_bilateral,window:7}}")) if arm.name == "wide"]
+    assert one.model().window == 7
+    arms = {"baseline": [], "closest": {"peer": "nearest"}}
+    [closest], [nearest] = (
+        read_arms(sweep(arms=arms))[1:],
+        read_arms(sweep(arms={"baseline": []}, peers=["nearest"]))[1:],
+    )
+    assert (closest.name, nearest.name) == ("closest", "nearest")
+    assert closest.key(0) == nearest.key(0)
+    other = Member(closest, 0, [], Path("sweep"))._config(sweep())
+    assert (other.peer, other.checkpoint, other.seed) == ({"peer": "nearest"}, "", 0)  # what is recorded
 
 
 def test_the_key_of_a_peer_of_a_notebook_knows_its_code(sweep, own_registry):
@@ -317,7 +329,7 @@ register_peer("cell")(Cell)
 
     def key(factor):
         exec(cell.format(factor=factor), {"__name__": "__main__", "Peer": Peer, "register_peer": register_peer})
-        return read_arms(sweep(peers=["cell"]))[1].key(0)
+        return read_arms(sweep(arms={"baseline": []}, peers=["cell"]))[1].key(0)
 
     assert key(2) == key(2)
     assert key(2) != key(3)
@@ -342,7 +354,7 @@ register_peer("cell")(Cell)
 )  # fmt: skip
 def test_peers_that_a_sweep_cannot_have(sweep, changes, message):
     with pytest.raises(SettingError, match=message):
-        read_arms(sweep(**changes))
+        read_arms(sweep(**{"arms": {"baseline": []}, **changes}))
 
 
 def test_all_peers_are_those_that_need_nothing(learned, fixed):
