@@ -23,6 +23,7 @@ from core.hooks import HOOK_POINTS, Filler
 
 ENTRY_POINT_GROUP = "anyup_lab.fillers"
 _groups: list["Choices[Any]"] = []
+"""All of this process, for `discover`."""
 _C = TypeVar("_C")
 _T = TypeVar("_T", bound=type)
 

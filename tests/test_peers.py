@@ -1,5 +1,6 @@
 """Peers: one contract for all of them, their settings and weights in configurations, and what each one computes."""
 
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ from experiments.peers.windows import nearby
 from experiments.settings import SettingError
 from experiments.sweeps.arms import composed, read_arms
 from experiments.sweeps.members import Member
+from experiments.tracking.store import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -371,11 +373,14 @@ def evaluation(*overrides):
 
 def test_an_evaluation_takes_peers_with_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    tags = {}
+    monkeypatch.setattr(Run, "tag", lambda run, key, value: tags.update({key: value}))
     report = evaluate(evaluation("peers={bilinear:bilinear,wide:{peer:joint_bilateral,window:7},"
                                  "narrow:{peer:joint_bilateral,window:1}}"))  # fmt: skip
     scores = report.scores[report.scores.measure == "accuracy"].groupby("arm", sort=False)["numerator"].sum()
     assert list(scores.index) == ["bilinear", "wide", "narrow"]
     assert {one.verdict for one in report.results if one.arm == "wide"} == {"reference"}  # as of every peer
+    assert json.loads(tags["peer.wide"]) == peer_identity({"peer": "joint_bilateral", "window": 7})
 
 
 def test_an_evaluation_names_the_arm_that_cannot_take_its_features(fixed, tmp_path, monkeypatch):
