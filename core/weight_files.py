@@ -31,6 +31,18 @@ class WeightsError(ValueError):
     """A weight file that cannot be used: damaged, unsafe, or of another model."""
 
 
+def content_digest(path: Path) -> str:
+    """Hexadecimal digest of what a file holds; read again only when it was changed."""
+    stat = path.stat()
+    return _content(path, stat.st_mtime_ns, stat.st_size)
+
+
+@cache
+def _content(path: Path, _changed: int, _size: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_weights(
     path: str | Path, nests: Sequence[str] = ("state_dict", "model"), trusted: Sequence[type] = ()
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -77,15 +89,3 @@ def _state_dict(state: object, nests: Sequence[str], path: Path) -> dict[str, Te
             f"weights {path}: no state dict (parameter names and tensors), bare or under {', '.join(nests)}"
         )
     return state
-
-
-def content_digest(path: Path) -> str:
-    """Hexadecimal digest of what a file holds; read again only when it was changed."""
-    stat = path.stat()
-    return _content(path, stat.st_mtime_ns, stat.st_size)
-
-
-@cache
-def _content(path: Path, _changed: int, _size: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
