@@ -1,9 +1,11 @@
 """Reading weight files safely: safetensors, or pickles of which only tensors are taken."""
 
+import hashlib
 import pickle
 import struct
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,6 +32,18 @@ _ANEW = "copy or download it again, or save it anew"
 
 class WeightsError(ValueError):
     """A weight file that cannot be used: damaged, unsafe, or of another model."""
+
+
+def content_digest(path: Path) -> str:
+    """Hexadecimal digest of what a file holds; read again only when it was changed."""
+    stat = path.stat()
+    return _content(path, stat.st_mtime_ns, stat.st_size)
+
+
+@cache
+def _content(path: Path, _changed: int, _size: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_weights(

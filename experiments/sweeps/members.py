@@ -277,12 +277,13 @@ class Member:
         run.metrics(means(scores))
 
     def _config(self, sweep: DictConfig) -> DictConfig:
-        """What is recorded of it: the training's configuration, or for another arm its name."""
+        """What is recorded of it: the training's configuration, or for another arm what it is read from or made of."""
         if self.arm.training is not None:
             config = self.arm.training.copy()
             config.seed, config.out_dir, config.resume = self.seed, str(self.folder), "auto"
         else:
-            config = OmegaConf.create({"checkpoint": str(self.arm.checkpoint or ""), "seed": self.seed})
+            made_of = {"checkpoint": str(self.arm.checkpoint or ""), "peer": self.arm.peer}
+            config = OmegaConf.create({**made_of, "seed": self.seed})
         OmegaConf.set_struct(config, False)
         config.tracking = standalone(sweep.tracking)
         config.tracking.run_name = f"{sweep.name}/{self.arm.name}/{self.seed}"
