@@ -75,8 +75,8 @@ class FeatureCache:
                 features = self._compute(backbone, image[None], name)
                 if place:
                     self._write(place, features)
-            found.append(features.to(images.device))
-        return torch.stack(found).float()  # (N,C,h,w)
+            found.append(features.to(images.device).float())
+        return torch.stack(found)  # (N,C,h,w)
 
     def _compute(self, backbone: Backbone, image: Tensor, name: str) -> Tensor:
         """(1,3,H,W) -> (C,h,w) in half precision; what surrounds the call must not round it further."""
