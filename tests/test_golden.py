@@ -245,6 +245,18 @@ def test_every_weight_of_the_model_reaches_the_reference(perturbed):
         assert moved > 1e-7, name
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (4,), (3, 4), (2, 1, 3, 3)])
+@pytest.mark.parametrize("start", [torch.zeros, torch.ones, torch.randn])
+def test_perturbing_moves_every_weight(perturbed, shape, start):
+    """One value alone has no spread, nor have equal ones: they are moved all the same, and stay finite."""
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(start(shape))
+    before = layer.weight.detach().clone()
+    moved = perturbed(layer).weight
+    assert moved.isfinite().all()
+    assert (moved != before).all()
+
+
 def test_only_the_baseline_has_a_reference():
     with pytest.raises(ValueError, match="the reference is the baseline only, not unifier=none, attention=window"):
         reference_of(build(["unifier=none", "embed_dim=8", "attention.num_heads=1"]))
