@@ -51,14 +51,14 @@ def test_a_dry_run_writes_all_tables_without_mlflow(tmp_path):
     assert sorted(path.name for path in out.iterdir()) == sorted(
         [*names, "benchmark_gpu_correctness.csv", "benchmark_gpu_correctness.md"]
     )
-    checks = list(csv.DictReader((out / "benchmark_gpu_correctness.csv").open()))
+    checks = list(csv.DictReader((out / "benchmark_gpu_correctness.csv").read_text().splitlines()))
     assert [(row["check"], row["arm"]) for row in checks] == [
         *[("output", arm) for arm in ("released", "ours")],
         *[(f"same {what} twice", "ours") for what in ("gradient", "output")],
     ]
     assert all(row["status"].startswith(("ok", "less accurate")) and row["l2"] for row in checks)
     assert done.returncode == any(row["status"] != "ok" for row in checks)
-    costs = list(csv.DictReader((out / "benchmark_gpu.csv").open()))
+    costs = list(csv.DictReader((out / "benchmark_gpu.csv").read_text().splitlines()))
     assert [(row["arm"], row["image"]) for row in costs] == [("dense", "32"), ("ours", "32"), ("ours", "1024")]
     assert all(float(row["time_ms"]) > 0 for row in costs[:2])
     assert costs[2]["status"] == "ended: it took longer than 0.1 s"
