@@ -183,7 +183,8 @@ def test_what_permuted_channels_change(golden, ordering, network):
     spread = before.std(correction=0)
     moved = (after - before).square().mean().sqrt()
     if ordering == "paper":
-        assert relative(after, before) < 1e-6
+        terms = features.shape[1] + 25  # the sum over channels, and before it a filter's products
+        assert relative(after, before) < terms * torch.finfo(torch.float32).eps
         assert relative(permuted, straight) < 1e-5
     else:
         assert moved > spread
