@@ -56,7 +56,8 @@ def perturbed() -> Callable[[nn.Module], nn.Module]:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
-                scale = 0.3 if parameter.dim() == 1 else 0.3 * parameter.std()
+                alike = parameter.dim() < 2 or bool((parameter == parameter.flatten()[0]).all())  # no spread to go by
+                scale = 0.3 if alike else 0.3 * parameter.std()
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.add_((scale * noise).to(parameter.dtype))
         return model

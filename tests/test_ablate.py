@@ -366,6 +366,21 @@ def test_a_failing_arm_fails_alone_and_the_table_says_so(config, fake):
     assert "- FAILED: wild: seed 0: NonFiniteLoss" in text
 
 
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_failures_are_known_whatever_the_clock_of_their_disk(config, fake, hours):
+    """One of this sweep is settled, for all its processes; one of an earlier sweep is tried again."""
+    made = config(seeds=[0])
+    mine, beside = Sweep(made).members[0], Sweep(made).members[0]
+    for reason in ("no memory", "no memory"):  # the second time for the same reason
+        later = Sweep(made).members[0]
+        assert later.failure == ""
+        mine.fail(reason)
+        noted = mine.folder / "failed.json"
+        os.utime(noted, (time.time() + 3600 * hours,) * 2)
+        assert mine.failure == beside.failure == later.failure == reason
+    assert Sweep(made).members[0].failure == ""
+
+
 def test_a_training_in_a_sweep_goes_on_where_it_was_left(config, fake, monkeypatch):
     made = config(arms={"baseline": []}, seeds=[0], cost=None)
     made.train = [*made.train, "steps=4", "checkpoint_every=1"]

@@ -327,7 +327,8 @@ def test_classical_descriptors_are_deterministic_and_per_image(name):
     rgb = noise(64, 48, batch=2)
     both = get(name)(rgb)
     assert torch.equal(both, get(name)(rgb))
-    assert torch.equal(both[1:], get(name)(rgb[1:]))
+    # Sums of at most (3·16)² terms, in an order that may depend on the batch, of descriptors no longer than 1.
+    torch.testing.assert_close(get(name)(rgb[1:]), both[1:], rtol=0, atol=48**2 * torch.finfo(torch.float32).eps / 2)
     length = both[:, :-6].norm(dim=1)
     assert length.min() > 0.9
     assert length.max() < 1
