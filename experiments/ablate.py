@@ -4,36 +4,27 @@ Settings: configs/ablate.yaml.
 """
 
 import logging
-import sys
 
-import hydra
 from omegaconf import DictConfig
 
-from core.registry import discover
+from experiments.command import command
 from experiments.reports.tables import show
-from experiments.sweeps.sweep import EXPECTED_ERRORS, ablate
+from experiments.sweeps.sweep import ablate
 
 log = logging.getLogger(__name__)
 
-discover()  # Hydra needs all choices before it composes
 
-
-@hydra.main(version_base=None, config_path="../configs", config_name="ablate")
-def main(config: DictConfig) -> None:
-    """The command line of `ablate`."""
-    try:
-        report = ablate(config)
-    except EXPECTED_ERRORS as error:
-        log.error("%s", error)
-        sys.exit(2)
+@command
+def main(config: DictConfig) -> int | None:
+    """The command line of `ablate`; 1 when an arm failed."""
+    report = ablate(config)
     if report is None:
         log.info("another process leads this sweep, and reports")
-        return
+        return 0
     show(report)
     for arm, reason in report.results.failures.items():
         log.error("arm %s failed: %s", arm, reason)
-    if report.results.failures:
-        sys.exit(1)
+    return int(bool(report.results.failures))
 
 
 if __name__ == "__main__":

@@ -7,25 +7,21 @@ arm failed or computed something else; 2 when nothing was measured. What does no
 
 import gc
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
 
-import hydra
 import psutil
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import core
 from core.reference import reference_of
-from core.registry import discover
-from experiments.atomic import CannotWrite
+from experiments.command import command
 from experiments.cost.benchmark_cases import (
     Arm,
     Case,
@@ -50,9 +46,10 @@ from experiments.cost.measure import (
     peak_in_child,
     peak_on_gpu,
 )
+from experiments.progress import Progress
 from experiments.reports.benchmark import Row, header, metrics, rich_table, write
 from experiments.settings import DTYPES, SettingError, pick_device
-from experiments.tracking.store import TrackingUnavailable, track
+from experiments.tracking.store import track
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +69,7 @@ def benchmark(config: DictConfig) -> list[Row]:
     check_arms(config, device)
     top = header(config, device)
     with arithmetic(config.num_threads, config.tf32), track(config, device) as run, logging_redirect_tqdm():
-        for number, case in enumerate(tqdm(cases, desc="benchmark", unit="size", disable=None), 1):
+        for number, case in enumerate(Progress(cases, "benchmark", "size"), 1):
             measured = run_case(case, config, device)
             rows += measured
             for row in measured:
@@ -211,19 +208,12 @@ def _enter_times(rows: dict[str, Row], measured: dict[str, Times | OutOfMemory])
         row.cpu_ratio = paired_ratio(base[1].cpu, times.cpu).median
 
 
-discover()  # Hydra needs all choices before it composes
-
-
-@hydra.main(version_base=None, config_path="../configs", config_name="benchmark")
-def main(config: DictConfig) -> None:
+@command
+def main(config: DictConfig) -> int | None:
     """The command line of `benchmark`."""
-    try:
-        rows = benchmark(config)
-    except (SettingError, TrackingUnavailable, CannotWrite) as error:
-        log.error("%s", error)
-        sys.exit(2)
+    rows = benchmark(config)
     Console().print(rich_table(rows))
-    sys.exit(any(row.defective for row in rows))
+    return int(any(row.defective for row in rows))
 
 
 if __name__ == "__main__":

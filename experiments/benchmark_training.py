@@ -10,7 +10,6 @@ nothing was measured.
 import csv
 import itertools
 import logging
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -18,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -26,8 +24,8 @@ from rich.table import Table
 
 import core
 from core.reference import reference_of
-from core.registry import discover
-from experiments.atomic import CannotWrite, replacing
+from experiments.atomic import replacing
+from experiments.command import command
 from experiments.cost.measure import (
     MIN_RUNS,
     OutOfMemory,
@@ -42,7 +40,7 @@ from experiments.cost.measure import (
 from experiments.reports.benchmark import origin
 from experiments.settings import SettingError, check_writable
 from experiments.tracking.store import Run, track
-from experiments.training.loop import EXPECTED_ERRORS, Training
+from experiments.training.loop import Training
 
 log = logging.getLogger(__name__)
 
@@ -239,22 +237,15 @@ def _write(rows: list[Row], config: DictConfig, device: torch.device, run: Run) 
         run.metrics({f"{row.arm}/{key}": value for key, value in values.items()})
 
 
-discover()  # Hydra needs all choices before it composes
-
-
-@hydra.main(version_base=None, config_path="../configs", config_name="benchmark_training")
-def main(config: DictConfig) -> None:
+@command
+def main(config: DictConfig) -> int | None:
     """The command line of `benchmark_training`."""
-    try:
-        rows = benchmark_training(config)
-    except (*EXPECTED_ERRORS, CannotWrite) as error:
-        log.error("%s", error)
-        sys.exit(2)
+    rows = benchmark_training(config)
     table = Table(*_COLUMNS)
     for row in rows:
         table.add_row(*_cells(row))
     Console().print(table)
-    sys.exit(any(row.status.startswith("wrong") for row in rows))
+    return int(any(row.status.startswith("wrong") for row in rows))
 
 
 if __name__ == "__main__":

@@ -8,31 +8,26 @@ arXiv 1910.01108, for starting from every n-th block).
 
 import logging
 import math
-import sys
 import time
 from pathlib import Path
 
-import hydra
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 from core.backbones import Backbone, backbone_from_config, normalize
 from core.registry import discover
-from core.weight_files import WeightsError
-from experiments.atomic import CannotWrite, replacing
-from experiments.data import DataError, DataSet, open_data
-from experiments.data.image_files import NoImages
+from experiments.atomic import replacing
+from experiments.command import command
+from experiments.data import DataSet, open_data
+from experiments.progress import Progress
 from experiments.settings import SettingError, pick_device
-from experiments.tracking.store import Run, TrackingUnavailable, track
+from experiments.tracking.store import Run, track
 
 log = logging.getLogger(__name__)
-
-EXPECTED_ERRORS = (SettingError, DataError, NoImages, WeightsError, OSError, CannotWrite, TrackingUnavailable)
 
 
 def distill(config: DictConfig) -> Path:
@@ -106,10 +101,10 @@ def _train(student: nn.Module, teacher: Backbone, data: DataSet, config: DictCon
     torch.manual_seed(config.seed)
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config.warmup, config.steps))
-    photographs = [sample.image for sample in tqdm(data, desc="reading", disable=None)]
+    photographs = [sample.image for sample in Progress(data, "reading", "image")]
     order = torch.randperm(len(photographs)).tolist()
     started = time.perf_counter()
-    progress = tqdm(range(config.steps), desc="distilling", disable=None)
+    progress = Progress(range(config.steps), "distilling")
     for step in progress:
         view = views(config.sizes[int(torch.randint(len(config.sizes), ()))])
         while len(order) < config.batch_size:
@@ -125,7 +120,7 @@ def _train(student: nn.Module, teacher: Backbone, data: DataSet, config: DictCon
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         rate.step()
-        progress.set_postfix(loss=f"{loss.item():.4f}")
+        progress.note = f"loss {loss.item():.4f}"
         if step % config.log_every == 0:
             run.metrics({"distillation_loss": loss.item(), "lr": rate.get_last_lr()[0]}, step)
             log.info("step %d: loss %.4f, %.0f s", step, loss.item(), time.perf_counter() - started)
@@ -140,14 +135,10 @@ def _rate(step: int, warmup: int, steps: int) -> float:
 discover()
 
 
-@hydra.main(version_base=None, config_path="../configs", config_name="distill")
-def main(config: DictConfig) -> None:
+@command
+def main(config: DictConfig) -> int | None:
     """The command line of `distill`."""
-    try:
-        path = distill(config)
-    except EXPECTED_ERRORS as error:
-        log.error("%s", error)
-        sys.exit(2)
+    path = distill(config)
     log.info("weights: %s; use them with backbone=embedded backbone.weights=%s", path, path)
 
 

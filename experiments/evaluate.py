@@ -5,29 +5,21 @@ Exit code: 0, or 2 when nothing was measured; a value that is not finite stops t
 
 import logging
 import os
-import sys
 
-import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from core.registry import discover
-from experiments.measuring.evaluation import EXPECTED_ERRORS, evaluate
+from experiments.command import command
+from experiments.measuring.evaluation import evaluate
 from experiments.reports.evaluation import rich_tables
 
 log = logging.getLogger(__name__)
 
-discover()  # Hydra needs all choices before it composes
 
-
-@hydra.main(version_base=None, config_path="../configs", config_name="evaluate")
-def main(config: DictConfig) -> None:
+@command
+def main(config: DictConfig) -> int | None:
     """The command line of `evaluate`."""
-    try:
-        report = evaluate(config)
-    except EXPECTED_ERRORS as error:
-        log.error("%s", error)
-        sys.exit(2)
+    report = evaluate(config)
     console = Console()
     for table in rich_tables(report.results, report.costs):
         console.print(table)

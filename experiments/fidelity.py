@@ -7,12 +7,10 @@ a value that is not finite stops the run and names image and arm.
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import hydra
 import pandas as pd
 import torch
 from omegaconf import DictConfig, ListConfig
@@ -23,22 +21,19 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import core
 from core.backbones import Backbone, backbone_from_config
-from core.registry import discover
-from experiments.atomic import CannotWrite, replacing
-from experiments.data import DataError, Sample, open_data
-from experiments.data.image_files import NoImages
+from experiments.atomic import replacing
+from experiments.command import command
+from experiments.data import Sample, open_data
 from experiments.measuring.ceilings import CEILINGS
 from experiments.measuring.metrics import FidelityCase, FidelityError, fidelity, fidelity_case
 from experiments.peers import named_peers, peer_from_config
 from experiments.reports.fidelity import BASELINE, Result, header, metrics, rich_table, summarise, write
 from experiments.reports.fidelity_pictures import WorstImages
 from experiments.settings import SettingError, check_writable, pick_device
-from experiments.tracking.store import Run, TrackingUnavailable, track
+from experiments.tracking.store import Run, track
 
 log = logging.getLogger(__name__)
 
-EXPECTED_ERRORS = (NoImages, DataError, SettingError, FidelityError, TrackingUnavailable, CannotWrite)
-"""What is told in one line; anything else is a defect and keeps its traceback."""
 Arm = Callable[[FidelityCase], Tensor]
 
 
@@ -210,17 +205,10 @@ def _record(run: Run, results: list[Result], files: list[Path]) -> None:
         run.file(file, f"{'pictures' if file.suffix == '.png' else 'tables'}/{file.name}")
 
 
-discover()  # Hydra needs all choices before it composes
-
-
-@hydra.main(version_base=None, config_path="../configs", config_name="fidelity")
-def main(config: DictConfig) -> None:
+@command
+def main(config: DictConfig) -> int | None:
     """The command line of `measure_fidelity`."""
-    try:
-        report = measure_fidelity(config)
-    except EXPECTED_ERRORS as error:
-        log.error("%s", error)
-        sys.exit(2)
+    report = measure_fidelity(config)
     console = Console()
     for table in rich_table(report.results):
         console.print(table)

@@ -8,21 +8,20 @@ failed, is wrong or less accurate than the released algorithm; 2 when nothing wa
 
 import csv
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from core.checkpoint import PRETRAINED
 from core.registry import discover
-from experiments.atomic import CannotWrite, replacing
+from experiments.atomic import replacing
 from experiments.benchmark import check_arms, run_case
+from experiments.command import command
 from experiments.cost.benchmark_cases import Case, cases_of, resolved
 from experiments.cost.correctness import CHECKS, Check, Inputs
 from experiments.cost.measure import arithmetic
@@ -167,20 +166,13 @@ def defective(checks: Sequence[Check], rows: Sequence[Row]) -> bool:
     return any(check.status.startswith(bad) for check in checks) or any(row.defective for row in rows)
 
 
-discover()  # Hydra needs all choices before it composes
-
-
-@hydra.main(version_base=None, config_path="../configs", config_name="gpu")
-def main(config: DictConfig) -> None:
-    """The command line of `gpu`."""
-    try:
-        checks, rows = measure(config)
-    except (SettingError, CannotWrite) as error:
-        log.error("%s", error)
-        sys.exit(2)
+@command
+def main(config: DictConfig) -> int | None:
+    """The command line of `measure`."""
+    checks, rows = measure(config)
     if rows:
         Console().print(rich_table(rows))
-    sys.exit(defective(checks, rows))
+    return int(defective(checks, rows))
 
 
 if __name__ == "__main__":

@@ -5,37 +5,32 @@ Settings: configs/power.yaml.
 
 import logging
 import os
-import sys
 from pathlib import Path
 
-import hydra
 import pandas as pd
 from omegaconf import DictConfig
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from experiments.command import command
 from experiments.reports.simulation import write_simulation
-from experiments.statistics.power import EXPECTED_ERRORS, check_settings, curves, read_components, write
+from experiments.statistics.power import check_settings, curves, read_components, write
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base=None, config_path="../configs", config_name="power")
-def main(config: DictConfig) -> None:
-    """The command line of `power`."""
-    try:
-        check_settings(config)
-        if config.simulate is not None:
-            files = write_simulation(config.simulate, config.confidence, Path(config.out_dir), config.name)
-        else:
-            components = read_components(config)
-            table = curves(config, components)
-            files = write(config, components, table)
-            Console().print(_rich(table, config.wanted))
-    except EXPECTED_ERRORS as error:
-        log.error("%s", error)
-        sys.exit(2)
+@command
+def main(config: DictConfig) -> int | None:
+    """The command line of `curves`."""
+    check_settings(config)
+    if config.simulate is not None:
+        files = write_simulation(config.simulate, config.confidence, Path(config.out_dir), config.name)
+    else:
+        components = read_components(config)
+        table = curves(config, components)
+        files = write(config, components, table)
+        Console().print(_rich(table, config.wanted))
     for file in files:
         Console().print(os.path.relpath(file), markup=False, highlight=False, soft_wrap=True)
 

@@ -4,28 +4,22 @@ A sweep's run keeps its plan (which arms, seeds and tasks, and of what), the run
 """
 
 import logging
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import hydra
 import pandas as pd
 from omegaconf import DictConfig
 from PIL import Image
 
-from experiments.atomic import CannotWrite
+from experiments.command import command
 from experiments.reports.tables import Report, show, write_report
 from experiments.settings import SettingError, check_writable
-from experiments.statistics.scores import ScoreError
 from experiments.sweeps.results import Plan, Results, SweepError, Unit, gather
 from experiments.tracking.provenance import Origin
-from experiments.tracking.store import Found, MlflowStore, TrackingUnavailable, open_store
-from experiments.tracking.uploader import StoreAway
+from experiments.tracking.store import Found, MlflowStore, open_store
 
 log = logging.getLogger(__name__)
-
-EXPECTED_ERRORS = (SettingError, TrackingUnavailable, StoreAway, SweepError, ScoreError, CannotWrite)
 
 
 def report(config: DictConfig) -> Report:
@@ -111,14 +105,10 @@ def _reasons(members: list[Found]) -> dict[str, str]:
     return reasons
 
 
-@hydra.main(version_base=None, config_path="../configs", config_name="report")
-def main(config: DictConfig) -> None:
+@command
+def main(config: DictConfig) -> int | None:
     """The command line of `report`."""
-    try:
-        made = report(config)
-    except EXPECTED_ERRORS as error:
-        log.error("%s", error)
-        sys.exit(2)
+    made = report(config)
     show(made)
     for arm, reason in made.results.failures.items():
         log.error("arm %s failed: %s", arm, reason)

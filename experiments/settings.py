@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 
+from experiments.errors import Told
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class SettingError(ValueError):
+class SettingError(Told, ValueError):
     """A setting that cannot work, found before anything is computed."""
 
 
@@ -46,8 +48,8 @@ def pick_device(setting: str) -> torch.device:
         raise SettingError(f"device={setting} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def check_writable(folder: Path) -> None:
-    """Makes `out_dir` where it is missing, and makes sure that files can be made in it.
+def check_writable(folder: Path, setting: str = "out_dir") -> None:
+    """Makes a folder where it is missing, and makes sure that files can be made in it; `setting` names it.
 
     Raises:
         SettingError: it cannot be made, is a file, or is read-only.
@@ -56,7 +58,7 @@ def check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise SettingError(f"out_dir={folder} cannot be written to: {error.strerror}") from error
+        raise SettingError(f"{setting}={folder} cannot be written to: {error.strerror}") from error
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

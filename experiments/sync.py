@@ -10,17 +10,20 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
+from experiments.command import command
 from experiments.lock import Locked
+from experiments.settings import SettingError
 from experiments.tracking.spool import Journal, Record, SpoolError, first_record, folders
-from experiments.tracking.store import TrackingUnavailable, open_store, store_uri
+from experiments.tracking.store import open_store, store_uri
 from experiments.tracking.uploader import Drain, Point, Store, StoreAway, StoreRefuses
 
 log = logging.getLogger(__name__)
 
+DEFAULT_SPOOL = "outputs/spool"
+"""Of configs/sync.yaml: may be missing, before any run."""
 _LARGEST = sys.float_info.max  # stands for infinity in a database
 
 
@@ -145,19 +148,18 @@ def _report(outcomes: list[Outcome], console: Console) -> None:
     console.print(f"{len(done)} of {len(outcomes)} runs uploaded to {store_uri()}.", soft_wrap=True, markup=False)
 
 
-@hydra.main(version_base=None, config_path="../configs", config_name="sync")
-def main(config: DictConfig) -> None:
+@command
+def main(config: DictConfig) -> int | None:
     """The command line of `sync`."""
-    try:
-        outcomes = sync(Path(config.spool_dir))
-    except TrackingUnavailable as error:
-        log.error("%s", error)
-        sys.exit(2)
+    folder = Path(config.spool_dir).expanduser()
+    if not folder.is_dir() and config.spool_dir != DEFAULT_SPOOL:
+        raise SettingError(f"spool_dir={folder}: there is no such folder, so no run has left anything there")
+    outcomes = sync(folder)
     if outcomes:
         _report(outcomes, Console())
     else:
         Console().print(f"Nothing to upload in {config.spool_dir}.", highlight=False)
-    sys.exit(any(outcome.left for outcome in outcomes))
+    return int(any(outcome.left for outcome in outcomes))
 
 
 if __name__ == "__main__":

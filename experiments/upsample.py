@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from PIL import Image
@@ -21,23 +20,21 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import core
 from core.backbones import Backbone, backbone_from_config
-from core.registry import discover
 from experiments.atomic import CannotWrite, allocate_array, replacing
-from experiments.data.image_files import ImageFile, NoImages, UnreadableImage, collect, read, shrink
+from experiments.command import command
+from experiments.data.image_files import ImageFile, UnreadableImage, collect, read, shrink
 from experiments.measuring.checkpoints import load_model
+from experiments.progress import Progress
 from experiments.reports.pictures import fit_colours, panel
 from experiments.settings import DTYPES, SettingError, check_choice, check_writable, output_grid, pick_device
-from experiments.tracking.store import Run, TrackingUnavailable, store_uri, track
+from experiments.tracking.store import Run, store_uri, track
 
 log = logging.getLogger(__name__)
 
-EXPECTED_ERRORS = (NoImages, SettingError, TrackingUnavailable, CannotWrite)
-"""What is told in one line; anything else is a defect and keeps its traceback."""
 FEATURE_FILES = ("none", "npy", "safetensors")
 
 
@@ -89,7 +86,7 @@ def upsample(config: DictConfig) -> Summary:
     summary = Summary(Path(config.out_dir))
     with track(config, device) as run, torch.inference_mode(), logging_redirect_tqdm():
         summary.run_id = run.run_id
-        for step, file in enumerate(tqdm(files, desc="upsample", unit="image", disable=None)):
+        for step, file in enumerate(Progress(files, "upsample", "image")):
             try:
                 done = upsample_image(file, model, backbone, config)
             except UnreadableImage as error:
@@ -238,19 +235,12 @@ def _report(summary: Summary, console: Console) -> None:
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
-discover()  # Hydra needs all choices before it composes
-
-
-@hydra.main(version_base=None, config_path="../configs", config_name="upsample")
-def main(config: DictConfig) -> None:
+@command
+def main(config: DictConfig) -> int | None:
     """The command line of `upsample`."""
-    try:
-        summary = upsample(config)
-    except EXPECTED_ERRORS as error:
-        log.error("%s", error)
-        sys.exit(2)
+    summary = upsample(config)
     _report(summary, Console())
-    sys.exit(summary.exit_code)
+    return summary.exit_code
 
 
 if __name__ == "__main__":

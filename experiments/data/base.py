@@ -9,12 +9,13 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from core.registry import Choices
+from experiments.errors import Told
 
 IGNORE = 255
 """The label of pixels that belong to no class, in every data set."""
 
 
-class DataError(ValueError):
+class DataError(Told, ValueError):
     """A data set that cannot be used: empty, incomplete, damaged, or not of the layout it was opened as."""
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from core.backbones import Backbone
 from experiments.atomic import CannotWrite, replacing
 from experiments.data.source_digest import encoder_version
+from experiments.errors import Told
 from experiments.settings import SettingError, check_writable
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ _SWEEP_EVERY = 256  # entries written between two looks at the size of the folde
 _ABANDONED_S = 3600  # after which a half-written entry is of a process that was killed
 
 
-class NotFinite(ValueError):
+class NotFinite(Told, ValueError):
     """NaN or infinite numbers where training or evaluation cannot go on with them."""
 
 
@@ -52,7 +53,7 @@ class FeatureCache:
         self.hits = self.misses = 0
         self._written, self._writes = 0, True
         if self.folder is not None:
-            check_writable(self.folder)
+            check_writable(self.folder, "cache.folder")
 
     def encode(self, backbone: Backbone, images: Tensor, names: list[str]) -> Tensor:
         """(N,3,H,W) RGB in [0,1] -> (N,C,h,w) features, from the cache where they are there. Without gradients.

@@ -22,6 +22,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
+from experiments.errors import Told
+
 log = logging.getLogger(__name__)
 
 BUNDLED = {
@@ -63,7 +65,7 @@ _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zli
 _METADATA_WARNINGS = "(Possibly c|C)orrupt EXIF|Metadata Warning, tag|Truncated File Read|Invalid APNG|.*malformed MPO"
 
 
-class NoImages(ValueError):
+class NoImages(Told, ValueError):
     """A path, folder or pattern holds no image."""
 
 
@@ -187,7 +189,10 @@ def _find(entry: str) -> list[tuple[Path, str]]:
     found = [item for path in matches for item in (_in_folder(path) if path.is_dir() else [(path, path.stem)])]
     if not found:
         what = "the pattern matches no file" if glob.has_magic(entry) else "no such file or folder"
-        raise NoImages(f"{entry!r}: {what}; `images=bundled` needs none, or name one of: {', '.join(BUNDLED)}")
+        raise NoImages(
+            f"{entry!r}: {what}; `bundled` in its place is the photographs that come along, or name one of: "
+            f"{', '.join(BUNDLED)}"
+        )
     return found
 
 

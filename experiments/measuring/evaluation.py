@@ -14,31 +14,27 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from core.backbones import Backbone, backbone_from_config
-from experiments.atomic import CannotWrite
 from experiments.cost.arm_cost import check_cost, measure_costs
-from experiments.data import DataError, open_data
+from experiments.data import open_data
 from experiments.data.feature_cache import FeatureCache, fingerprint
-from experiments.data.image_files import NoImages
 from experiments.fidelity import upsamplers
 from experiments.measuring.bench import Bench, Cases, Encoder, Memory, Sizes
 from experiments.measuring.heads import dpt_layers
 from experiments.measuring.task import Ceiling, EvaluationError, Picture, make_task
 from experiments.peers import CannotUpsample, Peer, named_peers, peer_identity
+from experiments.progress import Progress
 from experiments.reports.evaluation import header, metrics, write
 from experiments.reports.pictures import panel
 from experiments.settings import SettingError, check_writable, output_grid, pick_device
-from experiments.statistics.scores import ScoreError, frame
+from experiments.statistics.scores import frame
 from experiments.statistics.verdicts import FLOOR, Comparison, compare
-from experiments.tracking.store import TrackingUnavailable, track
+from experiments.tracking.store import track
 
 log = logging.getLogger(__name__)
 
-EXPECTED_ERRORS = (NoImages, DataError, SettingError, EvaluationError, ScoreError, TrackingUnavailable, CannotWrite)
-"""What is told in one line; anything else is a defect and keeps its traceback."""
 _FORMAT = 1
 """To be raised with every change of what an evaluation measures."""
 
@@ -174,7 +170,7 @@ def evaluate(config: DictConfig) -> Report:
             run.tag(f"peer.{name}", json.dumps(peer_identity(node)))
         tables = []
         pairs = [(name, seed) for seed in seeds for name in models]
-        for name, seed in tqdm(pairs, desc=evaluation.task.choice, unit="arm", disable=None):
+        for name, seed in Progress(pairs, evaluation.task.choice, "arm"):
             tables.append(evaluation.scores(models[name], name, seed))
             for picture in evaluation.pictures if seed == seeds[0] else ():
                 run.picture(panel(picture.columns), f"pictures/{name}/{picture.name}.png")

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from core.backbones import Backbone, imagenet_normalize
 from experiments.data.feature_cache import CachedBackbone
 from experiments.data.image_files import centre_square
+from experiments.errors import Told
 
 EDGE_WITHIN = 1.0
 """Distance in cells of the target grid up to which a cell counts as near an edge."""
@@ -30,7 +31,7 @@ _EDGE_QUANTILES = (0.8, 0.9)
 """Canny's thresholds: an edge starts where the gradient is among the steepest 10 %, and goes on within 20 %."""
 
 
-class FidelityError(ValueError):
+class FidelityError(Told, ValueError):
     """An image, an encoder or an upsampler for which fidelity is not defined; says which values are wrong."""
 
 

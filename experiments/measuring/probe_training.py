@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from core.streams import named_stream
 from experiments.measuring.bench import Bench, Case
 from experiments.measuring.heads import HEADS, DPTHead, LinearHead, at_positions
 from experiments.measuring.task import EvaluationError
 from experiments.peers.interpolation import Bilinear
+from experiments.progress import Progress
 from experiments.settings import SettingError, check_choice
 from experiments.training.optimiser import OptimiserSettings
 from experiments.training.views import stream
@@ -110,9 +110,7 @@ def train_probe(task: "ProbeTask", model: nn.Module | None, scale: int, seed: in
     else:
         batches = (_whole if enlarge else _drawn)(task, model, scale, seed, bench)
     adam = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    for step, (features, target) in enumerate(
-        tqdm(batches, f"probe of {task.choice}", num_steps, unit="step", leave=False, disable=None)
-    ):
+    for step, (features, target) in enumerate(Progress(batches, f"probe of {task.choice}", "step", num_steps)):
         adam.param_groups[0]["lr"] = settings.rate(step, num_steps)
         prediction = task.predict(head, features, bench) if enlarge else task.decode(head(features))
         loss = task.loss(prediction, target)
@@ -168,7 +166,7 @@ def _drawn(task: "ProbeTask", model: nn.Module, scale: int, seed: int, bench: Be
     # On a grid other than the labels' the features are interpolated twice, which must not be done at once.
     direct = bench.sizes.output == bench.sizes.image
     features, targets = [], []
-    for i in tqdm(usable, "pixels", unit="image", leave=False, disable=None):
+    for i in Progress(usable, "pixels", "image"):
         case = bench.train.get(i, scale=scale)
         (values,) = features_for(settings.head if direct else "", model, [case], bench)
         target = task.target(case)

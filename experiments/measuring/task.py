@@ -10,13 +10,14 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from core.registry import Choices
+from experiments.errors import Told
 from experiments.settings import SettingError
 
 if TYPE_CHECKING:
     from experiments.measuring.bench import Bench
 
 
-class EvaluationError(ValueError):
+class EvaluationError(Told, ValueError):
     """What cannot be measured: features or a measure that are not finite, nothing to learn from; names the image."""
 
 

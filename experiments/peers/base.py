@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from core.registry import Choices, signature_fields
 from core.streams import named_stream
 from core.weight_files import WeightsError, content_digest, read_weights
+from experiments.errors import Told
 from experiments.settings import SettingError
 
 PeerNode = str | Mapping[str, Any] | DictConfig
 """A peer in a configuration: NAME, or `{peer: NAME, SETTING: VALUE, ...}`."""
 
 
-class CannotUpsample(ValueError):
+class CannotUpsample(Told, ValueError):
     """What a peer cannot take: another number of channels, another factor, a grid below its window; says which."""
 
 

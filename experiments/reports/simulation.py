@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from experiments.atomic import replacing
+from experiments.progress import Progress
 from experiments.statistics.simulation import Scenario, simulate
 
 SPREADS = {
@@ -64,7 +64,7 @@ def measure(num_sweeps: int, confidence: float) -> pd.DataFrame:
     """One row per scenario."""
     rows = []
     grid = itertools.product(("mean", "miou"), (3, 5), (30, 100), SPREADS, (False, True))
-    for which, num_seeds, num_images, spread, heavy in tqdm(list(grid), desc="scenarios", disable=None):
+    for which, num_seeds, num_images, spread, heavy in Progress(list(grid), "scenarios", "scenario"):
         scenario = Scenario(num_seeds, num_images, 4, **SPREADS[spread], heavy_tails=heavy, measure=which)
         same = simulate(scenario, num_sweeps, 0.0, confidence)
         other = simulate(scenario, num_sweeps, EFFECT, confidence, seed=1)

@@ -18,16 +18,14 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from pyarrow import ArrowInvalid
 
-from experiments.atomic import CannotWrite, replacing
+from experiments.atomic import replacing
 from experiments.settings import SettingError, check_writable
 from experiments.statistics.intervals import Spread, pseudo_values
-from experiments.statistics.scores import ScoreError, check
+from experiments.statistics.scores import check
 from experiments.statistics.verdicts import FAMILY, arrays, difference
 from experiments.tracking.provenance import Origin
 
 log = logging.getLogger(__name__)
-
-EXPECTED_ERRORS = (SettingError, ScoreError, CannotWrite, OSError)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from experiments.errors import Told
+
 KEYS = ["task", "data", "backbone", "arm", "seed", "image", "measure", "part"]
 """Name a row; no two rows share them. `part` is a class id, or 0 for measures without classes."""
 VALUES = ["numerator", "denominator"]
@@ -55,7 +57,7 @@ MEASURES: Mapping[str, Measure] = {
 }
 
 
-class ScoreError(ValueError):
+class ScoreError(Told, ValueError):
     """Scores that must not be averaged: a value is missing, repeated or not finite; names arm and image."""
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from experiments.errors import Told
 from experiments.statistics.scores import KEYS, VALUES, check, sums, value
 from experiments.tracking.provenance import Origin
 
 
-class SweepError(ValueError):
+class SweepError(Told, ValueError):
     """Results that cannot be compared: the baseline failed, nothing is there, or one name stands for several things."""
 
 

@@ -17,29 +17,19 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-import core
-from experiments.atomic import CannotWrite, replacing
+from experiments.atomic import replacing
 from experiments.cost.arm_cost import check_cost, measure_costs
-from experiments.data import DataError
-from experiments.data.feature_cache import NotFinite
-from experiments.data.image_files import NoImages
 from experiments.lock import Locked, lock_folder, unlock_folder
 from experiments.reports.tables import Report, record_report, write_report
 from experiments.settings import SettingError, check_writable, pick_device
-from experiments.statistics.scores import ScoreError
 from experiments.sweeps.arms import read_arms
 from experiments.sweeps.members import Member, read_tasks, reason_of
-from experiments.sweeps.results import Plan, Results, SweepError, gather
+from experiments.sweeps.results import Plan, Results, gather
 from experiments.tracking.provenance import Origin
 from experiments.tracking.store import Run, TrackingUnavailable, track
 
 log = logging.getLogger(__name__)
 
-EXPECTED_ERRORS = (
-    *(SettingError, DataError, NoImages, NotFinite, TrackingUnavailable, CannotWrite, Locked),
-    *(core.WeightsError, ScoreError, SweepError),
-)
-"""What is told in one line; anything else is a defect and keeps its traceback."""
 _POLL_S = 0.5
 
 

@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from core.hooks import HOOK_POINTS
+from experiments.errors import Told
 from experiments.tracking.provenance import environment, git_state, peak_memory_mb
 from experiments.tracking.run import Run, clean_key, clean_text, now_ms, process_tags, scalars
 from experiments.tracking.spool import Journal, Record, folders, is_open
@@ -21,7 +22,7 @@ from experiments.tracking.uploader import Store, StoreAway, StoreRefuses, Upload
 log = logging.getLogger(__name__)
 
 
-class TrackingUnavailable(RuntimeError):
+class TrackingUnavailable(Told, RuntimeError):
     """The tracking store or the spool cannot be used; raised before anything is computed."""
 
 

@@ -14,16 +14,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, ListConfig
 
-from core.weight_files import WeightsError
-from experiments.atomic import CannotWrite, replacing
+from experiments.atomic import replacing
 from experiments.settings import SettingError, check_writable
-from experiments.tracking.store import TrackingUnavailable, read_metrics, store_uri
+from experiments.tracking.store import read_metrics, store_uri
 from experiments.training.state import STATE_NAME, read_state
 
 log = logging.getLogger(__name__)
 
 CURVES_NAME = "curves.csv"
-EXPECTED_ERRORS = (SettingError, TrackingUnavailable, WeightsError, CannotWrite)
 _COLUMNS = ["step", "name", "value"]
 _SMOOTHED_OVER = 25
 """Losses are drawn as running medians over one in so many of their points: each step may be of another encoder, and a

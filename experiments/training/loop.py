@@ -20,18 +20,18 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import core
 from core.backbones import Backbone
 from core.batch import Batch, Clip
 from core.registry import discover
 from experiments.atomic import CannotWrite
-from experiments.data import DataError, open_data
+from experiments.data import open_data
 from experiments.data.feature_cache import FeatureCache, NotFinite
-from experiments.data.image_files import NoImages
+from experiments.errors import Interrupted
+from experiments.progress import Progress
 from experiments.settings import SettingError, check_writable
-from experiments.tracking.store import Run, TrackingUnavailable, track
+from experiments.tracking.store import Run, track
 from experiments.training.curves import CURVES_NAME, Curves, plot
 from experiments.training.optimiser import Optimiser, OptimiserSettings
 from experiments.training.setup import (
@@ -46,6 +46,7 @@ from experiments.training.setup import (
     open_encoders,
     remove_former,
     untracked,
+    warn_of_bundled_images,
     warn_of_small_images,
 )
 from experiments.training.state import STATE_NAME, State, load_state, save_batch, save_state
@@ -56,7 +57,6 @@ log = logging.getLogger(__name__)
 
 RESULTS = (STATE_NAME, "best.safetensors", "last.safetensors", CURVES_NAME)
 """What a training leaves in its folder; the state first, which is what another start would go on from."""
-EXPECTED_ERRORS = (SettingError, DataError, NoImages, NotFinite, TrackingUnavailable, core.WeightsError, OSError)
 
 
 class NonFiniteLoss(NotFinite):
@@ -138,12 +138,28 @@ class Training:
         self.state, self.curves = State(), Curves(self.out_dir / CURVES_NAME)
 
     def run(self, run: Run) -> Trained:
-        """Goes on to the last step (or `stop_after`)."""
+        """Goes on to the last step (or `stop_after`).
+
+        Raises:
+            Interrupted: Ctrl-C; says at which step, and how to go on.
+        """
+        try:
+            return self._run(run)
+        except KeyboardInterrupt as stopped:
+            path = self.out_dir / STATE_NAME
+            kept = f"goes on from the state in {path}" if path.exists() else "begins anew: no state had been saved"
+            raise Interrupted(
+                f"stopped by Ctrl-C after step {self.state.step} of {self.config.steps}; the same command {kept}"
+            ) from stopped
+
+    def _run(self, run: Run) -> Trained:
         config, state = self.config, self.state
         run.tag("data.fingerprint", self.data.fingerprint)
         last = min(config.steps, config.stop_after or config.steps)
         if self.leads and state.step < last:
+            log.info("%d images; steps %d to %d of %d", len(self.data), state.step + 1, last, config.steps)
             warn_of_small_images(self.data, self.views_settings)
+            warn_of_bundled_images(config.data)
         validation = None
         if self.leads and config.validate_every and state.step < last:
             validation = Validation(config, self.backbones, self.views_settings, self.cache)
@@ -155,13 +171,13 @@ class Training:
             remove_former(self.out_dir, RESULTS)
         if validation and state.step == 0:
             self._validate(validation, run)
-        progress = tqdm(total=config.steps, initial=state.step, desc="training", disable=None if self.leads else True)
+        progress = Progress(None, "training", "step", config.steps, state.step, self.leads)
         for views in loader:
             started = time.perf_counter()
             losses = self.step(views)
             state.seconds += time.perf_counter() - started
             state.step, state.losses = views.step + 1, losses
-            progress.set_postfix(loss=f"{sum(losses.values()):.4f}", refresh=False)
+            progress.note = f"loss {sum(losses.values()):.4f}"
             progress.update()
             ends = state.step == last
             if state.step % config.log_every == 0 or ends:

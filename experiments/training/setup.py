@@ -161,6 +161,16 @@ def warn_of_small_images(data: DataSet, views: ViewSettings) -> None:
         )
 
 
+def warn_of_bundled_images(data: DictConfig) -> None:
+    """Says that the photographs of this package make a demonstration and no training."""
+    if data.name == "images" and list(data.path) == ["bundled"]:
+        log.warning(
+            "the data are the few photographs that come with this package: a demonstration, and nothing that will work "
+            "on other images. For a training give data.path=[FOLDER, ...], thousands of photographs; for a shorter "
+            "demonstration steps=50"
+        )
+
+
 def check_held_out(data: DataSet, val_data: DataSet, count: int) -> None:
     """Warns when images to validate on, the first `count`, are trained on."""
     both = data.fingerprint == val_data.fingerprint or set(data.names) & set(val_data.names[:count])

@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from core import AnyUp
 from core.backbones import Backbone
@@ -11,6 +10,7 @@ from core.hooks import MODEL_HOOKS
 from experiments.data import open_data
 from experiments.data.feature_cache import CachedBackbone, FeatureCache
 from experiments.measuring.metrics import FidelityCase, fidelity, fidelity_case
+from experiments.progress import Progress
 from experiments.reports.fidelity_pictures import comparison
 from experiments.reports.pictures import panel
 from experiments.settings import SettingError
@@ -35,7 +35,7 @@ class Validation:
         names = [backbone.name for backbone in backbones]  # two models of timm are both called timm
         labels = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
         self.cases: dict[str, list[FidelityCase]] = {label: [] for label in labels}
-        for index in tqdm(range(count), desc="validation images", disable=None, leave=False):
+        for index in Progress(range(count), "validation images", "image"):
             image, name = data[index].image, data.names[index]
             for label, backbone in zip(labels, backbones, strict=True):
                 device = next(backbone.parameters(), torch.empty(0)).device

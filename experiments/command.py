@@ -1,0 +1,112 @@
+"""The shell of all commands: Hydra with the configuration of their name, one way to log, errors in one line, Ctrl-C.
+
+A command's file is a function of its configuration::
+
+    @command
+    def main(config: DictConfig) -> int | None:
+        print_table(train(config))
+
+    if __name__ == "__main__":
+        main()
+
+Exit code: what the function returns (None: 0); 2 after an error that is told in one line (`experiments.errors.Told`, a
+file that cannot be used, weights that cannot be loaded) or an override that cannot be read; 130 after Ctrl-C.
+"""
+
+import inspect
+import logging
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from core.registry import discover
+from core.weight_files import WeightsError
+from experiments.errors import Told
+
+log = logging.getLogger(__name__)
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+TOLD = (Told, WeightsError, OSError)
+
+
+def command(run: Callable[[DictConfig], int | None]) -> Callable[[], None]:
+    """The command line of a function of a configuration, `configs/NAME.yaml` with NAME that of the function's file."""
+
+    @wraps(run)
+    def told(config: DictConfig) -> None:
+        try:
+            code = run(config)
+        except TOLD as error:
+            log.error("%s", error)
+            sys.exit(2)
+        except KeyboardInterrupt as stopped:
+            log.error("%s", str(stopped) or "stopped by Ctrl-C")
+            sys.exit(130)
+        if code:
+            sys.exit(int(code))
+
+    name = Path(inspect.getfile(run)).stem
+    with_hydra = hydra.main(version_base=None, config_path=str(CONFIGS), config_name=name)(told)
+
+    @wraps(told)
+    def main() -> None:
+        if unreadable := _unreadable(sys.argv[1:]):
+            print(f"ERROR {unreadable}", file=sys.stderr)
+            sys.exit(2)
+        try:
+            discover()  # Hydra needs all choices before it composes
+            with_hydra()
+        except KeyboardInterrupt:  # before or after the work
+            print("ERROR stopped by Ctrl-C", file=sys.stderr)
+            sys.exit(130)
+
+    return main
+
+
+def _unreadable(arguments: list[str]) -> str | None:
+    """Of the first override that Hydra cannot read, what it is and how it is quoted; None: it can read all."""
+    parser = OverridesParser.create()
+    for argument in arguments:
+        if argument.startswith("-") or "=" not in argument or _reads(parser, argument):
+            continue
+        quoted = quoted_override(argument)
+        if quoted is None or not _reads(parser, quoted):
+            return f"{argument}: cannot be read as KEY=VALUE, or KEY=[VALUE,...]"
+        return (
+            f"{argument}: a value with spaces, brackets, or letters beyond A-Z and digits needs quotes, and the whole "
+            f"others for the shell: {shlex.quote(quoted)}"
+        )
+    return None
+
+
+def quoted_override(override: str) -> str | None:
+    """KEY=VALUE with the value, or each value of a list, in quotes; None where there is no value."""
+    key, equals, value = override.partition("=")
+    if not key or not equals or not value:
+        return None
+    if value.startswith("[") and value.endswith("]"):
+        return f"{key}=[{','.join(_quoted(part.strip()) for part in value[1:-1].split(','))}]"
+    return f"{key}={_quoted(value)}"
+
+
+def _quoted(value: str) -> str:
+    if re.fullmatch(r"\"[^\"]*\"|'[^']*'", value):
+        return value
+    escaped = re.sub(r'(\\*)"', lambda found: found.group(1) * 2 + '\\"', value)
+    return f'"{escaped}"'
+
+
+def _reads(parser: OverridesParser, override: str) -> bool:
+    try:
+        parser.parse_override(override)
+    except HydraException:
+        return False
+    return True
