@@ -119,7 +119,7 @@ def table_of(report):
         ({"peers": ["loftup_of_old"]}, "peers=loftup_of_old is none; there are: .*bilinear"),
         ({"ceilings": ["sky"]}, "ceilings=sky is none; there are: encoder"),
         ({"confidence": 1.0}, "confidence must lie between"),
-        ({"name": "a/b"}, "name must be that of a file"),
+        ({"name": "a/b"}, "name must be a file name"),
         ({"worker": -1}, "worker must be"),
         ({"cost": {"image": 8, "patch": 16, "channels": 1, "num_runs": 3}},
          "cost.patch=16 gives less than 2x2 features of cost.image=8"),

@@ -29,7 +29,16 @@ from experiments.measuring.task import Ceiling, EvaluationError, Picture, make_t
 from experiments.peers import peers
 from experiments.reports.evaluation import header, metrics, write
 from experiments.reports.pictures import panel
-from experiments.settings import SettingError, check_writable, output_grid, pick_device
+from experiments.settings import (
+    SettingError,
+    check_confidence,
+    check_name,
+    check_once,
+    check_seeds,
+    check_writable,
+    output_grid,
+    pick_device,
+)
 from experiments.statistics.scores import ScoreError, frame
 from experiments.statistics.verdicts import FLOOR, Comparison, compare
 from experiments.tracking.store import TrackingUnavailable, track
@@ -189,17 +198,10 @@ def evaluate(config: DictConfig) -> Report:
 
 def _check(config: DictConfig) -> None:
     """Refuses arms and outputs that cannot work. Raises SettingError."""
-    seeds = config.seeds
-    if not isinstance(seeds, ListConfig) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
-        raise SettingError(f"seeds must be a list of whole numbers, got {seeds}")
-    if len(set(seeds)) < len(seeds):
-        raise SettingError(f"seeds={seeds} names one twice")
-    if len(set(config.ceilings)) < len(config.ceilings):
-        raise SettingError(f"ceilings={config.ceilings} names one twice")
-    if not 0 < config.confidence < 1:
-        raise SettingError(f"confidence must lie between 0 and 1, got {config.confidence}")
-    if not config.name or Path(config.name).name != config.name:
-        raise SettingError(f"name must be that of a file, without folders, got {config.name!r}")
+    check_seeds(config.seeds)
+    check_once("ceilings", config.ceilings)
+    check_confidence(config.confidence)
+    check_name(config.name)
     check_writable(Path(config.out_dir))
 
 
