@@ -15,10 +15,11 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from experiments.atomic import CannotWrite
+from experiments.reports.results import Plan, Results
 from experiments.reports.tables import Report, show, write_report
 from experiments.settings import SettingError, check_writable
 from experiments.statistics.scores import ScoreError
-from experiments.sweeps.results import Plan, Results, SweepError, Unit, gather
+from experiments.sweeps.results import SweepError, Unit, gather
 from experiments.tracking.provenance import Origin
 from experiments.tracking.store import Found, MlflowStore, TrackingUnavailable, open_store
 from experiments.tracking.uploader import StoreAway

@@ -8,15 +8,17 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 
-from experiments.cost.arm_cost import cost_markdown, measure_costs
+from experiments.cost.arm_cost import measure_costs
 from experiments.peers import make_peer
+from experiments.reports.costs import cost_section
 from experiments.reports.figures import cost_quality, forest, front
+from experiments.reports.results import Plan, Planned, Results
 from experiments.reports.tables import markdown, rich_tables, write_report
 from experiments.statistics.intervals import holm, pseudo_values, spread
 from experiments.statistics.scores import ScoreError, check, frame, image_rows
 from experiments.statistics.simulation import Scenario, draw_scores, simulate
-from experiments.statistics.verdicts import compare, difference, table
-from experiments.sweeps.results import Plan, Planned, Results, SweepError, Unit, gather, means
+from experiments.statistics.verdicts import bases, compare, difference, table
+from experiments.sweeps.results import SweepError, Unit, gather, means
 
 SEEDS, IMAGES = (0, 1, 2), [f"image{i}" for i in range(12)]
 NOISE = np.random.default_rng(0).normal(0, 0.01, (9, 3, 12))
@@ -66,10 +68,16 @@ def test_the_difference_is_paired():
 def test_with_one_seed_the_verdict_speaks_of_images_only():
     one = found(compare(sweep_scores({"baseline": 0.5, "up": 0.6}, seeds=(0,)), "baseline", ["up"]))["up"]
     assert (one.verdict, one.basis) == ("helps", "one seed: over images only")
-    scores = sweep_scores({"baseline": 0.5, "up": 0.6}, images=IMAGES[:1])
-    assert found(compare(scores, "baseline", ["up"]))["up"].basis == "one image: over seeds only"
-    one = found(compare(scores[scores["seed"] == 0], "baseline", ["up"]))["up"]
-    assert (one.verdict, one.basis, one.difference.low) == ("not shown", "one seed, one image: no interval", None)
+
+
+def test_of_one_image_there_is_no_interval_with_any_number_of_seeds():
+    scores = sweep_scores({"baseline": 0.5, "up": 0.6, "bilinear": 0.4, "encoder": 0.7}, images=IMAGES[:1])
+    for some in (scores, scores[scores["seed"] == 0]):
+        of = found(compare(some, "baseline", ["up"]))
+        assert (of["up"].verdict, of["up"].basis, of["up"].p_value) == ("not shown", "one image: no interval", 1)
+        assert of["up"].difference.low is of["up"].difference.high is None
+        assert of["up"].gap_closed is None
+        assert bases(of.values()) == "one image: no interval"
 
 
 def test_the_more_arms_the_harder():
@@ -278,7 +286,7 @@ def test_an_arm_whose_cost_cannot_be_measured_does_not_take_the_others_along():
 
     cost = OmegaConf.create({"image": 32, "patch": 8, "channels": 4, "num_runs": 3})
     costs = measure_costs({"bilinear": make_peer("bilinear"), "idea": Refuses()}, "bilinear", cost, torch.device("cpu"))
-    text = cost_markdown(costs)
+    text = cost_section(costs)
     assert "4x4 features of 4 channels to 32x32, one image, float32; median of 3 forwards" in text
     assert "| idea | 0 | RuntimeError: not today |" in text
     assert costs.set_index("arm").loc["bilinear", "time_ratio"] == 1

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 from tqdm import tqdm
@@ -27,7 +28,7 @@ from experiments.measuring.bench import Bench, Cases, Encoder, Memory, Sizes
 from experiments.measuring.heads import dpt_layers
 from experiments.measuring.task import Ceiling, EvaluationError, Picture, make_task
 from experiments.peers import peers
-from experiments.reports.evaluation import header, metrics, write
+from experiments.reports.evaluation import metrics, write
 from experiments.reports.pictures import panel
 from experiments.settings import (
     SettingError,
@@ -41,6 +42,7 @@ from experiments.settings import (
 )
 from experiments.statistics.scores import ScoreError, frame
 from experiments.statistics.verdicts import FLOOR, Comparison, compare
+from experiments.tracking.provenance import Origin, machine
 from experiments.tracking.store import TrackingUnavailable, track
 
 log = logging.getLogger(__name__)
@@ -188,8 +190,14 @@ def evaluate(config: DictConfig) -> Report:
         results = compare(scores, FLOOR, trained, config.confidence, num_resamples=0)
         networks = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
         costs = measure_costs(networks, FLOOR, config.cost, evaluation.device)
-        top = header(config, evaluation.data_fingerprints, len(seeds), evaluation.notes)
-        files = write(results, scores, costs, Path(config.out_dir), config.name, top)
+        origin = Origin.of_this_process(
+            "experiments.evaluate",
+            "experiments.evaluate.evaluate(config), from Python",
+            machine(evaluation.device, torch.get_num_threads(), "float32"),
+            {f"{role}={config[role].name}": digest for role, digest in evaluation.data_fingerprints.items()},
+            evaluation.notes,
+        )
+        files = write(results, scores, costs, config, origin)
         run.metrics(metrics(results))
         for file in files:
             run.file(file, f"tables/{file.name}")

@@ -24,7 +24,8 @@ from experiments.data import DataError
 from experiments.data.feature_cache import NotFinite
 from experiments.data.image_files import NoImages
 from experiments.lock import Locked, lock_folder, unlock_folder
-from experiments.reports.tables import Report, record_report, write_report
+from experiments.reports.results import Plan, Results
+from experiments.reports.tables import Report, provenance, record_report, write_report
 from experiments.settings import (
     SettingError,
     check_confidence,
@@ -37,7 +38,7 @@ from experiments.settings import (
 from experiments.statistics.scores import ScoreError
 from experiments.sweeps.arms import read_arms
 from experiments.sweeps.members import Member, read_tasks, reason_of
-from experiments.sweeps.results import Plan, Results, SweepError, gather
+from experiments.sweeps.results import SweepError, gather
 from experiments.tracking.provenance import Origin
 from experiments.tracking.store import Run, TrackingUnavailable, track
 
@@ -142,7 +143,7 @@ class Sweep:
         """Compares what there is, and writes and records it."""
         results = self.results()
         results.origin = Origin.of_this_process("experiments.ablate", "experiments.ablate.ablate(config), from Python")
-        run.text(results.origin.to_json(), "origin.json")
+        run.text(provenance(results).to_json(), "origin.json")
         models = dict(self._models(results))
         results.costs = measure_costs(models, self.plan.baseline, self.config.cost, pick_device(self.config.device))
         report = write_report(results, self.folder)

@@ -64,16 +64,16 @@ class Origin:
         values = json.loads(text)
         return cls(**values | {"notes": tuple(values.get("notes", ()))})
 
-    def header(self, title: str, facts: Iterable[str] = ()) -> str:
+    def header(self, title: str, facts: Iterable[str] = (), level: int = 1) -> str:
         """What a report begins with, in Markdown: its title, the command, and a list.
 
         Args:
-            facts: what was asked for (sizes, seeds, confidence), a line each.
+            facts: what was asked for (sizes, seeds, confidence), a line each. level: of the heading.
         """
         fingerprints = ", ".join(f"{name} {digest[:12]}" for name, digest in self.data.items())
         lines = [str(self), self.machine, *facts, fingerprints and f"fingerprints: {fingerprints}", self.packages]
         told = "\n".join(f"- {line}" for line in (*lines, *self.notes) if line)
-        return f"# {title}\n\n    {self.command}\n\n{told}"
+        return f"{'#' * level} {title}\n\n    {self.command}\n\n{told}"
 
     def __str__(self) -> str:
         changes = " with uncommitted changes" if self.changed else ""
