@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -26,6 +25,7 @@ from experiments.measuring.tasks import Ceiling
 from experiments.report import fetch, pictures
 from experiments.reports.tables import write_report
 from experiments.settings import SettingError
+from experiments.statistics.score_files import read_scores, write_scores
 from experiments.statistics.scores import ScoreError, frame, image_rows
 from experiments.sweeps import arms, members
 from experiments.sweeps.arms import Arm, check_names, composed, read_arms, strings
@@ -430,9 +430,8 @@ def test_one_task_on_two_kinds_of_data_is_refused(config, fake):
     sweep = Sweep(config(seeds=[0]))
     sweep.lead()
     file = sweep.members[1].scores_file(sweep.members[1].tasks[0])
-    scores = pd.read_parquet(file)
-    scores.attrs["fingerprint"] = "other images"
-    scores.to_parquet(file)
+    scores, made = read_scores(file)
+    write_scores(file, scores, made | {"fingerprint": "other images"})
     with pytest.raises(
         SweepError, match="task fidelity was measured on different data: arm baseline, seed 0 on everyth"
     ):
@@ -443,10 +442,8 @@ def test_an_arm_that_lacks_an_image_is_refused(config, fake):
     sweep = Sweep(config(seeds=[0]))
     sweep.lead()
     file = sweep.members[1].scores_file(sweep.members[1].tasks[0])
-    scores = pd.read_parquet(file)
-    attrs, scores = scores.attrs, scores[scores["image"] != "image2"]
-    scores.attrs = attrs
-    scores.to_parquet(file)
+    scores, made = read_scores(file)
+    write_scores(file, scores[scores["image"] != "image2"], made)
     with pytest.raises(
         ScoreError, match="arm no_window, seed 0 lacks 1 images that other arms have, the first: image2"
     ):

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from experiments.reports.power import needed
+from experiments.reports.simulation import write_simulation
 from experiments.settings import SettingError
 from experiments.statistics.intervals import Spread, holm, paired_difference, pseudo_values, spread, two_way_bootstrap
 from experiments.statistics.power import Components, check_settings, components_of, curves, power, read_components
@@ -225,6 +226,23 @@ def test_the_command_writes_curves(tmp_path, monkeypatch):
 def test_power_refuses(changes, message, tmp_path):
     with pytest.raises(SettingError, match=message):
         check_settings(settings(out_dir=str(tmp_path), **changes))
+
+
+def test_power_is_zero_with_one_image_however_large_the_effect():
+    assert power(Components(0.1, 0.1, 0.1), 100.0, 5, 1) == 0
+
+
+def test_simulated_sweeps_are_written_up(tmp_path):
+    row = {"measure": "mean", "seeds": 3, "images": 30, "spread": "all three", "tails": "normal", "false": 0.02,
+           "coverage": 0.9612, "coverage, arms differ": 0.95, "bootstrap: false": 0.1,
+           "bootstrap: coverage": 0.8}  # fmt: skip
+    files = write_simulation(pd.DataFrame([row, row | {"seeds": 5}]), 300, 0.95, tmp_path, "statistics")
+    assert [file.name for file in files] == ["statistics.md", "statistics.csv", "statistics.png"]
+    text = files[0].read_text()
+    for part in ("## Simulated sweeps\n\n    experiments.power", "300 sweeps of 4 arms", "(of the bootstrap: 200, ",
+                 "| mean | 3 | 30 | all three | normal | 0.020 | 0.961 | 0.950 | 0.100 | 0.800 |",
+                 "(statistics.png)"):  # fmt: skip
+        assert part in text
 
 
 def test_more_seeds_are_offered_only_where_they_save_images():

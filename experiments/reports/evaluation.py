@@ -52,7 +52,7 @@ def markdown(
     sizes = ", ".join(f"{name} {config[f'{name}_size']}" for name in ("image", "encoder", "guidance", "output"))
     task = ", ".join(f"{k} {v}" for k, v in OmegaConf.to_container(config.task, resolve=True).items() if k != "name")
     facts = [
-        f"at most {config.max_train_images or 'all'} images to train on, {config.max_val_images or 'all'} to measure",
+        f"images: {config.max_train_images or 'all'} to train on, {config.max_val_images or 'all'} to measure",
         f"sizes (None: as the image): {sizes}; the ceiling's encoder sees {config.ceiling_scale} times its size",
         f"{task or 'no settings'}; seeds: {num_seeds}; intervals of {config.confidence:.0%}",
     ]

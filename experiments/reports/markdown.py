@@ -45,7 +45,7 @@ class Table:
         shown = [i for i, name in enumerate(self.columns) if columns is None or name in columns]
         made = rich.table.Table(
             title=self.title or None, title_justify="left", caption=self.caption or None, box=SIMPLE_HEAD,
-            pad_edge=False,
+            pad_edge=False, caption_justify="left",
         )  # fmt: skip
         sides = self._sides()
         for i in shown:
