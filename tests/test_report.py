@@ -260,7 +260,7 @@ def test_scores_of_earlier_versions_are_read_and_those_of_unknown_origin_refused
     with pytest.raises(ScoreError, match=r"one.parquet does not say what its scores were made with \(member, finger"):
         Unit.read(file, "up", 1, "one")
     file.write_bytes(b"PAR1 and no more")
-    with pytest.raises(ScoreError, match="one.parquet cannot be read as a table of scores"):
+    with pytest.raises(ScoreError, match=r"one.parquet cannot be read as a table of scores"):
         read_scores(file)
 
 
@@ -402,8 +402,8 @@ def test_a_sweep_whose_origin_is_known_says_it(results):
     results.origin, results.notes = Origin("python -m x", "today", "abc", False, "Python 3"), ["a note"]
     text = markdown(results, compare(results.scores, "baseline", ["up"]))
     assert text.startswith(
-        "# sweep\n\n    python -m x\n\n- today, commit abc\n- seeds 0, 1, 2; baseline baseline; 2 arms; intervals of 95%\n"
-        "- fingerprints: one images\n- Python 3\n- a note\n\n## "
+        "# sweep\n\n    python -m x\n\n- today, commit abc\n"
+        "- seeds 0, 1, 2; baseline baseline; 2 arms; intervals of 95%\n- fingerprints: one images\n- Python 3\n- a note\n\n## "
     )
     results.origin = None
     text = markdown(results, compare(results.scores, "baseline", ["up"]))
