@@ -403,7 +403,8 @@ def test_a_sweep_whose_origin_is_known_says_it(results):
     text = markdown(results, compare(results.scores, "baseline", ["up"]))
     assert text.startswith(
         "# sweep\n\n    python -m x\n\n- today, commit abc\n"
-        "- seeds 0, 1, 2; baseline baseline; 2 arms; intervals of 95%\n- fingerprints: one images\n- Python 3\n- a note\n\n## "
+        "- seeds 0, 1, 2; baseline baseline; 2 arms; intervals of 95%\n"
+        "- fingerprints: one images\n- Python 3\n- a note\n\n## "
     )
     results.origin = None
     text = markdown(results, compare(results.scores, "baseline", ["up"]))

@@ -273,6 +273,18 @@ def test_power_takes_the_task_that_has_the_measure(tmp_path):
         read_components(settings(components=None, scores=str(file), measure="cosine", arm="baseline"))
 
 
+@pytest.mark.parametrize(("num_seeds", "num_images", "lacking"), [(1, 4, "seed"), (3, 1, "image"), (1, 1, "seed")])
+def test_power_says_what_scores_lack(num_seeds, num_images, lacking, tmp_path):
+    random, tables = np.random.default_rng(0), []
+    for arm in ("baseline", "one"):
+        for seed in range(num_seeds):
+            rows = [row for i in range(num_images) for row in image_rows(f"{i}", {"cosine": float(random.random())})]
+            tables.append(frame(rows, {"task": "t", "data": "d", "backbone": "b", "arm": arm, "seed": seed}))
+    pd.concat(tables).to_parquet(tmp_path / "scores.parquet")
+    with pytest.raises(SettingError, match=f"1 {lacking} does not show how {lacking}s differ: give scores of two"):
+        read_components(settings(components=None, scores=str(tmp_path / "scores.parquet")))
+
+
 def test_what_power_reads_is_named(tmp_path):
     with pytest.raises(SettingError, match="give either scores"):
         read_components(settings(scores="x.parquet"))

@@ -30,7 +30,7 @@ def write(config: DictConfig, components: Components, table: pd.DataFrame) -> li
 
 def markdown(config: DictConfig, components: Components, table: pd.DataFrame, picture: str) -> str:
     """All of it; `picture` is the name of the plot's file."""
-    origin = Origin.of_this_process("experiments.power", "experiments.power.power(config), from Python")
+    origin = Origin.of_this_process("experiments.power", "experiments.power.main(config), from Python")
     known = ", ".join(f"{name} {value:.3g}" for name, value in vars(components).items())
     source = f"of {Path(str(config.scores)).name}" if config.scores else "as given"
     parts = [

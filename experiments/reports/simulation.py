@@ -68,7 +68,7 @@ def write_simulation(table: pd.DataFrame, num_sweeps: int, confidence: float, ou
 
 def markdown(table: pd.DataFrame, num_sweeps: int, confidence: float, picture: str) -> str:
     """The text with the table; `picture` is the name of the plot's file."""
-    origin = Origin.of_this_process("experiments.power", "experiments.power.power(config), from Python")
+    origin = Origin.of_this_process("experiments.power", "experiments.power.main(config), from Python")
     text = TEXT.format(
         header=origin.header("Simulated sweeps", level=2),
         num_sweeps=num_sweeps,
