@@ -2,7 +2,7 @@
 UV ?= $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 UV_VERSION := 0.13.9
 
-.PHONY: quickstart test test-slow lint ui benchmark setup
+.PHONY: quickstart test test-slow lint ui benchmark gpu setup
 
 quickstart: setup  ## upsample the bundled photographs, then a small real ablation; all of it lands in outputs/
 	$(UV) run --no-sync python -m experiments.upsample
@@ -23,6 +23,9 @@ ui: setup  ## browse tracked runs
 
 benchmark: setup  ## measure again what docs/benchmark_cpu.md shows
 	$(UV) run --no-sync python -m experiments.benchmark
+
+gpu: setup  ## on a machine with a GPU: correctness and cost there, in docs/benchmark_gpu*, within six minutes
+	$(UV) run --no-sync python -m experiments.gpu
 
 setup: .venv/.synced
 

@@ -1,39 +1,56 @@
-"""torch.hub entry points: `torch.hub.load("owner/repository", "anyup", checkpoint="model.safetensors")`."""
+"""torch.hub entry points: `torch.hub.load("owner/repository", "anyup")`."""
 
 dependencies = ["huggingface_hub", "hydra", "omegaconf", "safetensors", "torch"]
 
-import torch  # noqa: E402
+import warnings  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import core  # noqa: E402
 
-PUBLISHED = {
-    "anyup_paper": "https://github.com/wimmerth/anyup/releases/download/checkpoint/anyup_paper.pth",
-    "anyup_multi_backbone": "https://github.com/wimmerth/anyup/releases/download/checkpoint_v2/anyup_multi_backbone.pth",
-}
-"""Weights published by AnyUp's authors (CC-BY-4.0), trained on DINOv2 ViT-S/14, and on five backbones."""
+if not hasattr(core, "AnyUp"):
+    _found = getattr(core, "__file__", None) or ", ".join(getattr(core, "__path__", []))
+    raise ImportError(
+        f"another module called core is in the way: {_found}; AnyUp's is {Path(__file__).resolve().parent / 'core'}. "
+        "Load AnyUp before that module is imported, or in a process (and a folder) of its own"
+    )
+
+SCRATCH = "scratch"
 
 
 def anyup(checkpoint: str | None = None, overrides: list[str] | None = None) -> core.AnyUp:
-    """AnyUp from a checkpoint file (ours, or a published one), or with fresh weights and Hydra `overrides`.
+    """AnyUp in eval mode: the trained baseline of this package, a variant that starts from it, or a checkpoint.
+
+    Args:
+        checkpoint: a file (ours, or a published one) or a name that `core.load` takes; "scratch": fresh weights.
+            None: the trained baseline.
+        overrides: of Hydra. The variant takes over the trained baseline's weights; a warning names those that it
+            does not have. With "scratch" all are fresh.
 
     Raises:
-        ValueError: both are given: a checkpoint carries its own configuration.
+        ValueError: overrides beside a checkpoint, which carries its own configuration; or the trained baseline's
+            weights do not fit the variant.
     """
-    if checkpoint is not None and overrides:
+    if checkpoint == SCRATCH:
+        return core.build(overrides).eval()
+    if not overrides:
+        return core.AnyUp.from_pretrained() if checkpoint is None else core.load(checkpoint)
+    if checkpoint is not None:
         raise ValueError("give a checkpoint or overrides, not both; core.warm_start puts weights into another variant")
-    return core.build(overrides).eval() if checkpoint is None else core.load(checkpoint)
+    model = core.build(overrides)
+    try:
+        new = core.warm_start(model, core.checkpoint.bundled_like(model))
+    except core.WeightsError as error:
+        raise ValueError(f'{error}. checkpoint="{SCRATCH}" gives fresh weights') from error
+    if new:
+        warnings.warn(f"{', '.join(new)} are untrained: the trained baseline has none", stacklevel=2)
+    return model.eval()
 
 
 def anyup_paper() -> core.AnyUp:
-    """The paper's model with its published weights (downloads 3.5 MB)."""
-    return _published("anyup_paper")
+    """The paper's model with its published weights (Wimmer et al., CC-BY-4.0; downloads 3.5 MB)."""
+    return core.AnyUp.from_pretrained("anyup_paper")
 
 
 def anyup_multi_backbone() -> core.AnyUp:
-    """The published model trained on five backbones (downloads 3.5 MB)."""
-    return _published("anyup_multi_backbone")
-
-
-def _published(name: str) -> core.AnyUp:
-    state = torch.hub.load_state_dict_from_url(PUBLISHED[name], map_location="cpu", weights_only=True)
-    return core.from_published(state)
+    """The published model trained on five backbones (Wimmer et al., CC-BY-4.0; downloads 3.5 MB)."""
+    return core.AnyUp.from_pretrained("anyup_multi_backbone")

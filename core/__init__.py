@@ -4,9 +4,10 @@ from core import training  # noqa: F401  registers the baseline objective and le
 from core.anyup import AnyUp
 from core.backbones import imagenet_normalize, load_backbone
 from core.batch import Batch, Clip, Context
-from core.checkpoint import from_published, load, save, warm_start
-from core.compose import available, build, build_filler, compose, from_config
+from core.checkpoint import save, warm_start
+from core.compose import available, build_filler, compose
 from core.hooks import Attention, Decoder, Learner, Objective, Refiner, Temporal, Unifier
+from core.models import build, from_config, from_published, load
 from core.registry import register
 from core.weight_files import WeightsError
 

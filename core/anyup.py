@@ -3,15 +3,12 @@
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HTTPError
 from torch import Tensor, nn
 
-from core import checkpoint, validation
+from core import validation
 from core.attention import WindowAttention, empty_output
 from core.batch import Context
 from core.encoder import Encoder
@@ -20,13 +17,14 @@ from core.fast.norm_act_conv import Buffers, autocast_dtype
 from core.hooks import AFTER_ATTENTION, Attention, Decoder, Refiner, Temporal, Unifier
 from core.passthrough import NoDecoder, NoRefiner, NoTemporal
 from core.points import pixel_centres
+from core.pretrained import Pretrained
 from core.registry import describe
 from core.rotary import Rotary
 from core.streams import named_stream
 from core.unifiers import BasisConvolution, LearnedBasis
 
 
-class AnyUp(nn.Module, ModelHubMixin):
+class AnyUp(nn.Module, Pretrained):
     """(image, features of any width) -> the features at any resolution.
 
     Every idea enters as a filler of a hook point: a registered class, or a `functools.partial` of one with
@@ -300,72 +298,6 @@ class AnyUp(nn.Module, ModelHubMixin):
         for encoder in (self.image_encoder, self.query_encoder, self.key_encoder):
             encoder.compiled = torch.compile(encoder.plain, dynamic=False, recompile_limit=64, isolate_recompiles=True)
         return self
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        checkpoint.save(self, save_directory / checkpoint.WEIGHTS_NAME)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path | None = None,
-        *,
-        force_download: bool = False,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        revision: str | None = None,
-    ) -> "AnyUp":
-        """A model saved with `save_pretrained` or `push_to_hub`, from a local folder or the hub, in eval mode.
-
-        Without arguments it is the trained baseline that comes with this package, `anyup_paper`; `anyup_released` is
-        the other one (docs/weights.md).
-
-        Raises:
-            OSError: no such folder, and nothing from the hub. WeightsError: as `core.load`.
-        """
-        where = pretrained_model_name_or_path
-        if where is None or where in checkpoint.PRETRAINED:
-            return checkpoint.load(checkpoint.PRETRAINED[where or "anyup_paper"])
-        try:
-            return super().from_pretrained(
-                where,
-                force_download=force_download,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                revision=revision,
-            )
-        except (OSError, HTTPError) as error:
-            if Path(where).is_dir():
-                raise
-            raise OSError(
-                f"{where} is no local folder, and could not be had from the hub ({type(error).__name__}): go online, "
-                "or give a local file to core.load"
-            ) from error
-
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-    ) -> "AnyUp":
-        path = Path(model_id) / checkpoint.WEIGHTS_NAME
-        if not Path(model_id).is_dir():
-            path = hf_hub_download(
-                model_id,
-                checkpoint.WEIGHTS_NAME,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                token=token,
-                local_files_only=local_files_only,
-            )
-        return checkpoint.load(path)
 
 
 def _encoder(in_channels: int, embed_dim: int, kernel_size: int = 1) -> Encoder:

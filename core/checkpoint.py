@@ -1,78 +1,130 @@
-"""Checkpoints: safetensors with the configuration that rebuilds the model, and the published ones."""
+"""Checkpoints: safetensors with the configuration that rebuilds the model. Published files are read as well."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from core.atomic import replacing
+from core.compose import arguments
+from core.published import PUBLISHED, fetch, is_published, rename_published
 from core.weight_files import WeightsError, read_weights
 
-if TYPE_CHECKING:
-    from core.anyup import AnyUp
-
 WEIGHTS_NAME = "model.safetensors"
-PRETRAINED = {
-    f"anyup_{ordering}": Path(__file__).parent / "weights" / f"anyup_{ordering}.safetensors"
-    for ordering in ("paper", "released")
-}
-"""The trained baselines that come with the package, one for each `ordering` of the feature path (docs/weights.md)."""
+BUNDLED = {name: Path(__file__).parent / "weights" / f"{name}.safetensors" for name in ("bundled", "bundled_released")}
+"""The trained baselines that come with the package: `ordering` paper, and released (docs/weights.md)."""
 FORMAT = "anyup_lab/1"
-
-# Published name -> ours. The value and output projections and the key bias of the published attention do not
-# change its result, and have no counterpart here.
-_RENAMES = {
-    "rope.": "rotary.",
-    "key_features_encoder.": "unifier.encoder.",
-    "cross_decode.conv2d.": "attention.conv.",
-    "cross_decode.cross_attn.norm_q.": "attention.norm_query.",
-    "cross_decode.cross_attn.norm_k.": "attention.norm_key.",
-}
-_IN_PROJECTION = "cross_decode.cross_attn.attention.in_proj_"
-_OUT_PROJECTION = "cross_decode.cross_attn.attention.out_proj."
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
-def save(model: "AnyUp", path: str | Path, dtype: torch.dtype | None = None) -> None:
+def save(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Writes weights and configuration to `path` (.safetensors), atomically; weights in `dtype` if one is given.
+
+    Of a model that is wrapped (`torch.compile`, DataParallel, DistributedDataParallel, AveragedModel), the AnyUp
+    inside is written.
 
     Raises:
         ValueError: `path` does not end in .safetensors.
-        TypeError: a filler is not registered, so that no configuration could rebuild the model.
+        TypeError: no AnyUp; or a filler is not registered, so that no configuration could rebuild the model.
         CannotWrite: the file cannot be written; an earlier file at `path` is untouched.
     """
+    model = unwrapped(model)
     metadata = {"format": FORMAT, "config": json.dumps(model.config)}
-    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    state = {
+        name.replace("_orig_mod.", ""): tensor.detach().to("cpu", dtype).contiguous()  # of a part that was compiled
+        for name, tensor in model.state_dict().items()
+    }
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"{path}: checkpoints are written as .safetensors")
     with replacing(Path(path)) as part:
         save_file(state, part, metadata)
 
 
-def load(path: str | Path) -> "AnyUp":
-    """Rebuilds the model of a checkpoint, in eval mode on the CPU.
-
-    Takes files of `save` and published AnyUp checkpoints (`.pth`, read without unpickling objects, or
-    `.safetensors`; bare, or as the released training script nests them), which get `ordering: released`.
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The AnyUp inside `torch.compile`, DataParallel, DistributedDataParallel or AveragedModel.
 
     Raises:
-        FileNotFoundError: no such file.
-        WeightsError: truncated, of another architecture, or a pickle that would run code.
+        TypeError: there is none.
     """
-    return _rebuild(*read(path), path)
+    inner = model
+    while True:
+        if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
+            inner = inner.module
+        elif "_orig_mod" in getattr(inner, "_modules", {}):  # torch's class of compiled modules is private
+            inner = inner._orig_mod
+        else:
+            break
+    if not hasattr(inner, "factories"):
+        raise TypeError(f"{type(model).__name__} is no AnyUp, nor a known wrapper of one")
+    return inner
 
 
-def warm_start(model: "AnyUp", path: str | Path) -> list[str]:
+def find(source: str | Path) -> Path:
+    """The file of a checkpoint: given by its path, by the folder that `save_pretrained` made, or by a name.
+
+    Names are `bundled` and `bundled_released` (trained here, docs/weights.md), and those of the weights that AnyUp's
+    authors published, `anyup_paper` and `anyup_multi_backbone` (CC-BY-4.0), which are downloaded once. A folder of
+    such a name is "./bundled".
+
+    Raises:
+        FileNotFoundError: no such file or name, or a folder without a checkpoint. OSError, WeightsError: as
+            `core.published.fetch`.
+    """
+    if str(source) in BUNDLED:
+        return BUNDLED[str(source)]
+    if str(source) in PUBLISHED:
+        return fetch(str(source))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / WEIGHTS_NAME).is_file():
+            raise FileNotFoundError(
+                f"{path} is a folder without {WEIGHTS_NAME}, which save_pretrained writes: give a checkpoint's file"
+            )
+        return path / WEIGHTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"checkpoint {path}: there is no such file; by name there are {', '.join([*BUNDLED, *PUBLISHED])}"
+        )
+    return path
+
+
+def bundled_like(model: nn.Module) -> str:
+    """Name of the trained baseline that comes with the package for the feature ordering of `model`."""
+    return "bundled_released" if model.config["unifier"].get("ordering") == "released" else "bundled"
+
+
+def rebuild(
+    make: Callable[..., _Model], state: dict[str, Tensor], config: dict[str, Any], source: str | Path
+) -> _Model:
+    """The model of a state dict and its configuration, in eval mode on the CPU; `make` is the class AnyUp.
+
+    Raises:
+        WeightsError: the configuration makes no model, or the weights are of another one; names `source`.
+    """
+    try:
+        model = make(**arguments(config))
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{source}: no model can be built from its configuration ({error})") from error
+    _load_strictly(model, state, source)
+    return model.eval()
+
+
+def warm_start(model: nn.Module, source: str | Path) -> list[str]:
     """Copies a checkpoint's weights into a model whose fillers may differ; returns the weights left as they were.
 
     Only hook points whose filler or settings differ from the checkpoint's may miss weights or ignore some.
+    `source` is a path or a name, as for `core.load`.
 
     Raises:
-        FileNotFoundError, WeightsError: as `load`; or another weight is missing, left over or of another shape.
+        FileNotFoundError, WeightsError: as `core.load`; or another weight is missing, left over or of another shape.
     """
-    state, config = read(path)
+    model = unwrapped(model)
+    state, config = read(source)
     mine = json.loads(json.dumps(model.config))  # as it would come back from a file: lists for tuples
     switched = tuple(f"{hook}." for hook in model.factories if mine[hook] != {**mine[hook], **config[hook]})
     own = model.state_dict()
@@ -82,13 +134,18 @@ def warm_start(model: "AnyUp", path: str | Path) -> list[str]:
         if not name.startswith(switched) or (name in own and own[name].shape == tensor.shape)
     }
     untouched = [name for name in own if name.startswith(switched) and name not in kept]
-    _load_strictly(model, kept | {name: own[name] for name in untouched}, path)
+    _load_strictly(model, kept | {name: own[name] for name in untouched}, source)
     return untouched
 
 
-def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """The state dict of a checkpoint, in this project's names, and its configuration. Raises as `load`."""
-    trusted = () if Path(path).suffix == ".safetensors" else _omegaconf_classes()
+def read(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict of a checkpoint, in this project's names, and its configuration.
+
+    Raises:
+        FileNotFoundError, OSError, WeightsError: as `core.load`.
+    """
+    path = find(source)
+    trusted = () if path.suffix == ".safetensors" else _omegaconf_classes()
     state, metadata = read_weights(path, ("anyup", "state_dict", "model"), trusted)
     if metadata.get("format", "").startswith("anyup_lab/"):
         if metadata["format"] != FORMAT:
@@ -97,86 +154,14 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             return state, json.loads(metadata["config"])
         except (KeyError, ValueError) as error:
             raise WeightsError(f"{path} is damaged: it has no configuration that could be read") from error
+    if not is_published(state) and {"rotary.freqs", "image_encoder.0.weight"} <= state.keys():
+        reader = "safetensors.torch.load_file(FILE)" if path.suffix == ".safetensors" else "torch.load(FILE)"
+        raise WeightsError(
+            f"{path} is a bare state dict of this project's AnyUp: it does not say of which variant. Build that one, "
+            f"model = core.build([OVERRIDE, ...]), and model.load_state_dict({reader}); core.save(model, "
+            '"NAME.safetensors") then writes a file that core.load takes'
+        )
     return rename_published(state, path)
-
-
-def from_published(state: dict[str, Tensor]) -> "AnyUp":
-    """The model of a published AnyUp state dict, in eval mode; its feature layer has `ordering: released`.
-
-    Raises:
-        WeightsError: not a state dict of AnyUp.
-    """
-    return _rebuild(*rename_published(state), "the state dict")
-
-
-def rename_published(state: dict[str, Tensor], path: str | Path = "the state dict") -> tuple[dict[str, Tensor], dict]:
-    """A published state dict in this project's names, and the configuration it belongs to.
-
-    Window ratio and number of heads are not in the weights; the published values (0.1, 4) are assumed.
-    """
-    if _IN_PROJECTION + "weight" not in state or "key_features_encoder.0.basis" not in state:
-        found = ", ".join(list(state)[:3])
-        raise WeightsError(f"{path} is not an AnyUp checkpoint: it has {len(state)} tensors such as {found}")
-    try:
-        return _renamed(state), _published_config(state)
-    except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path} is no AnyUp checkpoint: {type(error).__name__}: {error}") from error
-
-
-def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    renamed = {}
-    for name, tensor in state.items():
-        if name == _IN_PROJECTION + "weight":
-            renamed["attention.project_query.weight"], renamed["attention.project_key.weight"], _ = tensor.chunk(3)
-        elif name == _IN_PROJECTION + "bias":
-            renamed["attention.project_query.bias"] = tensor.chunk(3)[0]
-        elif not name.startswith(_OUT_PROJECTION):
-            prefix = next((old for old in _RENAMES if name.startswith(old)), "")
-            renamed[_RENAMES.get(prefix, "") + name[len(prefix) :]] = tensor
-    return renamed
-
-
-def _published_config(state: dict[str, Tensor]) -> dict:
-    num_basis, _, kernel_size, _ = state["key_features_encoder.0.basis"].shape
-    return {
-        "embed_dim": len(state["image_encoder.0.weight"]),
-        "seed": 0,
-        "unifier": {
-            "name": "learned_basis",
-            "num_basis": num_basis,
-            "kernel_size": kernel_size,
-            "ordering": "released",
-        },
-        "attention": {"name": "window", "num_heads": 4, "window_ratio": 0.1},
-    } | {hook: {"name": "none"} for hook in ("decoder", "refiner", "temporal")}
-
-
-def to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our baseline state dict under the published names; what has no counterpart here becomes zeros."""
-    published = {}
-    for name, tensor in state.items():
-        prefix = next((new for new in _RENAMES.values() if name.startswith(new)), "")
-        old = next((old for old, new in _RENAMES.items() if new == prefix), "")
-        if not name.startswith("attention.project_"):
-            published[old + name[len(prefix) :]] = tensor
-    query, key = state["attention.project_query.weight"], state["attention.project_key.weight"]
-    bias = state["attention.project_query.bias"]
-    zeros = torch.zeros_like(bias)
-    published[_IN_PROJECTION + "weight"] = torch.cat([query, key, torch.zeros_like(key)])
-    published[_IN_PROJECTION + "bias"] = torch.cat([bias, zeros, zeros])
-    published[_OUT_PROJECTION + "weight"], published[_OUT_PROJECTION + "bias"] = torch.zeros_like(key), zeros
-    return published
-
-
-def _rebuild(state: dict[str, Tensor], config: dict, path: str | Path) -> "AnyUp":
-    from core.compose import from_config
-
-    try:
-        model = from_config(config)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise WeightsError(f"{path}: no model can be built from its configuration ({error})") from error
-    _load_strictly(model, state, path)
-    return model.eval()
 
 
 def _omegaconf_classes() -> list:
@@ -203,7 +188,7 @@ def _omegaconf_classes() -> list:
     ]
 
 
-def _load_strictly(model: "AnyUp", state: dict[str, Tensor], path: str | Path) -> None:
+def _load_strictly(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     reshaped = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]

@@ -1,13 +1,12 @@
-"""From Hydra overrides to a model: `build(["attention=global", "unifier.num_basis=64"])`."""
+"""From Hydra overrides to a configuration, and from that to fillers: `compose(["attention=global", "seed=3"])`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from core import registry
-from core.anyup import AnyUp
 from core.hooks import HOOK_POINTS, MODEL_HOOKS, Filler
 
 BASELINE = {
@@ -48,25 +47,30 @@ def compose(overrides: list[str] | None = None) -> DictConfig:
         raise _refused(": ".join(map(_first_line, filter(None, (error, error.__cause__))))) from error
 
 
-def build(overrides: list[str] | None = None) -> AnyUp:
-    """Builds a model from Hydra overrides, as an experiment's command line would.
-
-    `build()` is the baseline; `build(["attention=global", "unifier.ordering=released", "seed=3"])` changes it.
+def arguments(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """What the class AnyUp is called with for a configuration; keys that belong to experiments are left alone.
 
     Raises:
-        ValueError: as `compose`.
+        ValueError: a hook point is missing, or a name, setting or value cannot be; says which, and what there is.
     """
-    return from_config(compose(overrides))
-
-
-def from_config(config: DictConfig | dict[str, Any]) -> AnyUp:
-    """Builds the model of a configuration; keys that belong to experiments are left alone."""
+    if not isinstance(config, (DictConfig, Mapping)):
+        raise _refused(f"a model's configuration is a mapping with a key for each hook point, got {config!r}")
+    missing = [hook for hook in MODEL_HOOKS if hook not in config]
+    if missing:
+        raise _refused(
+            f"the configuration has no {', '.join(missing)}: core.compose([OVERRIDE, ...]) gives a whole one; for one "
+            "hook point it is {name: NAME, SETTING: VALUE}"
+        )
     fillers = {hook: _factory(hook, config[hook]) for hook in MODEL_HOOKS}
-    return AnyUp(**fillers, **{key: _typed(key, config.get(key, default)) for key, default in MODEL_KEYS.items()})
+    return fillers | {key: _typed(key, config.get(key, default)) for key, default in MODEL_KEYS.items()}
 
 
-def build_filler(hook: str, config: DictConfig | dict[str, Any]) -> Filler:
-    """Builds a filler that takes no sizes from the core: an `objective` or a `learner`."""
+def build_filler(hook: str, config: DictConfig | Mapping[str, Any]) -> Filler:
+    """Builds a filler that takes no sizes from the core: an `objective` or a `learner`.
+
+    Raises:
+        ValueError: a name, setting or value cannot be; says which, and what there is.
+    """
     return _factory(hook, config)()
 
 
@@ -80,7 +84,9 @@ def available() -> str:
     return "\n".join(lines)
 
 
-def _factory(hook: str, node: DictConfig | dict[str, Any]) -> Callable[..., Filler]:
+def _factory(hook: str, node: DictConfig | Mapping[str, Any]) -> Callable[..., Filler]:
+    if not isinstance(node, (DictConfig, Mapping)) or "name" not in node:
+        raise _refused(f"{hook} must be {{name: NAME, SETTING: VALUE}}, got {node!r}")
     try:
         values = OmegaConf.to_container(OmegaConf.create(node), resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.checkpoint import to_published
 from core.encoder import ResBlock
 from core.fast.windows import window_bounds
+from core.published import to_published
 
 
 class ReferenceAnyUp(nn.Module):

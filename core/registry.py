@@ -1,24 +1,134 @@
-"""Registration: base class = hook point, decorator name = Hydra choice, `__init__` signature = configuration.
+"""Registration: classes that are chosen by name, with their `__init__` signature as typed configuration.
 
+`Choices` is one group of them: the fillers of a hook point here; data sets, tasks and peers in `experiments/`.
 The only file of the core that touches Hydra at import time.
 """
 
 import dataclasses
+import importlib
 import inspect
-from collections.abc import Callable
+import pkgutil
+from collections.abc import Callable, Mapping
 from enum import Enum
 from functools import partial
 from importlib.metadata import entry_points
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, Generic, TypeVar, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
 from core.hooks import HOOK_POINTS, Filler
 
 ENTRY_POINT_GROUP = "anyup_lab.fillers"
-_fillers: dict[str, dict[str, type[Filler]]] = {hook: {} for hook in HOOK_POINTS}
-_T = TypeVar("_T", bound=type[Filler])
+_groups: list["Choices[Any]"] = []
+"""All of this process, for `discover`."""
+_C = TypeVar("_C")
+_T = TypeVar("_T", bound=type)
+
+
+class Choices(Generic[_C]):
+    """Classes of one kind under names, which Hydra offers as `GROUP=NAME`.
+
+    Args:
+        group: of Hydra.
+        base: what each of them must subclass.
+        package: full name of the package whose modules register them. All of it is imported before a look-up, so that
+            dropping a file in is all it takes. Empty: whoever registers a class is imported by others.
+        error: what `make` raises.
+    """
+
+    def __init__(self, group: str, base: type[_C], package: str = "", error: type[ValueError] = ValueError):
+        self.group, self.base, self.package, self.error = group, base, package, error
+        self.known: dict[str, type[_C]] = {}
+        _groups.append(self)
+
+    def register(self, name: str) -> Callable[[_T], _T]:
+        """Offers a class under `name`; running the same definition again (a notebook cell) replaces the earlier one.
+
+        Raises:
+            TypeError: the class is none of this kind, or an argument of its `__init__` has no type.
+            ValueError: another class has that name.
+        """
+
+        def add(cls: _T) -> _T:
+            if not (inspect.isclass(cls) and issubclass(cls, self.base)):
+                raise TypeError(f"{self.group}={name} must be a subclass of {self.base.__name__}, got {cls!r}")
+            known = self.known.get(name)
+            if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ValueError(
+                    f"{self.group}={name} is already registered by {known.__module__}.{known.__qualname__}; "
+                    f"{cls.__module__}.{cls.__qualname__} needs another name (taken: {', '.join(sorted(self.known))})"
+                )
+            add_choice(self.group, name, signature_fields(cls))
+            cls.choice = name
+            self.known[name] = cls
+            return cls
+
+        return add
+
+    def load(self) -> None:
+        """Imports all modules of the package: those that are imported already cost nothing, new ones are found."""
+        if self.package:
+            for found in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
+                importlib.import_module(f"{self.package}.{found.name}")
+
+    def all(self) -> dict[str, type[_C]]:
+        """All classes by name: in the order of their files' names, those of one file as they stand there."""
+        self.load()
+        return dict(sorted(self.known.items(), key=lambda item: item[1].__module__))
+
+    def bind(self, name: object, settings: Mapping[str, Any]) -> "partial[_C]":
+        """The class `name` with its settings, still to be called.
+
+        Raises:
+            error: unknown name, an unknown setting, one without a value, or of another type; says what there is.
+        """
+        known, owner = self.all(), f"{self.group}={name}"
+        if name not in known:
+            raise self.error(f"{owner} is not registered; there are: {', '.join(sorted(known))}")
+        fields = signature_fields(known[name])
+        if unknown := sorted(map(str, set(settings) - set(fields))):
+            raise self.error(
+                f"{owner} has no setting {', '.join(unknown)}; it has: {', '.join(fields) or 'no settings'}"
+            )
+        values = {key: default for key, (_, default) in fields.items()} | dict(settings)
+        if unset := [key for key, value in values.items() if isinstance(value, str) and value == MISSING]:
+            raise self.error(f"{owner} needs a value for {', '.join(unset)}: set {self.group}.{unset[0]}=...")
+        try:
+            typed = {key: _as_declared(owner, key, fields[key][0], settings[key]) for key in settings}
+        except ValueError as error:
+            raise self.error(str(error)) from error
+        return partial(known[name], **typed)
+
+    def settings(self, node: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+        """The configuration `{name, ...settings}` checked: each setting of its declared type, defaults filled in.
+
+        Raises:
+            error: as `bind`, or a setting that refers to one without a value.
+        """
+        bound = self._bound(node)
+        defaults = {key: default for key, (_, default) in signature_fields(bound.func).items()}
+        return {"name": bound.func.choice, **defaults, **bound.keywords}
+
+    def make(self, node: DictConfig | Mapping[str, Any]) -> _C:
+        """Builds what a configuration `{name, ...settings}` describes.
+
+        Raises:
+            error: as `settings`; and what the class refuses.
+        """
+        return self._bound(node)()
+
+    def _bound(self, node: DictConfig | Mapping[str, Any]) -> "partial[_C]":
+        try:
+            values = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+        except OmegaConfBaseException as error:
+            raise self.error(f"{self.group}: {str(error).splitlines()[0]}; give it a value") from error
+        return self.bind(values.pop("name", None), values)
+
+
+_fillers: dict[str, Choices[Filler]] = {hook: Choices(hook, base) for hook, base in HOOK_POINTS.items()}
 
 
 def register(name: str) -> Callable[[_T], _T]:
@@ -34,19 +144,9 @@ def register(name: str) -> Callable[[_T], _T]:
 
     def add(cls: _T) -> _T:
         hook = _hook_of(cls)
-        known = _fillers[hook].get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(
-                f"{hook}={name} is already registered by {known.__module__}.{known.__qualname__}; "
-                f"{cls.__module__}.{cls.__qualname__} needs another name (taken: {', '.join(sorted(_fillers[hook]))})"
-            )
-        fields = signature_fields(cls)
-        if wrong := sorted(set(cls.changeable) - set(fields)):
+        if wrong := sorted(set(cls.changeable) - set(signature_fields(cls))):
             raise TypeError(f"{cls.__qualname__}.changeable names {', '.join(wrong)}, which its __init__ has not")
-        add_choice(hook, name, fields)
-        cls.choice = name
-        _fillers[hook][name] = cls
-        return cls
+        return _fillers[hook].register(name)(cls)
 
     return add
 
@@ -72,10 +172,7 @@ def add_root(name: str, keys: dict[str, Any], choices: dict[str, str]) -> None:
 
 def choices(hook: str) -> dict[str, type[Filler]]:
     """All registered fillers of a hook point by name, those of installed extensions included."""
-    discover()
-    if hook not in _fillers:
-        raise ValueError(f"no hook point is called {hook!r}; there are: {', '.join(_fillers)}")
-    return dict(_fillers[hook])
+    return _group(hook).all()
 
 
 def factory(hook: str, name: str, settings: dict[str, Any]) -> Callable[..., Filler]:
@@ -84,16 +181,7 @@ def factory(hook: str, name: str, settings: dict[str, Any]) -> Callable[..., Fil
     Raises:
         ValueError: unknown hook point or name, or a setting the filler does not have; lists what there is.
     """
-    known = choices(hook)
-    if name not in known:
-        raise ValueError(f"{hook}={name} is not registered; there are: {', '.join(sorted(known))}")
-    fields = signature_fields(known[name])
-    unknown = sorted(set(settings) - set(fields))
-    if unknown:
-        raise ValueError(
-            f"{hook}={name} has no setting {', '.join(unknown)}; it has: {', '.join(fields) or 'no settings'}"
-        )
-    return partial(known[name], **{key: _as_declared(fields[key][0], value) for key, value in settings.items()})
+    return _group(hook).bind(name, settings)
 
 
 def describe(filler: Callable[..., Filler]) -> dict[str, Any]:
@@ -124,8 +212,8 @@ def signature_fields(cls: type) -> dict[str, tuple[type, Any]]:
     fields = {}
     for parameter in list(inspect.signature(cls.__init__).parameters.values())[1:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            if cls.__init__ is Filler.__init__:
-                continue  # the filler defines no __init__: nothing to configure
+            if cls.__init__ in (nn.Module.__init__, object.__init__):
+                continue  # the class defines no __init__: nothing to configure
             raise TypeError(f"{cls.__qualname__}.__init__ takes *{parameter.name}: name every setting")
         if parameter.name in getattr(cls, "supplied", ()):
             continue
@@ -140,19 +228,48 @@ def signature_fields(cls: type) -> dict[str, tuple[type, Any]]:
     return fields
 
 
-def _as_declared(kind: type, value: Any) -> Any:
-    """Undoes what YAML and JSON do not know: tuples come back as lists, members of an Enum as their names."""
-    if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(value)
-    if inspect.isclass(kind) and issubclass(kind, Enum) and isinstance(value, str):
-        return kind[value]
-    return value
+def _as_declared(owner: str, key: str, kind: type, value: Any) -> Any:
+    """The value of a setting in its declared type, as Hydra takes it: members of an Enum by name, tuples as lists.
+
+    Raises:
+        ValueError: it cannot be; names the filler, the setting, the value and what it may be.
+    """
+    try:
+        node = OmegaConf.structured(dataclasses.make_dataclass("Settings", [(key, kind)]))
+        node[key] = value
+        plain = OmegaConf.to_container(node, resolve=True)[key]
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{owner}: {key} must be {_described(kind)}, got {value!r}") from error
+    return tuple(plain) if get_origin(kind) is tuple and plain is not None else plain
+
+
+def _described(kind: type) -> str:
+    if inspect.isclass(kind) and issubclass(kind, Enum):
+        return f"one of {', '.join(kind.__members__)}"
+    return kind.__name__ if inspect.isclass(kind) and get_origin(kind) is None else str(kind)
 
 
 def discover() -> None:
-    """Imports every installed package that offers fillers through the entry point group `anyup_lab.fillers`."""
+    """Imports all that registers choices, so that Hydra knows them before it composes.
+
+    That is every installed package that offers fillers through the entry point group `anyup_lab.fillers`, and the
+    package of every `Choices` of this process: of data sets once `experiments.data` is imported, and so on.
+    """
+    _load_extensions()
+    for group in _groups:
+        group.load()
+
+
+def _load_extensions() -> None:
     for found in entry_points(group=ENTRY_POINT_GROUP):
         found.load()
+
+
+def _group(hook: str) -> Choices[Filler]:
+    _load_extensions()
+    if hook not in _fillers:
+        raise ValueError(f"no hook point is called {hook!r}; there are: {', '.join(_fillers)}")
+    return _fillers[hook]
 
 
 def _hook_of(cls: type) -> str:

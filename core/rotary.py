@@ -67,10 +67,11 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx, grad):
         refuse_second_derivatives()
         x, freqs = ctx.saved_tensors
-        grad_x, grad_freqs, half = torch.empty_like(x), torch.zeros_like(freqs), x.shape[1] // 2
         positions = _positions(x, freqs)
+        wide = positions[0].dtype
+        grad_x, grad_freqs, half = torch.empty_like(x), torch.zeros_like(freqs, dtype=wide), x.shape[1] // 2
         for rows, cos, sin in _angles(x, freqs):
-            grad_angle = torch.zeros_like(cos, dtype=freqs.dtype)  # (rows,W,D)
+            grad_angle = torch.zeros_like(cos, dtype=wide)  # (rows,W,D)
             for image, given, target in zip(*(t.permute(0, 2, 3, 1)[:, rows] for t in (x, grad, grad_x)), strict=True):
                 along, across = given * cos, given * sin
                 first, second = image[..., :half], image[..., half:]
@@ -81,7 +82,7 @@ class _Rotate(torch.autograd.Function):
                 target.copy_(along)
             grad_freqs[0] += positions[0][rows] @ grad_angle.sum(1)
             grad_freqs[1] += positions[1] @ grad_angle.sum(0)
-        return grad_x, grad_freqs
+        return grad_x, grad_freqs.to(freqs.dtype)
 
 
 def _angles(x: Tensor, freqs: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -103,4 +104,5 @@ def _angles(x: Tensor, freqs: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
 
 def _positions(x: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
     """Of rows (H,) and columns (W,)."""
-    return tuple(torch.linspace(0, 1, n, device=x.device, dtype=freqs.dtype) for n in x.shape[-2:])
+    wide = torch.promote_types(freqs.dtype, torch.float32)  # half precision would move pixels by several of them
+    return tuple(torch.linspace(0, 1, n, device=x.device, dtype=wide) for n in x.shape[-2:])

@@ -9,8 +9,14 @@ import torch
 
 @contextmanager
 def named_stream(seed: int, name: str) -> Iterator[None]:
-    """Within the block torch's CPU generator is the stream (seed, name); afterwards it is as it was before."""
+    """Within the block torch's CPU generator is the stream (seed, name); afterwards it is as it was before.
+
+    Generators of GPUs are left alone: make weights and draw numbers on the CPU, then move them.
+    """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    before = torch.get_rng_state()
+    try:
+        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         yield
+    finally:
+        torch.set_rng_state(before)

@@ -1,7 +1,6 @@
 """What the model refuses, before it computes anything; and what it refuses from a filler."""
 
-import math
-from numbers import Real
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +40,16 @@ def check_inputs(
 
 
 def check_size(output_size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) as plain positive integers."""
+    """(height, width) as plain positive integers; integers of numpy and integer tensors without axes are taken.
+
+    Raises:
+        ValueError: anything else, 40.0 included.
+    """
     try:
         height, width = (side.item() if isinstance(side, Tensor) else side for side in output_size)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"output_size must be (height, width), got {output_size!r}") from None
-    if not all(isinstance(side, Real) and math.isfinite(side) and side == int(side) >= 1 for side in (height, width)):
+    if not all(isinstance(side, Integral) and not isinstance(side, bool) and side >= 1 for side in (height, width)):
         raise ValueError(f"output_size must be two positive integers, got {output_size!r}")
     return int(height), int(width)
 

@@ -1,9 +1,11 @@
 """Reading weight files safely: safetensors, or pickles of which only tensors are taken."""
 
+import hashlib
 import pickle
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,16 +25,33 @@ DAMAGED = (
     struct.error,
 )
 """What torch's reader raises for cut or altered files, found by cutting and altering them."""
+WRAPPERS = ("module.", "_orig_mod.")
+"""What DataParallel and `torch.compile` put before each name."""
+_ANEW = "copy or download it again, or save it anew"
 
 
 class WeightsError(ValueError):
     """A weight file that cannot be used: damaged, unsafe, or of another model."""
 
 
+def content_digest(path: Path) -> str:
+    """Hexadecimal digest of what a file holds; read again only when it was changed."""
+    stat = path.stat()
+    return _content(path, stat.st_mtime_ns, stat.st_size)
+
+
+@cache
+def _content(path: Path, _changed: int, _size: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_weights(
     path: str | Path, nests: Sequence[str] = ("state_dict", "model"), trusted: Sequence[type] = ()
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a weight file by name, on the CPU, and (safetensors) its metadata.
+
+    Prefixes that all names have from DataParallel or `torch.compile` are taken off.
 
     Args:
         nests: keys under which a pickle may hold the state dict, instead of being one.
@@ -47,9 +66,10 @@ def read_weights(
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return _unwrapped(state), file.metadata() or {}
         except SafetensorError as error:
-            raise WeightsError(f"weights {path}: truncated or damaged ({error})") from error
+            raise WeightsError(f"weights {path}: truncated or damaged ({error}): {_ANEW}") from error
     if path.suffix not in PICKLED:
         raise WeightsError(f"weights {path}: cannot read {path.suffix!r}, only .safetensors, {', '.join(PICKLED)}")
     try:
@@ -59,19 +79,55 @@ def read_weights(
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"weights {path}: refused, it holds more than tensors (loading it would run code) or is damaged; nothing "
-            "was executed"
+            "was executed. Where it was made, save the tensors alone: torch.save(model.state_dict(), FILE)"
         ) from error
     except DAMAGED as error:
-        raise WeightsError(f"weights {path}: truncated or damaged ({type(error).__name__})") from error
-    return _state_dict(state, nests, path), {}
+        raise WeightsError(f"weights {path}: truncated or damaged ({type(error).__name__}): {_ANEW}") from error
+    return _unwrapped(_state_dict(state, nests, path)), {}
+
+
+def outer_names(state: Iterable[str], wanted: Iterable[str]) -> str:
+    """The way out of a refusal, where all of `wanted` is in a state dict under another name, such as `teacher.`.
+
+    Returns:
+        The end of an error's message; empty where that is not so.
+    """
+    names, wanted = set(state), list(wanted)
+    if not wanted:
+        return ""
+    ends = [name.removesuffix(wanted[0]) for name in names if name.endswith(f".{wanted[0]}")]
+    found = sorted(end for end in ends if all(end + name in names for name in wanted))
+    if not found:
+        return ""
+    return (
+        f". What is asked for is there under {', '.join(found)}: save that alone, without the prefix: "
+        f"torch.save({{name.removeprefix({found[0]!r}): tensor for name, tensor in STATE.items() if "
+        f'name.startswith({found[0]!r})}}, "FILE.pth")'
+    )
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in WRAPPERS * 2:  # either may be inside the other
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
 
 
 def _state_dict(state: object, nests: Sequence[str], path: Path) -> dict[str, Tensor]:
     for nest in nests:
         if isinstance(state, dict) and isinstance(state.get(nest), dict):
             state = state[nest]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(
-            f"weights {path}: no state dict (parameter names and tensors), bare or under {', '.join(nests)}"
+    if _is_state_dict(state):
+        return state
+    reason = f"weights {path}: no state dict (parameter names and tensors), bare or under {', '.join(nests)}"
+    inner = [key for key, value in state.items() if _is_state_dict(value)] if isinstance(state, dict) else []
+    if inner:
+        reason += (
+            f"; it has one under {', '.join(map(str, inner))}, and which is meant is not guessed: save that alone, "
+            f'torch.save(torch.load({path.name!r}, weights_only=True)[{inner[0]!r}], "FILE.pth")'
         )
-    return state
+    raise WeightsError(reason)
+
+
+def _is_state_dict(value: object) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())

@@ -29,7 +29,7 @@ from experiments.data import DataError, Sample, open_data
 from experiments.data.image_files import NoImages
 from experiments.measuring.ceilings import CEILINGS
 from experiments.measuring.metrics import FidelityCase, FidelityError, fidelity, fidelity_case
-from experiments.peers import make_peer, peers
+from experiments.peers import named_peers, peer_from_config
 from experiments.reports.fidelity import BASELINE, Result, header, metrics, rich_table, summarise, write
 from experiments.reports.fidelity_pictures import WorstImages
 from experiments.settings import SettingError, check_writable, pick_device
@@ -124,19 +124,20 @@ def upsamplers(config: DictConfig) -> dict[str, nn.Module]:
     """The arms that upsample, by name: `config.peers`, then `config.checkpoints`.
 
     Raises:
-        SettingError: an unknown peer, a checkpoint that cannot be loaded, or two arms of one name.
+        SettingError: a peer that is unknown or cannot be made, a checkpoint that cannot be loaded, or two arms of one
+            name.
     """
-    names = list(peers()) if config.peers is None else list(config.peers)
+    names = named_peers(config.peers)
     if BASELINE not in names:
-        raise SettingError(f"peers={names} lacks {BASELINE}, which all others are compared with")
+        raise SettingError(f"peers={list(names)} lacks {BASELINE}, which all others are compared with")
     files = _named(config.checkpoints)
     for name in (*names, *files):
         if [*names, *files, *CEILINGS].count(name) > 1:
             raise _named_twice(name)
     try:
-        models = {name: make_peer(name) for name in names}
-        return models | {name: core.load(Path(path).expanduser()) for name, path in files.items()}
-    except (core.WeightsError, FileNotFoundError) as error:
+        models = {name: peer_from_config(node) for name, node in names.items()}
+        return models | {name: core.load(path) for name, path in files.items()}
+    except (core.WeightsError, OSError) as error:
         raise SettingError(f"checkpoints: {error}") from error
     except ValueError as error:
         raise SettingError(str(error)) from error

@@ -5,7 +5,7 @@ import fcntl
 import os
 from pathlib import Path
 
-_held: set[Path] = set()  # the system's locks are per process: within one they keep nobody out
+_held: dict[Path, object] = {}  # the system's locks are per process: within one they keep nobody out
 
 
 class Locked(OSError):
@@ -21,9 +21,27 @@ def lock_folder(folder: Path) -> int:
         Locked: another process has it, or this one has it already.
         OSError: the folder cannot be written.
     """
-    folder = folder.resolve()
-    if folder in _held:
+    folder, mine = folder.resolve(), object()
+    if _held.setdefault(folder, mine) is not mine:  # asks and enters at once: another thread may do the same
         raise Locked(f"{folder} is in use by this process")
+    lock = -1
+    try:
+        lock = _lock(folder)
+    finally:
+        if lock < 0:
+            del _held[folder]
+    return lock
+
+
+def unlock_folder(folder: Path, lock: int) -> None:
+    """Lets go of a folder."""
+    try:
+        os.close(lock)
+    finally:  # only now: closing any descriptor of the file gives up whatever lock this process has by then
+        _held.pop(folder.resolve(), None)
+
+
+def _lock(folder: Path) -> int:
     path = folder / "lock"
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -31,7 +49,6 @@ def lock_folder(folder: Path) -> int:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(lock), path.stat()):
-                _held.add(folder)
                 return lock
         except FileNotFoundError:  # the folder has been removed: try the next one
             pass
@@ -41,9 +58,3 @@ def lock_folder(folder: Path) -> int:
                 raise Locked(f"{folder} is in use by another process") from error
             raise
         os.close(lock)
-
-
-def unlock_folder(folder: Path, lock: int) -> None:
-    """Lets go of a folder."""
-    _held.discard(folder.resolve())
-    os.close(lock)

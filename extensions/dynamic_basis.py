@@ -164,7 +164,7 @@ class DynamicBasis(LearnedBasis):
         code = self.meta(features, guidance, self.radius)  # (B,h',w',hidden)
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             self._seen = code[0], features.shape[1]
-        return self.encoder(F.normalize(features, dim=1), stem=partial(self._responses, code))
+        return self._encoded(features, partial(self._responses, code)).to(guidance.dtype)
 
     def filters(self, code: Tensor, channels: int) -> Tensor:
         """(…,hidden) -> (…,k²,M), the filters for features of that many channels."""
@@ -249,8 +249,7 @@ class DynamicBasis(LearnedBasis):
 def _mean_of_softmaxes(responses: Tensor) -> Tensor:
     """(n,C,M) -> (n,M), as `responses.softmax(2).mean(1)`, where PyTorch's softmax is slow several times faster."""
     exps = (responses - responses.detach().amax(2, keepdim=True)).exp()
-    share = 1 / (exps.sum(2, keepdim=True) * exps.shape[1])  # (n,C,1)
-    return (share.mT @ exps)[:, 0]
+    return (exps / exps.sum(2, keepdim=True)).mean(1)
 
 
 def _mosaic(filters: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ def perturbed() -> Callable[[nn.Module], nn.Module]:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
-                scale = 0.3 if parameter.dim() == 1 else 0.3 * parameter.std()
+                alike = parameter.dim() < 2 or bool((parameter == parameter.flatten()[0]).all())  # no spread to go by
+                scale = 0.3 if alike else 0.3 * parameter.std()
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.add_((scale * noise).to(parameter.dtype))
         return model
@@ -66,15 +67,17 @@ def perturbed() -> Callable[[nn.Module], nn.Module]:
 
 @pytest.fixture
 def own_registry(monkeypatch) -> Iterator[None]:
-    """Forgets what a test registers: `_fillers` and Hydra's store are as before once the test is over."""
+    """Forgets what a test registers: all choices and Hydra's store are as before once the test is over."""
     from hydra.core.config_store import ConfigStore
 
-    monkeypatch.setattr(registry, "_fillers", {hook: dict(known) for hook, known in registry._fillers.items()})
+    registry.discover()  # a module registers once: what a test is the first to import must stay
+    for group in registry._groups:
+        monkeypatch.setattr(group, "known", dict(group.known))
     store = ConfigStore.instance()
-    groups = {hook: dict(store.repo.get(hook, {})) for hook in registry.HOOK_POINTS}
+    groups = {group.group: dict(store.repo.get(group.group, {})) for group in registry._groups}
     yield
-    for hook, nodes in groups.items():
-        store.repo[hook] = nodes
+    for group, nodes in groups.items():
+        store.repo[group] = nodes
 
 
 class LargestTensor(TorchDispatchMode):

@@ -106,7 +106,7 @@ def table_of(report):
         ({"arms": {"baseline": [], "typo": ["attention=globl"]}}, "arm typo: .*globl"),
         ({"arms": {"baseline": [], "odd": ["attention.num_heads=3"]}}, "arm odd: .*3"),
         ({"arms": {"baseline": {"checkpoint": "gone.safetensors"}}}, "arm baseline: its checkpoint gone.safe"),
-        ({"arms": {"baseline": {"file": "x"}}}, "arm baseline must be a list of overrides, or {checkpoint: FILE}"),
+        ({"arms": {"baseline": {"file": "x"}}}, "arm baseline must be a list of overrides, or {checkpoint"),
         ({"arms": {"baseline": [3]}}, "arms.baseline must be a list of overrides"),
         ({"arms": {"baseline": [], "lucky": ["seed=5"]}}, r"arm lucky sets a seed: all arms have the same ones"),
         ({"product": {"unifier": "none"}}, "product.unifier must be a list of at least one value"),
@@ -116,7 +116,7 @@ def table_of(report):
         ({"tasks": {}}, "there are no tasks"),
         ({"tasks": {"one": ["task=nothing"]}}, "task one: .*nothing"),
         ({"tasks": {"one": ["task=fidelity"], "two": ["task=fidelity"]}}, "tasks one and two are the same evaluation"),
-        ({"peers": ["loftup_of_old"]}, "peers=loftup_of_old is none; there are: .*bilinear"),
+        ({"peers": ["loftup_of_old"]}, "peer=loftup_of_old is not registered; there are: .*bilinear"),
         ({"ceilings": ["sky"]}, "ceilings=sky is none; there are: encoder"),
         ({"confidence": 1.0}, "confidence must lie between"),
         ({"name": "a/b"}, "name must be a file name"),
@@ -364,6 +364,21 @@ def test_a_failing_arm_fails_alone_and_the_table_says_so(config, fake):
     assert {one.arm for one in report.comparisons} == {"baseline", "no_window", "nearest", "bilinear", "encoder"}
     text = next(file for file in report.files if file.suffix == ".md").read_text()
     assert "- FAILED: wild: seed 0: NonFiniteLoss" in text
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_failures_are_known_whatever_the_clock_of_their_disk(config, fake, hours):
+    """One of this sweep is settled, for all its processes; one of an earlier sweep is tried again."""
+    made = config(seeds=[0])
+    mine, beside = Sweep(made).members[0], Sweep(made).members[0]
+    for reason in ("no memory", "no memory"):  # the second time for the same reason
+        later = Sweep(made).members[0]
+        assert later.failure == ""
+        mine.fail(reason)
+        noted = mine.folder / "failed.json"
+        os.utime(noted, (time.time() + 3600 * hours,) * 2)
+        assert mine.failure == beside.failure == later.failure == reason
+    assert Sweep(made).members[0].failure == ""
 
 
 def test_a_training_in_a_sweep_goes_on_where_it_was_left(config, fake, monkeypatch):

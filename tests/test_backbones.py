@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 from functools import cache
@@ -326,7 +327,8 @@ def test_classical_descriptors_are_deterministic_and_per_image(name):
     rgb = noise(64, 48, batch=2)
     both = get(name)(rgb)
     assert torch.equal(both, get(name)(rgb))
-    assert torch.equal(both[1:], get(name)(rgb[1:]))
+    # Sums of at most (3·16)² terms, in an order that may depend on the batch, of descriptors no longer than 1.
+    torch.testing.assert_close(get(name)(rgb[1:]), both[1:], rtol=0, atol=48**2 * torch.finfo(torch.float32).eps / 2)
     length = both[:, :-6].norm(dim=1)
     assert length.min() > 0.9
     assert length.max() < 1
@@ -564,6 +566,34 @@ def test_pickled_state_dicts_load(suffix, nest, tmp_path):
     assert torch.equal(load_backbone("mobilenetv2", str(path)).trunk.conv_stem.weight, state["conv_stem.weight"])
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("name", ["vit_tiny16", "squeezenet"])
+def test_prefixes_of_wrappers_are_taken_off(name, prefix, tmp_path):
+    state = other_trunk(name)
+    path = write(tmp_path / "wrapped.pth", {"state_dict": {prefix + key: value for key, value in state.items()}})
+    first, loaded = next(iter(load_backbone(name, path).trunk.state_dict().items()))
+    assert torch.equal(loaded, state[first if first in state else f"features.{first}"])
+
+
+def test_an_outer_key_is_named_with_the_way_out(tmp_path):
+    state = other_trunk("vit_tiny16")
+    path = write(tmp_path / "dino.pth", {"student": state, "teacher": state, "epoch": 3})
+    with pytest.raises(WeightsError, match=r"dino.pth: no state dict .*; it has one under student, teacher"):
+        load_backbone("vit_tiny16", path)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny16", "squeezenet"])
+def test_an_outer_name_is_named_with_the_way_out(name, tmp_path):
+    state = {f"teacher.backbone.{key}": value for key, value in other_trunk(name).items()}
+    path = write(tmp_path / "dino.pth", state | {"teacher.head.weight": torch.zeros(3)})
+    way_out = r"is there under teacher\.backbone\.(features\.)?: save that alone, without the prefix: torch\.save"
+    with pytest.raises(WeightsError, match=way_out) as caught:
+        load_backbone(name, path)
+    prefix = re.search(r"removeprefix\('(.*?)'\)", str(caught.value)).group(1)
+    write(path, {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+    assert load_backbone(name, path).name == name
+
+
 def test_half_precision_weights_are_cast(tmp_path):
     state = {
         key: value.half() if value.is_floating_point() else value for key, value in other_trunk("vit_tiny16").items()
@@ -623,7 +653,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_truncated_file_is_named(suffix, share, tmp_path):
     path = write(tmp_path / f"cut{suffix}", other_trunk("mobilenetv2"))
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(WeightsError, match=f"cut{suffix}: truncated or damaged"):
+    with pytest.raises(WeightsError, match=f"cut{suffix}: truncated or damaged .*download it again"):
         load_backbone("mobilenetv2", path)
 
 
@@ -703,7 +733,7 @@ def test_a_download_that_breaks_names_both_ways_out(monkeypatch):
     def broken(repo, file):
         raise HTTPError("connection reset")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)
+    monkeypatch.setattr("core.backbones.timm.hub_file", broken)
     with pytest.raises(WeightsUnavailable, match=BOTH_WAYS):
         load_backbone("vit_tiny16")
 
@@ -711,7 +741,7 @@ def test_a_download_that_breaks_names_both_ways_out(monkeypatch):
 def test_the_hubs_file_is_loaded(monkeypatch, tmp_path):
     state = other_trunk("dinov2_vits14_reg")
     path, asked = write(tmp_path / "model.safetensors", state), []
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file: asked.append((repo, file)) or str(path))
+    monkeypatch.setattr("core.backbones.timm.hub_file", lambda repo, file: asked.append((repo, file)) or str(path))
     backbone = load_backbone("dinov2_vits14_reg")
     assert asked == [("timm/vit_small_patch14_reg4_dinov2.lvd142m", "model.safetensors")]
     assert torch.equal(backbone.trunk.pos_embed, state["pos_embed"])

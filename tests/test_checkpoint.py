@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import resource
 import zipfile
 from pathlib import Path
@@ -10,19 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import core
-from core.checkpoint import read, rename_published, to_published
+from core.checkpoint import read
+from core.published import rename_published, to_published
 from core.reference import ReferenceAnyUp
 from core.weight_files import WeightsError
-from experiments.data.image_files import bundled
-from experiments.data.image_files import read as read_image
-from experiments.measuring.metrics import fidelity, fidelity_case
+from experiments.training.state import State, read_state, save_state
 
 IMAGE, FEATURES = torch.randn(1, 3, 32, 40), torch.randn(1, 5, 4, 6)
 SMALL = ["embed_dim=16", "unifier.num_basis=8"]
@@ -129,7 +129,7 @@ def test_truncated_files_are_named(tmp_path, published, suffix, kept):
     (save_file if suffix == ".safetensors" else torch.save)(published, path)
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(WeightsError, match=f"cut{suffix}"):
+    with pytest.raises(WeightsError, match=f"cut{suffix}: truncated or damaged .*copy or download it again"):
         core.load(path)
 
 
@@ -201,8 +201,9 @@ def test_save_and_load_through_the_hub_interface(tmp_path):
     loaded = core.AnyUp.from_pretrained(tmp_path / "saved")
     assert loaded.config == model.config
     assert torch.equal(loaded(IMAGE, FEATURES), model.eval()(IMAGE, FEATURES))
-    with pytest.raises(FileNotFoundError, match=r"model.safetensors"):
-        core.AnyUp.from_pretrained(tmp_path)
+    for other in (core.load(tmp_path / "saved"), core.load(str(tmp_path / "saved"))):
+        assert torch.equal(other(IMAGE, FEATURES), loaded(IMAGE, FEATURES))
+    assert core.warm_start(core.build([*SMALL, "attention=global"]), tmp_path / "saved") == []
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -363,7 +364,7 @@ def test_a_checkpoint_of_an_extension_that_is_gone(saved, own_registry):
 
     core.save(core.build([*SMALL, "decoder=passing", "decoder.depth=3"]), saved)
     assert core.load(saved).decoder.weight.shape == (3,)
-    core.registry._fillers["decoder"].pop("passing")
+    core.registry._fillers["decoder"].known.pop("passing")
     with pytest.raises(ValueError, match=r"decoder=passing is not registered; there are: .*none"):
         core.load(saved)
 
@@ -437,12 +438,44 @@ def test_a_published_state_dict_of_other_shapes(tmp_path, published, name, value
         core.load(path)
 
 
-def test_wrapped_in_data_parallel(tmp_path, published):
-    """Not what the released script saves; refused with the names that are there, not loaded by guessing."""
-    path = tmp_path / "parallel.pth"
-    torch.save({f"module.{name}": tensor for name, tensor in published.items()}, path)
-    with pytest.raises(WeightsError, match=r"not an AnyUp checkpoint: it has \d+ tensors such as module\."):
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_prefixes_of_wrappers_are_taken_off(tmp_path, published, prefix, suffix):
+    path = tmp_path / f"wrapped{suffix}"
+    state = {prefix + name: tensor for name, tensor in published.items()}
+    (save_file if suffix == ".safetensors" else torch.save)(state, path)
+    assert torch.equal(core.load(path).rotary.freqs, published["rope.freqs"])
+
+
+def test_an_outer_key_is_named_with_the_way_out(tmp_path, published):
+    path = tmp_path / "both.pth"
+    torch.save({"student": published, "teacher": published, "epoch": 3}, path)
+    with pytest.raises(WeightsError, match=r"both\.pth: no state dict .*; it has one under student, teacher") as caught:
         core.load(path)
+    way_out = re.search(r"torch\.save\(.*\)", str(caught.value)).group()
+    assert way_out == "torch.save(torch.load('both.pth', weights_only=True)['student'], \"FILE.pth\")"
+    torch.save(torch.load(path, weights_only=True)["student"], path)
+    assert core.load(path).config["embed_dim"] == 16
+
+
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_an_outer_name_is_named_with_the_way_out(tmp_path, published, ours, suffix):
+    """Not a wrapper's: that it can be taken off would be a guess."""
+    path, state = tmp_path / f"ema{suffix}", core.build(SMALL).state_dict() if ours else published
+    state = {f"ema.net.{name}": tensor for name, tensor in state.items()} | {"updates": torch.zeros(1)}
+    (save_file if suffix == ".safetensors" else torch.save)(state, path)
+    with pytest.raises(WeightsError, match=r"is there under ema\.net\.: save that alone, without the prefix"):
+        core.load(path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_bare_state_dict_of_ours_says_what_to_do(tmp_path, suffix):
+    path, model = tmp_path / f"bare{suffix}", core.build([*SMALL, "seed=4"])
+    (save_file if suffix == ".safetensors" else torch.save)(model.state_dict(), path)
+    for call in (lambda: core.load(path), lambda: core.warm_start(core.build(SMALL), path)):
+        with pytest.raises(WeightsError, match=r"is a bare state dict of this project.*core\.build.*core\.save"):
+            call()
 
 
 @pytest.mark.parametrize(
@@ -664,82 +697,67 @@ def test_warm_start_with_settings_that_are_lists(saved, own_registry):
         core.warm_start(core.AnyUp(decoder=Sized, embed_dim=16), tampered(saved, drop="decoder.weight"))
 
 
-# --- the hub ---------------------------------------------------------------------------------------------------------
+# --- wrapped models --------------------------------------------------------------------------------------------------
 
 
-def test_an_unreachable_hub_is_named(monkeypatch, tmp_path):
-    """Neither online nor in the cache: what was asked for, and a way out."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match=r"(?s)nobody/nothing.*(core\.load|local|offline|cache)"):
-        core.AnyUp.from_pretrained("nobody/nothing", cache_dir=tmp_path)
+def wrapped(model: core.AnyUp, how: str) -> nn.Module:
+    if how == "compiled part":
+        model.image_encoder = torch.compile(model.image_encoder)
+        return model
+    for wrap in how.split(" of "):
+        model = {"compile": torch.compile, "parallel": nn.DataParallel, "average": AveragedModel}[wrap](model)
+    return model
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises((OSError, ValueError), match="nowhere"):
-        core.AnyUp.from_pretrained(tmp_path / "nowhere")
+@pytest.mark.parametrize(
+    "how", ["compile", "parallel", "average", "compile of parallel", "parallel of compile", "compiled part"]
+)
+def test_a_wrapped_model_is_saved_as_what_is_inside(tmp_path, how):
+    model = core.build([*SMALL, "seed=3"])
+    config, kept = model.config, weights(model)
+    core.save(wrapped(model, how), tmp_path / "model.safetensors")
+    loaded = core.load(tmp_path / "model.safetensors")
+    assert loaded.config == config
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in loaded.state_dict().items())
+    assert load_file(tmp_path / "model.safetensors").keys() == kept.keys()
 
 
-def test_pushing_uploads_the_checkpoint(monkeypatch):
-    """The part before the network: what would be uploaded is a checkpoint that loads."""
-    uploaded = {}
-
-    class Hub:
-        def __init__(self, *_, **__):
-            pass
-
-        def create_repo(self, repo_id, **_):
-            return type("Url", (), {"repo_id": repo_id})
-
-        def upload_folder(self, *, repo_id, folder_path, **_):
-            uploaded[repo_id] = core.load(Path(folder_path) / "model.safetensors").config
-
-    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
-    model = core.build([*SMALL, "attention=global"])
-    model.push_to_hub("me/anyup")
-    assert uploaded == {"me/anyup": model.config}
+def test_a_model_in_distributed_training_is_saved(tmp_path):
+    model = core.build(SMALL)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        core.save(nn.parallel.DistributedDataParallel(model), tmp_path / "model.safetensors")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert core.load(tmp_path / "model.safetensors").config == model.config
 
 
-# --- torch.hub -------------------------------------------------------------------------------------------------------
-
-ROOT = str(Path(__file__).resolve().parent.parent)
-
-
-def test_torch_hub_entry_points(saved, published, monkeypatch):
-    assert torch.hub.load(ROOT, "anyup", source="local", checkpoint=str(saved)).config == core.load(saved).config
-    assert torch.hub.load(ROOT, "anyup", source="local", overrides=SMALL).config == core.build(SMALL).config
-    with pytest.raises(ValueError, match="not both"):
-        torch.hub.load(ROOT, "anyup", source="local", checkpoint=str(saved), overrides=SMALL)
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **_: published)
-    for name in ("anyup_paper", "anyup_multi_backbone"):
-        model = torch.hub.load(ROOT, name, source="local")
-        assert model.config["unifier"]["ordering"] == "released"
-        assert not model.training
+def test_a_wrapped_model_is_warm_started(saved):
+    model = core.build([*SMALL, "seed=9"])
+    assert core.warm_start(torch.compile(model), saved) == []
+    assert torch.equal(model.rotary.freqs, core.load(saved).rotary.freqs)
+    assert torch.equal(model.key_encoder[0].weight, core.load(saved).key_encoder[0].weight)
 
 
-@pytest.mark.parametrize("ordering", ["paper", "released"])
-def test_trained_baselines_come_along(ordering):
-    model = core.AnyUp.from_pretrained(f"anyup_{ordering}")
-    assert model.config["unifier"]["ordering"] == ordering
-    assert not model.training
-    untrained = core.build([f"unifier.ordering={ordering}"]).state_dict()
-    assert not any(torch.equal(value, untrained[name]) for name, value in model.state_dict().items() if value.dim() > 1)
+def test_what_is_no_anyup_is_not_saved(tmp_path):
+    with pytest.raises(TypeError, match="DataParallel is no AnyUp, nor a known wrapper of one"):
+        core.save(nn.DataParallel(nn.Linear(2, 2)), tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("ordering", ["paper", "released"])
-def test_trained_baselines_beat_bilinear_upsampling(ordering):
-    """Three photographs of those that come along, none of which was trained on; features of the embedded encoder."""
-    model, encoder = core.AnyUp.from_pretrained(f"anyup_{ordering}"), core.load_backbone("embedded")
-    gains = []
-    for name in ("astronaut", "coffee", "china"):
-        image = read_image(bundled(name))[0]
-        case = fidelity_case(image, encoder, 2, 224, 112)
-        with torch.no_grad():
-            ours = model(case.guidance, case.features, case.output_size)
-        bilinear = F.interpolate(case.features, case.output_size, mode="bilinear")
-        gains.append(fidelity(ours, case)["cosine"] - fidelity(bilinear, case)["cosine"])
-    assert min(gains) > 0.001
+def test_names_of_a_compiled_model_in_an_earlier_file(saved):
+    """What `save` once wrote of a compiled model."""
+    state = {f"_orig_mod.{name}": tensor for name, tensor in load_file(saved).items()}
+    save_file(state, saved, _metadata(saved))
+    assert core.load(saved).config["embed_dim"] == 16
 
 
-def test_the_baseline_by_default_is_that_of_the_paper():
-    ours, papers = core.AnyUp.from_pretrained().state_dict(), core.AnyUp.from_pretrained("anyup_paper").state_dict()
-    assert all(torch.equal(ours[name], papers[name]) for name in papers)
+# --- the state of a training -----------------------------------------------------------------------------------------
+
+
+def test_a_truncated_state_says_what_to_do(tmp_path):
+    path = tmp_path / "state.safetensors"
+    save_state(path, State(step=3), {"weight": torch.zeros(100)}, {"steps": 5})
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(WeightsError, match=r"state\.safetensors: truncated.*delete it, .*resume=never.*last\.safe"):
+        read_state(path)

@@ -824,11 +824,11 @@ def test_hydra_refuses_what_does_not_exist(overrides, said, composed):
 
 
 def test_open_data_names_what_is_missing_or_unknown(composed):
-    with pytest.raises(DataError, match=r"data=camvid needs data\.path="):
+    with pytest.raises(DataError, match=r"data=camvid needs a value for path: set data\.path="):
         open_data(composed("data=camvid"))
     with pytest.raises(DataError, match="data=camvid has no setting color; it has: path, split"):
         open_data({"name": "camvid", "path": ".", "color": True})
-    with pytest.raises(DataError, match=r"no data set is called 'camvit'; there are: .*camvid"):
+    with pytest.raises(DataError, match=r"data=camvit is not registered; there are: .*camvid"):
         open_data({"name": "camvit"})
 
 

@@ -212,7 +212,7 @@ def test_features_that_are_not_finite_name_arm_and_image():
         ("seeds=[1,1]", r"seeds=\[1, 1\] names one twice"),
         ("seeds=[-1]", "seeds must be a list of whole numbers"),
         ("peers=[nearest]", "lacks bilinear"),
-        ("peers=[bilinear,sharp]", "no peer is called 'sharp'"),
+        ("peers=[bilinear,sharp]", "peer=sharp is not registered"),
         ("checkpoints=[none.safetensors]", "checkpoints: .*none.safetensors"),
         ("ceilings=[oracle_error]", "ceilings of task=segmentation may be encoder, got oracle_error"),
         ("ceilings=[encoder,encoder]", "names one twice"),
@@ -250,7 +250,7 @@ def test_data_and_tasks_that_do_not_go_together():
     frames = ("val_data.frames=2", "max_val_images=1")
     with pytest.raises(SettingError, match="task=temporal measures whole videos: max_val_images must be null"):
         evaluate(config("task=temporal", *frames, quick=QUICK))
-    with pytest.raises(SettingError, match="no task is called 'parsing'; there are: depth, fidelity, normals"):
+    with pytest.raises(SettingError, match="task=parsing is not registered; there are: depth, fidelity, normals"):
         Evaluation(OmegaConf.merge(OmegaConf.to_container(config()), {"task": {"name": "parsing"}}))
 
 

@@ -255,7 +255,7 @@ def test_nan_features_of_one_image_stop_the_run_with_its_name(weights, monkeypat
         ("ceilings=[sky]", "ceilings may be encoder, oracle_cosine"),
         ("ceilings=[encoder,encoder]", "each once"),
         ("peers=[nearest]", "lacks bilinear"),
-        ("peers=[bilinear,trilinear]", "no peer is called 'trilinear'"),
+        ("peers=[bilinear,trilinear]", "peer=trilinear is not registered"),
         ("peers=[bilinear,bilinear]", "two arms are called bilinear"),
         ("confidence=95", "confidence must lie between"),
         ("num_resamples=10", "num_resamples must be"),

@@ -1,4 +1,4 @@
-"""Feature fidelity: geometry, measures against slow loops, peers, ceilings and intervals."""
+"""Feature fidelity: geometry, measures against slow loops, ceilings and intervals."""
 
 import math
 
@@ -10,12 +10,9 @@ from scipy.optimize import minimize, nnls
 
 import core
 from core.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone
-from experiments import peers as registry
 from experiments.measuring.ceilings import CEILINGS, oracle, whole_image
 from experiments.measuring.metrics import FidelityCase, FidelityError, fidelity, fidelity_case, image_edges
-from experiments.peers import Peer, make_peer, peers, register_peer
-from experiments.peers.joint_bilateral import JointBilateral
-from experiments.peers.windows import nearby
+from experiments.peers import make_peer
 from experiments.statistics.intervals import paired_difference, share_of_gap
 
 
@@ -228,109 +225,6 @@ def test_no_gradient_is_kept():
     case = fidelity_case(torch.rand(1, 3, 16, 16), Learned(), 2, 8)
     assert not case.target.requires_grad
     assert not case.target.is_inference()  # training may go on with it
-
-
-def test_peers_are_registered_by_name(monkeypatch):
-    assert list(peers()) == ["nearest", "bilinear", "bicubic", "joint_bilateral"]
-    monkeypatch.setattr(registry, "_peers", dict(registry._peers))
-    with pytest.raises(ValueError, match="already registered"):
-
-        @register_peer("bilinear")
-        class Other(Peer):
-            def forward(self, image, features, output_size=None):
-                return features
-
-    with pytest.raises(ValueError, match="no peer is called 'cubic'; there are: bicubic"):
-        make_peer("cubic")
-
-
-@pytest.mark.parametrize("name", list(peers()))
-def test_peers_take_what_anyup_takes(name):
-    peer = make_peer(name)
-    image, features = torch.randn(2, 3, 24, 32), torch.randn(2, 5, 3, 4)
-    assert peer(image, features, (7, 9)).shape == (2, 5, 7, 9)
-    assert peer(image, features).shape == (2, 5, 24, 32)
-    constant = torch.full((1, 1, 3, 4), 2.0)
-    torch.testing.assert_close(peer(image[:1], constant, (7, 9)), torch.full((1, 1, 7, 9), 2.0))
-    mirrored = peer(image.flip(-1), features.flip(-1), (6, 8)).flip(-1)  # no half-cell shift
-    torch.testing.assert_close(mirrored, peer(image, features, (6, 8)), atol=1e-5, rtol=1e-5)
-    double = peer(image.double(), features.double(), (7, 9))
-    assert double.dtype == torch.float64
-
-
-def test_interpolation_between_cell_centres():
-    image, step = torch.zeros(1, 3, 8, 8), torch.tensor([0.0, 1.0]).expand(1, 1, 2, 2)
-    expected = {
-        "nearest": [0, 0, 1, 1],
-        "bilinear": [0, 0.25, 0.75, 1],
-        "bicubic": [-0.10546875, 0.2265625, 0.7734375, 1.10546875],  # cubic convolution with a = -0.75, by hand
-    }
-    for name, row in expected.items():
-        torch.testing.assert_close(
-            make_peer(name)(image, step, (4, 4))[0, 0, 2], torch.tensor(row, dtype=torch.float32)
-        )
-
-
-def slow_bilateral(image, features, size, window, space, colour):
-    (height, width), (channels, h, w) = size, features.shape[1:]
-    rgb = (image * torch.tensor(IMAGENET_STD).view(3, 1, 1)).double()
-    fine, coarse = F.interpolate(rgb, size, mode="area")[0], F.interpolate(rgb, (h, w), mode="area")[0]
-    output = torch.zeros(channels, height, width, dtype=torch.float64)
-    for i in range(height):
-        for j in range(width):
-            y, x = (i + 0.5) * h / height, (j + 0.5) * w / width
-            total = 0.0
-            for m in range(int(y) - window // 2, int(y) + window // 2 + 1):
-                for n in range(int(x) - window // 2, int(x) + window // 2 + 1):
-                    if not (0 <= m < h and 0 <= n < w):
-                        continue
-                    near = math.exp(-((m + 0.5 - y) ** 2 + (n + 0.5 - x) ** 2) / (2 * space**2))
-                    alike = math.exp(-(fine[:, i, j] - coarse[:, m, n]).square().sum().item() / (2 * colour**2))
-                    output[:, i, j] += near * alike * features[0, :, m, n].double()
-                    total += near * alike
-            output[:, i, j] /= total
-    return output[None]
-
-
-@pytest.mark.parametrize(("window", "space", "colour"), [(5, 0.7, 0.2), (3, 1.5, 0.05)])
-def test_joint_bilateral_is_its_definition(window, space, colour):
-    image, features = torch.randn(1, 3, 18, 24), torch.randn(1, 4, 3, 4)
-    ours = JointBilateral(window, space, colour)(image, features, (7, 9))
-    expected = slow_bilateral(image, features, (7, 9), window, space, colour)
-    torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_joint_bilateral_with_a_flat_image_is_a_gaussian_and_keeps_to_edges_with_another():
-    features = torch.randn(1, 4, 5, 5)
-    flat = torch.full((1, 3, 20, 20), 0.3)
-    filtered = JointBilateral(5, 0.7, 0.2)(flat, features, (10, 10))
-    axis = (torch.arange(10) + 0.5) / 2 - (torch.arange(5) + 0.5)[:, None]  # (5,10) distances in cells
-    inside = ((torch.arange(10) // 2) - torch.arange(5)[:, None]).abs() <= 2
-    weights = torch.exp(-(axis**2) / (2 * 0.49)) * inside
-    weights = weights / weights.sum(0)
-    torch.testing.assert_close(filtered, torch.einsum("bcij,iy,jx->bcyx", features, weights, weights))
-    halves = flat.clone()
-    halves[..., 10:] = -1.5
-    sides = (torch.arange(4) >= 2).float().expand(1, 1, 4, 4)
-    sharp = JointBilateral()(halves, sides, (8, 8))
-    torch.testing.assert_close(sharp, (torch.arange(8) >= 4).float().expand(1, 1, 8, 8), atol=2e-3, rtol=0)
-
-
-def test_joint_bilateral_refuses():
-    for wrong in ({"window": 4}, {"window": 0}, {"sigma_space": 0}, {"sigma_colour": -1}):
-        with pytest.raises(ValueError, match="an odd window and positive sigmas"):
-            JointBilateral(**wrong)
-
-
-def test_windows():
-    cells, inside, distance = nearby(4, 8, 3)
-    assert cells.tolist()[:2] == [[0, 0, 1], [0, 0, 1]]
-    assert inside.tolist()[0] == [False, True, True]
-    assert cells.tolist()[-1] == [2, 3, 3]
-    assert distance.tolist()[0] == [-0.75, 0.25, 1.25]
-    assert nearby(3, 3, 1)[0].tolist() == [[0], [1], [2]]
-    with pytest.raises(ValueError, match="odd"):
-        nearby(4, 8, 2)
 
 
 def neighbours(features, size, i, j, window=5):

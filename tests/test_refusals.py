@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -186,6 +187,11 @@ def test_reference_of_another_model_is_refused():
         (0, 0),
         (-3, 8),
         (8, 2.5),
+        (40.0, 40),
+        (8, True),
+        (np.float32(8), 8),
+        torch.tensor([8.0, 9.0]),
+        (torch.tensor(8.0), 8),
         (float("inf"), 8),
         (float("nan"), 8),
         (None, 8),
@@ -208,7 +214,11 @@ def test_output_sizes_that_are_none(model, output_size):
             call(IMAGE, FEATURES, output_size)
 
 
-@pytest.mark.parametrize("output_size", [[8, 9], torch.Size([8, 9]), (8.0, 9.0), torch.tensor([8, 9])], ids=repr)
+@pytest.mark.parametrize(
+    "output_size",
+    [[8, 9], torch.Size([8, 9]), (np.int64(8), np.uint8(9)), torch.tensor([8, 9]), (torch.tensor(8), 9)],
+    ids=repr,
+)
 def test_output_sizes_that_are_some(model, output_size):
     assert model(IMAGE, FEATURES, output_size).shape == (2, 5, 8, 9)
 

@@ -301,6 +301,57 @@ def test_settings_of_another_type_are_refused(typed, override):
 
 
 @pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("shade", "blue", "decoder=typed: shade must be one of light, dark, got 'blue'"),
+        ("shade", [], "decoder=typed: shade must be one of light, dark, got \\[\\]"),
+        ("sizes", ["a"], r"decoder=typed: sizes must be tuple\[int, \.\.\.\], got \['a'\]"),
+        ("sizes", 3, r"decoder=typed: sizes must be tuple\[int, \.\.\.\], got 3"),
+        ("limit", "much", "decoder=typed: limit must be float.*, got 'much'"),
+        ("flag", 7.5, "decoder=typed: flag must be bool, got 7.5"),
+        ("label", {"a": 1}, "decoder=typed: label must be str, got {'a': 1}"),
+    ],
+)
+def test_a_configuration_with_values_of_another_type_is_refused(typed, setting, value, message):
+    """One that came from no Hydra: hook point, setting and value are named, and what it may be."""
+    config = build([*SMALL, "decoder=typed"]).config
+    config["decoder"][setting] = value
+    with pytest.raises(ValueError, match=message):
+        core.from_config(config)
+    with pytest.raises(ValueError, match="cosine_mse: self_consistency must be float, got 'much'"):
+        build_filler("objective", {"name": "cosine_mse", "self_consistency": "much"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention": None}, "attention must be {name: NAME, SETTING: VALUE}, got None"),
+        ({"attention": "global"}, "attention must be {name: NAME, SETTING: VALUE}, got 'global'"),
+        ({"attention": {"num_heads": 4}}, "attention must be {name: NAME, SETTING: VALUE}, got {'num_heads': 4}"),
+        ({"embed_dim": "16"}, "embed_dim must be int, got '16'"),
+    ],
+)
+def test_a_configuration_of_another_form_is_refused(change, message):
+    config = build(SMALL).config
+    with pytest.raises(ValueError, match=message):
+        core.from_config(config | change)
+
+
+def test_a_configuration_that_is_none_or_not_whole_is_refused():
+    config = build(SMALL).config
+    with pytest.raises(ValueError, match=r"the configuration has no unifier, decoder: core\.compose"):
+        core.from_config({key: config[key] for key in ("attention", "refiner", "temporal")})
+    with pytest.raises(ValueError, match=r"a model's configuration is a mapping .*, got 3"):
+        core.from_config(3)
+
+
+def test_a_configuration_without_a_required_setting_is_refused():
+    register("needy")(takes("embed_dim: int, depth: int"))
+    with pytest.raises(ValueError, match=r"decoder=needy needs a value for depth: set decoder\.depth=\.\.\."):
+        core.from_config(build(SMALL).config | {"decoder": {"name": "needy"}})
+
+
+@pytest.mark.parametrize(
     "override", ["embed_dim=wide", "seed=abc", "compile=maybe", "check_finite=no", "check_finite=3", "seed=1.5"]
 )
 def test_top_level_keys_of_another_type_are_refused(override):

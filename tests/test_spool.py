@@ -1,22 +1,28 @@
 """Journals and their way to a store: kills in mid-write, full disks, stores that fail at any call."""
 
+import errno
+import fcntl
 import json
 import logging
 import math
 import multiprocessing
+import os
 import random
 import resource
 import shutil
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from experiments import lock
 from experiments.lock import Locked, lock_folder, unlock_folder
+from experiments.tracking import spool
 from experiments.tracking.run import Run, SystemMetrics, is_alive, process_tags
 from experiments.tracking.spool import Journal, SpoolError, first_record, folders, is_open
 from experiments.tracking.uploader import Drain, StoreAway, StoreRefuses, Uploader
@@ -158,6 +164,52 @@ def test_a_journal_is_one_process_at_a_time(tmp_path, monkeypatch):
     assert not list(Path("spool").iterdir())
 
 
+def test_of_two_threads_that_ask_together_one_gets_the_lock(tmp_path, monkeypatch):
+    """The second asks while the first is between asking and having it."""
+    lockf, refused = fcntl.lockf, []
+
+    def and_another_asks(*arguments):
+        monkeypatch.setattr(lock.fcntl, "lockf", lockf)
+        refused.append(in_a_thread(lock_folder, tmp_path))
+        return lockf(*arguments)
+
+    monkeypatch.setattr(lock.fcntl, "lockf", and_another_asks)
+    held = lock_folder(tmp_path)
+    assert isinstance(refused[0], Locked)
+    unlock_folder(tmp_path, held)
+    unlock_folder(tmp_path, lock_folder(tmp_path))
+
+
+def test_a_lock_is_nobodys_before_the_former_holder_has_let_go(tmp_path, monkeypatch):
+    """Closing any descriptor of the file gives up this process's lock: one that a thread had just got would be gone."""
+    close, held, refused = os.close, lock_folder(tmp_path), []
+
+    def and_another_asks(descriptor):
+        monkeypatch.setattr(lock.os, "close", close)
+        refused.append(in_a_thread(lock_folder, tmp_path))
+        close(descriptor)
+
+    monkeypatch.setattr(lock.os, "close", and_another_asks)
+    unlock_folder(tmp_path, held)
+    assert isinstance(refused[0], Locked)
+    unlock_folder(tmp_path, lock_folder(tmp_path))
+
+
+def in_a_thread(call, *arguments):
+    """What it returns or raises."""
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(call, *arguments)
+        return answer.exception() or answer.result()
+
+
+def test_a_folder_that_cannot_be_locked_can_be_later(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Not a directory"):
+        lock_folder(tmp_path / "file" / "a")
+    (tmp_path / "file").unlink()
+    unlock_folder(tmp_path / "file" / "a", lock_folder(tmp_path / "file" / "a"))
+
+
 def try_to_lock(folder):
     try:
         lock_folder(folder)
@@ -258,6 +310,69 @@ def test_a_full_disk_is_told_once_and_nothing_small_is_lost(tmp_path, caplog):
     assert steps == list(range(101))
     assert "is recorded again" in caplog.text
     assert not list(journal.folder.glob("files/*")), "nothing half is kept"
+    journal.close()
+
+
+def test_a_disk_that_does_not_even_cut_off_half_a_line_stops_nothing(tmp_path, caplog, monkeypatch):
+    """The half stays and is read as a broken line; what was recorded is whole behind it."""
+    journal, run = open_run(tmp_path)
+    journal.append(START)
+    write = os.write
+
+    def half(file, line):
+        if len(line) < 20:
+            raise OSError(errno.EIO, "Input/output error")
+        return write(file, line[: len(line) // 2])
+
+    def refuses(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spool.os, "write", half)
+        patch.setattr(spool.os, "ftruncate", refuses)
+        run.metrics({"loss": 1.0}, 1)
+        run.metrics({"loss": 2.0}, 2)
+    assert "goes on, but is not recorded completely" in caplog.text
+    run.metrics({"loss": 3.0}, 3)
+    records = [record for record, _ in journal.read(0)]
+    assert [record["step"] for record in records if record["kind"] == "metrics"] == [1, 2, 3]
+    assert {record["kind"] for record in records} == {"start", "broken", "metrics"}
+    journal.close()
+
+
+@pytest.mark.parametrize("call", ["fstat", "write"])
+def test_a_disk_that_is_gone_stops_nothing(tmp_path, caplog, monkeypatch, call):
+    """A network's disk answers any call with an error."""
+    journal, run = open_run(tmp_path)
+
+    def stale(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spool.os, call, stale)
+        run.metrics({"loss": 1.0}, 1)
+    assert "Stale file handle" in caplog.text
+    run.metrics({"loss": 2.0}, 2)
+    assert kinds(journal) == ["metrics", "metrics"]
+    journal.close()
+
+
+def test_a_journal_that_cannot_be_read_now_is_sent_later(tmp_path, monkeypatch):
+    journal, run = open_run(tmp_path)
+    journal.append(START)
+    run.metrics({"loss": 1.0}, 1)
+    store = MemoryStore()
+    drain = Drain(journal, store)
+
+    def refuses(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuses)
+        with pytest.raises(SpoolError, match="cannot be read: Permission denied"):  # which the uploader expects
+            drain()
+    drain()
+    assert len(store.points) == 1
     journal.close()
 
 

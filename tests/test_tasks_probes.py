@@ -366,7 +366,7 @@ def test_rates_of_learning():
         ("depth", {"head": "dpt"}, "task.head=dpt looks at neighbours: it needs task.pixels_per_image=null"),
         ("depth", {"warmup_epochs": 10.0}, "below task.epochs=10"),
         ("depth", {"max_depth": 0.0}, "task.max_depth must be above 0.001 metres"),
-        ("colours", {}, "no task is called 'colours'; there are: depth, fidelity, normals, segmentation, temporal"),
+        ("colours", {}, "task=colours is not registered; there are: depth, fidelity, normals, segmentation, temporal"),
     ],
 )
 def test_settings_that_make_no_sense(name, settings, message):

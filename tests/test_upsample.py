@@ -369,5 +369,5 @@ def test_the_trained_baseline_is_the_default_and_goes_into_variants(photos, capl
 
 def test_the_trained_baseline_has_the_ordering_that_is_asked_for():
     model, _ = load_model(config("checkpoint=pretrained", "unifier.ordering=released"))
-    released = core.AnyUp.from_pretrained("anyup_released").state_dict()
+    released = core.AnyUp.from_pretrained("bundled_released").state_dict()
     assert all(torch.equal(value, released[name]) for name, value in model.state_dict().items())

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from core.backbones.base import Backbone, WeightsUnavailable
 from core.backbones.table import CHOICES, Choice
-from core.weight_files import WeightsError, read_weights
+from core.hub import hub_file
+from core.weight_files import WeightsError, outer_names, read_weights
 
 RANDOM = "random"
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -119,7 +120,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], heads: tuple[str
     if found:
         raise WeightsError(
             f"{source} is not of this model ({type(module).__name__}), or not with timm's or torchvision's parameter "
-            f"names: {'; '.join(found)}"
+            f"names: {'; '.join(found)}{outer_names(state, own)}"
         )
 
 
@@ -159,14 +160,13 @@ def _num_classes(choice: Choice, state: Mapping[str, Tensor]) -> int | None:
 
 
 def _download(name: str, config: Mapping[str, Any]) -> str:
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError
 
     repo, file = config.get("hf_hub_id"), config.get("hf_hub_filename") or "model.safetensors"
     if not repo:
         raise unavailable(name, config["architecture"], "take another choice", "the hub has none")
     try:
-        return hf_hub_download(repo, file)
+        return hub_file(repo, file)
     except (OSError, HTTPError) as error:
         cache = f"set HF_HUB_CACHE to a hub cache that holds {file} of {repo}"
         raise unavailable(name, repo, cache, f"the hub cannot be reached: {type(error).__name__}") from error

@@ -150,7 +150,7 @@ def norm_act_conv_gradient(
         active, slope = scratch[:, : len(pixels)]
         normed_silu_with_slope(pixels, scale, shift, active, slope)
         if step.weight is not None:
-            sums.weight.addmm_(grad.t(), active)
+            add_product(sums.weight, grad, active)
             grad = torch.mm(grad, step.weight, out=target)
         torch.mul(grad, slope, out=target)
         sums_of_blocks.append(_channel_sums(target, pixels))
@@ -190,6 +190,14 @@ class InputGradient:
         target, x = self.grad[block], self.x[block]
         along = torch.addcmul(self.offset, x, self.slope, out=self.along[: len(x)])
         return torch.addcmul(along, target, self.scale, out=target)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (p,q) += aᵀ b, of (n,p) and (n,q): sums of many blocks, in the total's precision."""
+    if total.dtype == a.dtype:
+        total.addmm_(a.t(), b)
+    else:
+        total.add_(a.t() @ b)
 
 
 def moments_of(pixels: Tensor) -> Moments:

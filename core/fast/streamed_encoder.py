@@ -17,6 +17,7 @@ from core.fast.norm_act_conv import (
     Moments,
     Rows,
     Step,
+    add_product,
     blocks,
     linear,
     moments_of,
@@ -113,11 +114,12 @@ class _Encode(torch.autograd.Function):
         moments = tuple(Moments(*saved[i : i + 2]) for i in range(4, 12, 2))
         flat = saved[12:]
         weights, trace = ctx.weights.filled(flat), Trace(tuple(saved[:4]), moments, pooled)
-        sums = [None if weight is None else torch.zeros_like(weight) for weight in flat]
+        sums = [weight if weight is None else torch.zeros_like(weight, dtype=_wide(weight)) for weight in flat]
         grad_pixels = torch.empty_like(pixels) if ctx.needs_input_grad[0] else None
         buffers = Buffers()
         for image in range(len(pixels)):
             _backward(pixels, weights, trace, image, grad, ctx.weights.filled(sums), grad_pixels, buffers)
+        sums = [total if total is None else total.to(weight.dtype) for total, weight in zip(sums, flat, strict=True)]
         grads = [grad_pixels, None, None, *sums]
         return tuple(value if needed else None for value, needed in zip(grads, ctx.needs_input_grad, strict=True))
 
@@ -137,7 +139,7 @@ def _backward(pixels, weights: Weights, trace: Trace, image, grad, sums: Weights
     else:
         size = trace.read[3].shape[1:3]
         active = trace.pooled[image].permute(1, 2, 0)  # (h,w,in)
-        sums.steps[3].weight.addmm_(grad.flatten(0, 1).t(), active.flatten(0, 1))
+        add_product(sums.steps[3].weight, grad.flatten(0, 1), active.flatten(0, 1))
         given, residual, fourth = _unpool(grad @ fourth.weight, size), _unpool(grad, size), fourth._replace(weight=None)
     last = through(3, fourth, given)
     middle = through(2, third, last)
@@ -149,15 +151,20 @@ def _backward(pixels, weights: Weights, trace: Trace, image, grad, sums: Weights
         if weights.shortcut is None:
             grad_x += grad_middle
         else:
-            sums.shortcut.addmm_(grad_middle.t(), trace.read[0][image].flatten(0, 1)[block])
+            add_product(sums.shortcut, grad_middle, trace.read[0][image].flatten(0, 1)[block])
             grad_x.addmm_(grad_middle, weights.shortcut)
         if weights.stem is not None:
-            sums.stem.addmm_(grad_x.t(), pixels[image].flatten(0, 1)[block])
+            add_product(sums.stem, grad_x, pixels[image].flatten(0, 1)[block])
             grad_x = grad_x @ weights.stem if grad_pixels is not None else None
         if grad_pixels is not None:
             grad_pixels[image].flatten(0, 1)[block] = grad_x
     for gradient in (middle, hidden, x):
         buffers.give_back(gradient.grad)
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    """In which the gradients of all blocks and images are added up."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _pool(pixels: Tensor, output_size: tuple[int, int]) -> Tensor:

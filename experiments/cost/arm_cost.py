@@ -41,7 +41,7 @@ def check_cost(cost: DictConfig | None) -> None:
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_costs(
     models: Mapping[str, nn.Module], baseline: str, cost: DictConfig | None, device: torch.device
 ) -> pd.DataFrame | None:

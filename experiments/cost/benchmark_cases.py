@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import core
 from core.batch import Batch
-from core.checkpoint import rename_published
 from core.compose import build_filler
+from core.published import rename_published
 from core.reference import ReferenceAnyUp, reference_of
 from core.training import Trainable
 from experiments.cost.measure import count_flops

@@ -50,17 +50,22 @@ def out_of_memory_named() -> Iterator[None]:
 @contextmanager
 def arithmetic(num_threads: int, tf32: bool) -> Iterator[None]:
     """Sets CPU threads and, on a GPU, whether float32 products may round to TF32 (PyTorch: convolutions only)."""
-    products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    products = torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+
+    def choose(*precisions: str) -> None:
+        # PyTorch's older switch too: torch.export asks it, and gets an error where the two do not say the same.
+        torch.backends.cudnn.allow_tf32 = precisions[0] == "tf32"
+        for kind, precision in zip(products, precisions, strict=True):
+            kind.fp32_precision = precision
+
     before = torch.get_num_threads(), [kind.fp32_precision for kind in products]
     torch.set_num_threads(num_threads)
-    for kind in products:
-        kind.fp32_precision = "tf32" if tf32 else "ieee"
+    choose(*["tf32" if tf32 else "ieee"] * len(products))
     try:
         yield
     finally:
         torch.set_num_threads(before[0])
-        for kind, precision in zip(products, before[1], strict=True):
-            kind.fp32_precision = precision
+        choose(*before[1])
 
 
 @dataclass

@@ -5,12 +5,6 @@ they belong together and computes a fingerprint; reading a sample decodes files 
 process. One file of this package is one family of layouts; `register_data` offers a class as `data=NAME`.
 """
 
-import importlib
-import pkgutil
-
 from experiments.data.base import IGNORE, DataError, DataSet, Sample, data_sets, open_data, register_data
 
 __all__ = ["IGNORE", "DataError", "DataSet", "Sample", "data_sets", "open_data", "register_data"]
-
-for _module in sorted(found.name for found in pkgutil.iter_modules(__path__)):
-    importlib.import_module(f"{__name__}.{_module}")

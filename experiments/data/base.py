@@ -1,20 +1,17 @@
 """What a data set is, and how one is registered and opened."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
-from core.registry import add_choice, signature_fields
+from core.registry import Choices
 
 IGNORE = 255
 """The label of pixels that belong to no class, in every data set."""
-
-_data_sets: dict[str, type["DataSet"]] = {}
-_T = TypeVar("_T", bound=type["DataSet"])
 
 
 class DataError(ValueError):
@@ -71,43 +68,17 @@ class DataSet(ABC):
         """
 
 
-def register_data(name: str) -> Callable[[_T], _T]:
-    """Offers a data set class as `data=name`, with its `__init__` signature as typed configuration."""
-
-    def add(cls: _T) -> _T:
-        if name in _data_sets and _data_sets[name].__qualname__ != cls.__qualname__:
-            raise ValueError(f"data={name} is already registered by {_data_sets[name].__qualname__}")
-        _data_sets[name] = cls
-        cls.choice = name
-        add_choice("data", name, signature_fields(cls))
-        return cls
-
-    return add
-
-
-def data_sets() -> dict[str, type[DataSet]]:
-    """All registered data sets by name."""
-    return dict(_data_sets)
+_choices = Choices("data", DataSet, "experiments.data", DataError)
+register_data = _choices.register
+"""`@register_data("name")` offers a data set class as `data=name`: `core.registry.Choices.register`."""
+data_sets = _choices.all
+"""All registered data sets by name."""
 
 
 def open_data(config: DictConfig | Mapping[str, Any]) -> DataSet:
     """Opens the data set of a configuration node `{name, ...settings}`, as the Hydra group `data` gives it.
 
     Raises:
-        DataError: unknown name, a missing setting, or as the data set's `__init__`.
+        DataError: unknown name, an unknown, missing or wrong setting, or as the data set's `__init__`.
     """
-    node = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
-    missing = [str(key) for key in node if OmegaConf.is_missing(node, key)]
-    if missing:
-        raise DataError(f"data={node.get('name')} needs {', '.join(f'data.{key}=...' for key in missing)}")
-    values = OmegaConf.to_container(node, resolve=True)
-    name = values.pop("name", None)
-    if name not in _data_sets:
-        raise DataError(f"no data set is called {name!r}; there are: {', '.join(sorted(_data_sets))}")
-    cls = _data_sets[name]
-    unknown = sorted(set(values) - set(signature_fields(cls)))
-    if unknown:
-        raise DataError(
-            f"data={name} has no setting {', '.join(unknown)}; it has: {', '.join(signature_fields(cls)) or 'none'}"
-        )
-    return cls(**values)
+    return _choices.make(config)

@@ -7,6 +7,7 @@ twice. An entry carries a checksum; a damaged one is dropped and computed again.
 
 import hashlib
 import logging
+import os
 import time
 import zlib
 from contextlib import suppress
@@ -56,32 +57,35 @@ class FeatureCache:
     def encode(self, backbone: Backbone, images: Tensor, names: list[str]) -> Tensor:
         """(N,3,H,W) RGB in [0,1] -> (N,C,h,w) features, from the cache where they are there. Without gradients.
 
-        Entries are stored in half precision; computed ones are rounded to it too, so that it makes no difference
-        whether a feature was found or computed, or whether there is a folder.
+        Entries are stored in half precision; computed ones are rounded to it too, and each image is encoded by
+        itself, so that it makes no difference, not in a bit, whether a feature was found or computed, whether there is
+        a folder, which images are asked for together, or whether the caller is under autocast.
 
         Raises:
             NotFinite: the encoder gave NaN, or what half precision cannot hold; names backbone and image.
         """
-        if self.folder is None:
-            return self._compute(backbone, images, names).float()
-        identity = fingerprint(backbone)
-        places = [self._place(identity, image) for image in images]
-        found = [self._read(place) for place in places]
-        missing = [i for i, features in enumerate(found) if features is None]
-        self.hits, self.misses = self.hits + len(found) - len(missing), self.misses + len(missing)
-        for i in missing:  # one by one: together, the last bits of each would depend on which others were missing
-            found[i] = self._compute(backbone, images[i : i + 1], [names[i]])[0]
-            self._write(places[i], found[i])
-        return torch.stack([features.to(images.device) for features in found]).float()  # (N,C,h,w)
+        identity = "" if self.folder is None else fingerprint(backbone)
+        found = []
+        for image, name in zip(images, names, strict=True):
+            # One by one: together, the last bits of each would depend on which others are computed with it.
+            place = self._place(identity, image) if self.folder is not None else None
+            features = self._read(place) if place else None
+            self.hits, self.misses = self.hits + (features is not None), self.misses + (features is None)
+            if features is None:
+                features = self._compute(backbone, image[None], name)
+                if place:
+                    self._write(place, features)
+            found.append(features.to(images.device).float())
+        return torch.stack(found)  # (N,C,h,w)
 
-    def _compute(self, backbone: Backbone, images: Tensor, names: list[str]) -> Tensor:
-        with torch.no_grad():
-            features = backbone(images).half()  # (N,C,h,w)
-        bad = [name for name, one in zip(names, features, strict=True) if not torch.isfinite(one).all()]
-        if bad:
+    def _compute(self, backbone: Backbone, image: Tensor, name: str) -> Tensor:
+        """(1,3,H,W) -> (C,h,w) in half precision; what surrounds the call must not round it further."""
+        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+            features = backbone(image)[0].half()  # (C,h,w)
+        if not torch.isfinite(features).all():
             raise NotFinite(
                 f"backbone {backbone.name} gives features that are NaN, or too large for half precision (65504), for "
-                f"{', '.join(bad[:5])}"
+                f"{name}"
             )
         return features
 
@@ -96,7 +100,8 @@ class FeatureCache:
             with safe_open(place, "pt") as file:
                 features, checksum = file.get_tensor("features"), (file.metadata() or {}).get("crc32")
             if checksum == _checksum(features):
-                place.touch()  # used now: removed later than others
+                with suppress(OSError):  # swept just now, say: it must not be made again, empty
+                    os.utime(place)  # used now: removed later than others
                 return features
             reason = "its checksum is wrong"
         except FileNotFoundError:

@@ -2,14 +2,13 @@
 
 import logging
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 import core
-from core.checkpoint import PRETRAINED
+from core.checkpoint import bundled_like
 from core.compose import BASELINE, MODEL_KEYS
 from core.hooks import MODEL_HOOKS
 from core.registry import choices, signature_fields
@@ -21,13 +20,13 @@ log = logging.getLogger(__name__)
 def load_model(config: DictConfig) -> tuple[core.AnyUp, DictConfig]:
     """The model of `config`, on the CPU, and the configuration with the model it really is.
 
-    With `config.checkpoint` the checkpoint decides; a model choice beside it that says otherwise is an error, never
-    ignored. `pretrained` is the baseline that comes with this package, with the `unifier.ordering` asked for: there
-    the choices decide, and a warning names the weights that are new for them. With null the weights are random, and a
-    warning says so.
+    With `config.checkpoint`, a file or a name that `core.load` takes, the checkpoint decides; a model choice beside it
+    that says otherwise is an error, never ignored. `pretrained` is the baseline that comes with this package, with the
+    `unifier.ordering` asked for: there the choices decide, and a warning names the weights that are new for them. With
+    null the weights are random, and a warning says so.
 
     Raises:
-        FileNotFoundError, core.WeightsError: the checkpoint cannot be used.
+        OSError, core.WeightsError: the checkpoint cannot be used.
         SettingError: names each choice that the checkpoint contradicts.
     """
     if config.checkpoint is None:
@@ -39,11 +38,11 @@ def load_model(config: DictConfig) -> tuple[core.AnyUp, DictConfig]:
         return core.from_config(config), config
     if config.checkpoint == "pretrained":
         model = core.from_config(config)
-        new = core.warm_start(model, PRETRAINED[f"anyup_{model.config['unifier'].get('ordering', 'paper')}"])
+        new = core.warm_start(model, bundled_like(model))
         if new:
             log.warning("%s are UNTRAINED: the trained baseline that comes with this package has none", ", ".join(new))
         return model.eval(), config
-    model = core.load(Path(config.checkpoint).expanduser())
+    model = core.load(config.checkpoint)
     asked = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     wrong = []
     for key in sorted(_chosen(config, asked)):

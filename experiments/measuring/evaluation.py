@@ -6,6 +6,7 @@ are never stored. Exit code: 0, or 2 when nothing was measured; a value that is 
 """
 
 import hashlib
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from experiments.fidelity import upsamplers
 from experiments.measuring.bench import Bench, Cases, Encoder, Memory, Sizes
 from experiments.measuring.heads import dpt_layers
 from experiments.measuring.task import Ceiling, EvaluationError, Picture, make_task
-from experiments.peers import peers
+from experiments.peers import CannotUpsample, Peer, named_peers, peer_identity
 from experiments.reports.evaluation import metrics, write
 from experiments.reports.pictures import panel
 from experiments.settings import (
@@ -105,7 +106,8 @@ class Evaluation:
             `experiments.statistics.scores.frame`; the column task is like "depth/upsampled", "fidelity/2x".
 
         Raises:
-            EvaluationError: something cannot be measured, or is not finite; names arm, seed and image.
+            EvaluationError: something cannot be measured, or is not finite; names arm, seed and image. A peer cannot
+                take these features; names the arm.
             ScoreError: a measure that is not finite; names arm, seed and image.
         """
         if isinstance(model, Ceiling) and model.name not in self.task.ceilings:
@@ -117,7 +119,7 @@ class Evaluation:
             model.to(self.device).eval()
         try:
             rows = list(self.task.rows(model, seed, self.bench))
-        except EvaluationError as error:
+        except (EvaluationError, CannotUpsample) as error:
             raise EvaluationError(f"arm {arm}, seed {seed}: {error}") from error
         finally:
             if was_training:
@@ -179,6 +181,8 @@ def evaluate(config: DictConfig) -> Report:
     with track(config, evaluation.device) as run, logging_redirect_tqdm():
         for role, digest in evaluation.data_fingerprints.items():
             run.data(role, digest)
+        for name, node in named_peers(config.peers).items():
+            run.tag(f"peer.{name}", json.dumps(peer_identity(node)))
         tables = []
         pairs = [(name, seed) for seed in seeds for name in models]
         for name, seed in tqdm(pairs, desc=evaluation.task.choice, unit="arm", disable=None):
@@ -186,7 +190,7 @@ def evaluate(config: DictConfig) -> Report:
             for picture in evaluation.pictures if seed == seeds[0] else ():
                 run.picture(panel(picture.columns), f"pictures/{name}/{picture.name}.png")
         scores = pd.concat(tables, ignore_index=True)
-        trained = [name for name in models if name not in (*peers(), *config.ceilings)]
+        trained = [name for name, model in models.items() if not isinstance(model, Peer | Ceiling)]
         results = compare(scores, FLOOR, trained, config.confidence, num_resamples=0)
         networks = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
         costs = measure_costs(networks, FLOOR, config.cost, evaluation.device)

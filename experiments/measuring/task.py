@@ -1,22 +1,19 @@
 """What a task is, and how one is registered and made."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from core.registry import add_choice, signature_fields
+from core.registry import Choices
 from experiments.settings import SettingError
 
 if TYPE_CHECKING:
     from experiments.measuring.bench import Bench
-
-_tasks: dict[str, type["Task"]] = {}
-_T = TypeVar("_T", bound=type["Task"])
 
 
 class EvaluationError(ValueError):
@@ -79,43 +76,17 @@ class Task(ABC):
         """
 
 
-def register_task(name: str) -> Callable[[_T], _T]:
-    """Offers a task class as `task=name`; running the same definition again replaces the earlier one.
-
-    Raises:
-        ValueError: another task has that name.
-    """
-
-    def add(cls: _T) -> _T:
-        known = _tasks.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"task={name} is already registered by {known.__module__}.{known.__qualname__}")
-        _tasks[name] = cls
-        cls.choice = name
-        add_choice("task", name, signature_fields(cls))
-        return cls
-
-    return add
-
-
-def tasks() -> dict[str, type[Task]]:
-    """All registered tasks by name."""
-    return dict(_tasks)
+_choices = Choices("task", Task, "experiments.measuring.tasks", SettingError)
+register_task = _choices.register
+"""`@register_task("name")` offers a task class as `task=name`: `core.registry.Choices.register`."""
+tasks = _choices.all
+"""All registered tasks by name."""
 
 
 def make_task(config: DictConfig | Mapping[str, Any]) -> Task:
     """The task of a configuration node `{name, ...settings}`, as the Hydra group `task` gives it.
 
     Raises:
-        SettingError: unknown name or setting, lists what there is; or as the task's `__init__`.
+        SettingError: unknown name, an unknown, missing or wrong setting; or as the task's `__init__`.
     """
-    values = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
-    name = values.pop("name", None)
-    if name not in _tasks:
-        raise SettingError(f"no task is called {name!r}; there are: {', '.join(sorted(_tasks))}")
-    known = signature_fields(_tasks[name])
-    if unknown := sorted(set(values) - set(known)):
-        raise SettingError(
-            f"task={name} has no setting {', '.join(unknown)}; it has: {', '.join(known) or 'no settings'}"
-        )
-    return _tasks[name](**values)
+    return _choices.make(config)

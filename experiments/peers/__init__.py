@@ -1,15 +1,29 @@
-"""Peers: other ways to upsample features, called as AnyUp is, and the ceilings that no way can be expected to pass.
+"""Peers: other ways to upsample features, called as AnyUp is.
 
 One file is one method or one family; `register_peer` offers a class by name, and dropping a file in is all it takes.
-`experiments.measuring.ceilings` is no peer: its entries know the answer, or run the encoder again.
+Arms of sweeps and evaluations name a peer with its settings and weights, `peer_from_config` makes it. The ceilings,
+which no method can be expected to pass, are no peers (`experiments.measuring.ceilings`): they know the answer, or run
+the encoder again.
 """
 
-import importlib
-import pkgutil
+from experiments.peers.base import (
+    CannotUpsample,
+    Peer,
+    make_peer,
+    named_peers,
+    peer_from_config,
+    peer_identity,
+    peers,
+    register_peer,
+)
 
-from experiments.peers.base import Peer, make_peer, peers, register_peer
-
-__all__ = ["Peer", "make_peer", "peers", "register_peer"]
-
-for _module in sorted(found.name for found in pkgutil.iter_modules(__path__)):
-    importlib.import_module(f"{__name__}.{_module}")
+__all__ = [
+    "CannotUpsample",
+    "Peer",
+    "make_peer",
+    "named_peers",
+    "peer_from_config",
+    "peer_identity",
+    "peers",
+    "register_peer",
+]

@@ -24,9 +24,11 @@ import core
 from core import checkpoint
 from core.hooks import HOOK_POINTS
 from core.registry import discover
+from core.weight_files import content_digest
 from experiments.data import open_data
 from experiments.measuring.tasks import Ceiling, tasks
-from experiments.peers import make_peer, peers
+from experiments.peers import named_peers, peer_from_config, peer_identity, peers
+from experiments.peers.base import PeerNode
 from experiments.settings import SettingError
 from experiments.sweeps.code_version import code_version
 from experiments.training.setup import deciding_settings, make_model
@@ -47,6 +49,8 @@ class Arm:
     training: DictConfig | None = None
     """Of a trained arm: its configuration (of experiments.training.loop), with any seed and out_dir."""
     checkpoint: Path | None = None
+    peer: PeerNode | None = None
+    """Of a peer: its name, or with settings and weights `{peer: NAME, SETTING: VALUE, ...}`."""
 
     @property
     def competes(self) -> bool:
@@ -58,12 +62,16 @@ class Arm:
         if self.training is not None:
             settings = deciding_settings(self.training) | {"seed": seed}
             known = {"settings": settings, "data": fingerprint_of(self.training.data), "files": files_of(settings)}
+        elif self.peer is not None:
+            known = {"peer": peer_identity(self.peer)}
         else:
-            known = {"name": self.name, "file": _digest(self.checkpoint) if self.checkpoint else ""}
+            known = {"name": self.name, "file": content_digest(self.checkpoint) if self.checkpoint else ""}
         return digest_of({"kind": self.kind, "code": self._code} | known)
 
     @cached_property
     def _code(self) -> str:
+        if self.peer is not None:
+            return code_version(classes=[peers()[peer_identity(self.peer)["name"]]])
         config = self.training
         if self.checkpoint is not None:
             with suppress(core.WeightsError, OSError):  # which this arm fails of, when it is measured
@@ -76,8 +84,8 @@ class Arm:
         Raises:
             WeightsError, OSError: the checkpoint cannot be used.
         """
-        if self.kind == "peer":
-            return make_peer(self.name)
+        if self.peer is not None:
+            return peer_from_config(self.peer)
         if self.kind == "ceiling":
             return Ceiling(self.name)
         return core.load(trained or self.checkpoint).eval()
@@ -87,19 +95,16 @@ def read_arms(config: DictConfig) -> list[Arm]:
     """All arms of a sweep: those of `arms` and `product`, then `peers`, then `ceilings`.
 
     Raises:
-        SettingError: no arms, two of one name or of one training, no baseline among them, an unknown override or peer,
-            a checkpoint that is missing.
+        SettingError: no arms, two of one name or of one training, no baseline among them, an unknown override, a peer
+            that is unknown or cannot be made, a file that is missing.
     """
-    check_names("arms", "product")
+    check_names("arms", "product", "peers")
     arms = [_arm(name, value, config) for name, value in _named(config).items()]
     if not arms:
         raise SettingError(
             "there are no arms: '+arms={NAME: [OVERRIDE, ...], ...}', or '+product={KEY: [VALUE, ...], ...}'"
         )
-    for name in config.peers:
-        if name not in peers():
-            raise SettingError(f"peers={name} is none; there are: {', '.join(sorted(peers()))}")
-        arms.append(Arm(name, "peer"))
+    arms += [_peer(name, node) for name, node in named_peers(config.peers).items()]
     for name in config.ceilings:
         if name not in ceilings():
             raise SettingError(f"ceilings={name} is none; there are: {', '.join(ceilings())}")
@@ -122,6 +127,7 @@ def composed(name: str, overrides: Sequence[str]) -> DictConfig:
         SettingError: what Hydra says about an override.
     """
     last = {override.partition("=")[0].lstrip("+"): override for override in overrides}
+    discover()  # Hydra needs all choices before it composes
     try:
         if GlobalHydra.instance().is_initialized():
             return compose(name, list(last.values()))
@@ -210,7 +216,7 @@ def names_of(data: DictConfig) -> frozenset[str]:
 
 
 def _named(config: DictConfig) -> dict[str, object]:
-    """Name -> overrides, or {checkpoint: FILE}; the product's arms have their overrides as names."""
+    """Name -> overrides, {checkpoint: FILE or NAME} or {peer: NAME, ...}; the product's arms have theirs as names."""
     named: dict[str, object] = {name: config.arms[name] for name in config.arms or {}}
     values: dict[str, list[object]] = {}
     for key, node in dict(config.product or {}).items():
@@ -226,20 +232,38 @@ def _named(config: DictConfig) -> dict[str, object]:
     return named
 
 
-def _arm(name: str, value: object, config: DictConfig) -> Arm:
+def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise SettingError(f"arm {name!r}: names are of letters, digits and -_.+=, for they name files")
+
+
+def _peer(name: str, node: PeerNode) -> Arm:
+    _check_name(name)
+    try:
+        peer_from_config(node)  # what it refuses is known before anything is computed
+    except SettingError as error:
+        raise SettingError(f"arm {name}: {error}") from error
+    return Arm(name, "peer", peer=OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node)
+
+
+def _arm(name: str, value: object, config: DictConfig) -> Arm:
+    _check_name(name)
     if isinstance(value, DictConfig):
+        if "peer" in value:
+            return _peer(name, value)
         if set(value) != {"checkpoint"}:
-            raise SettingError(f"arm {name} must be a list of overrides, or {{checkpoint: FILE}}, got {value}")
-        path = Path(value.checkpoint).expanduser()
-        if not path.is_file():
-            raise SettingError(f"arm {name}: its checkpoint {path} does not exist")
+            raise SettingError(
+                f"arm {name} must be a list of overrides, or {{checkpoint: FILE}}, or {{peer: NAME, SETTING: VALUE}}, "
+                f"got {value}"
+            )
+        try:
+            path = checkpoint.find(value.checkpoint)
+        except (core.WeightsError, OSError) as error:
+            raise SettingError(f"arm {name}: its {error}") from error
         return Arm(name, "checkpoint", checkpoint=path)
     overrides = value if isinstance(value, list) else strings(config, "arms", name)
     if any(override.lstrip("+").partition("=")[0] == "seed" for override in [*strings(config, "train"), *overrides]):
         raise SettingError(f"arm {name} sets a seed: all arms have the same ones, those of seeds=[...]")
-    discover()
     try:
         training = composed("train", [*strings(config, "train"), *overrides, f"device={config.device}"])
         training.tracking = standalone(config.tracking)
@@ -255,36 +279,30 @@ def _arm(name: str, value: object, config: DictConfig) -> Arm:
 def _check_distinct(arms: Sequence[Arm]) -> None:
     seen: dict[str, str] = {}
     for arm in arms:
-        if arm.training is not None:
-            settings = json.dumps(deciding_settings(arm.training), sort_keys=True)
-            if settings in seen:
-                raise SettingError(
-                    f"arms {seen[settings]} and {arm.name} are the same training: an override that changes nothing "
-                    "would be measured twice; leave one out"
-                )
-            seen[settings] = arm.name
+        if arm.training is None and arm.peer is None:
+            continue
+        known = peer_identity(arm.peer) if arm.peer is not None else deciding_settings(arm.training)
+        settings = json.dumps([arm.kind, known], sort_keys=True)
+        if settings in seen:
+            raise SettingError(
+                f"arms {seen[settings]} and {arm.name} are the same {'training' if arm.training else 'peer'}: what "
+                "changes nothing would be measured twice; leave one out"
+            )
+        seen[settings] = arm.name
 
 
 def files_of(settings: object) -> dict[str, str]:
-    """Files that settings name (weights to start from, an encoder's) -> digest of their content."""
+    """Files that settings name (weights to start from, an encoder's), by path or name -> digest of their content."""
     if isinstance(settings, Mapping):
         return {path: known for value in settings.values() for path, known in files_of(value).items()}
     if isinstance(settings, list):
         return {path: known for value in settings for path, known in files_of(value).items()}
+    if isinstance(settings, str) and settings in checkpoint.BUNDLED:
+        # published weights never change: their name will do
+        return {settings: content_digest(checkpoint.BUNDLED[settings])}
     if isinstance(settings, str) and settings and Path(settings).expanduser().is_file():
-        return {settings: _digest(Path(settings).expanduser())}
+        return {settings: content_digest(Path(settings).expanduser())}
     return {}
-
-
-def _digest(path: Path) -> str:
-    stat = path.stat()
-    return _content(path, stat.st_mtime_ns, stat.st_size)
-
-
-@cache
-def _content(path: Path, _changed: int, _size: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @cache

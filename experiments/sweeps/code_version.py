@@ -24,21 +24,20 @@ _MEASURING = ("experiments/measuring", "experiments/peers", "experiments/statist
 _PACKAGES = ("torch", "torchvision", "timm", "torchmetrics")
 
 
-def code_version(fillers: Iterable[tuple[str, str]] = ()) -> str:
-    """Digest of the code that trains, with the packages of the given fillers (hook point, name).
+def code_version(fillers: Iterable[tuple[str, str]] = (), classes: Iterable[type] = ()) -> str:
+    """Digest of the code that trains, with the packages of the given fillers (hook point, name) and other classes.
 
     An extension counts only where it is used, with what it imports of its own package, so that a new idea in
     `extensions/` invalidates no result of others.
     """
     digest = hashlib.sha256(_own_code(training=True).encode())
     modules = set()
-    for hook, name in fillers:
-        filler = choices(hook)[name]
-        package = filler.__module__.partition(".")[0]
+    for cls in (*(choices(hook)[name] for hook, name in fillers), *classes):
+        package = cls.__module__.partition(".")[0]
         if package == "__main__":  # a notebook's cell: there is no file
-            digest.update(repr(_meaning_of(filler, set())).encode())
+            digest.update(repr(_meaning_of(cls, set())).encode())
         elif package not in ("core", "experiments"):
-            modules.add(filler.__module__)
+            modules.add(cls.__module__)
     for module in sorted(modules):
         digest.update(module_digest(module).encode())
     return digest.hexdigest()

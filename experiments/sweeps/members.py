@@ -7,12 +7,13 @@
     TASK-KEY.parquet                      scores, KEY of the task's configuration, code and data; whole or absent
     TASK-KEY/                             pictures of the images it did worst on
     runs.json                             sweep's run -> this member's run, and whether all is recorded there
-    failed.json                           why it failed the last time
+    failed.json                           why it failed the last time, and an identifier of that failure
     lock                                  held by the process at work here
 """
 
 import json
 import logging
+import uuid
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -170,6 +171,7 @@ class Member:
     def __init__(self, arm: Arm, seed: int, tasks: list[SweepTask], out_dir: Path):
         self.arm, self.seed, self.tasks, self.key = arm, seed, tasks, arm.key(seed)
         self.folder = out_dir / "members" / f"{arm.name}-{seed}-{self.key[:12]}"
+        self._former = self._noted()  # known by what it says: times of a shared disk are of another clock
 
     @property
     def name(self) -> str:
@@ -209,15 +211,18 @@ class Member:
         done = all(self.scores_file(task).exists() for task in self.tasks)
         return done and (not parent or self._runs().get(parent, {}).get("complete", False))
 
-    def failure(self, since: float = 0) -> str:
-        """Why it failed the last time, if that was after `since` (seconds since 1970); else empty."""
-        path = self.folder / "failed.json"
-        return _read(path).get("reason", "") if path.exists() and path.stat().st_mtime >= since else ""
+    @property
+    def failure(self) -> str:
+        """Why it failed the last time, in this process or beside it; what failed before is tried again. Else empty."""
+        noted = self._noted()
+        return noted["reason"] if noted and noted != self._former else ""
 
     def fail(self, reason: str) -> None:
         """Notes that it failed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / "failed.json", {"reason": reason})
+        _write(self.folder / "failed.json", {"reason": reason, "id": uuid.uuid4().hex})
+
+    def _noted(self) -> dict:
+        return _read(self.folder / "failed.json")
 
     def complete(self, sweep: DictConfig, parent: str) -> None:
         """Does what is not done yet, and records it as a run below `parent`; the folder must be locked.
@@ -278,12 +283,13 @@ class Member:
         run.metrics(means(unit.scores))
 
     def _config(self, sweep: DictConfig) -> DictConfig:
-        """What is recorded of it: the training's configuration, or for another arm its name."""
+        """What is recorded of it: the training's configuration, or for another arm what it is read from or made of."""
         if self.arm.training is not None:
             config = self.arm.training.copy()
             config.seed, config.out_dir, config.resume = self.seed, str(self.folder), "auto"
         else:
-            config = OmegaConf.create({"checkpoint": str(self.arm.checkpoint or ""), "seed": self.seed})
+            made_of = {"checkpoint": str(self.arm.checkpoint or ""), "peer": self.arm.peer}
+            config = OmegaConf.create({**made_of, "seed": self.seed})
         OmegaConf.set_struct(config, False)
         config.tracking = standalone(sweep.tracking)
         config.tracking.run_name = f"{sweep.name}/{self.arm.name}/{self.seed}"

@@ -79,7 +79,6 @@ class Sweep:
     def __init__(self, config: DictConfig):
         check_settings(config)
         self.config, self.folder = config, Path(config.out_dir).expanduser()
-        self.started = time.time()
         arms, tasks = read_arms(config), read_tasks(config)
         check_resolves(config)
         check_writable(self.folder)
@@ -158,7 +157,7 @@ class Sweep:
         """
         reasons: dict[str, str] = {}
         for member in self.members:
-            if reason := member.failure(self.started):
+            if reason := member.failure:
                 reasons.setdefault(member.arm.name, f"seed {member.seed}: {reason}")
         return gather(self.plan, (unit for member in self.members for unit in member.units()), reasons)
 
@@ -173,7 +172,7 @@ class Sweep:
             member.fail(reason_of(error))
 
     def _settled(self, member: Member, parent: str) -> bool:
-        return member.is_done(parent) or bool(member.failure(self.started))
+        return member.is_done(parent) or bool(member.failure)
 
     def _in_order(self) -> list[Member]:
         start = self.config.worker % len(self.members)

@@ -59,6 +59,7 @@ class Journal:
         self.folder, self.path = folder, folder / "journal.jsonl"
         self._lock, self._writing = lock, threading.Lock()
         self._unwritten: deque[bytes] = deque(maxlen=_IN_MEMORY)
+        self._half = False  # whether the file ends in a part of a line
         self.cut = _cut_broken_end(self.path)
         """What stood after the last complete line when the journal was opened."""
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -118,16 +119,24 @@ class Journal:
         self.append({"kind": "file", "name": name, "copy": copy.as_posix(), "bytes": size})
 
     def read(self, offset: int, limit: int | None = None) -> Iterator[tuple[Record, int]]:
-        """(record, where the next begins) from `offset` on; a line that is none comes as kind `broken`."""
-        if not self.path.exists():  # somebody has deleted it under the run
+        """(record, where the next begins) from `offset` on; a line that is none comes as kind `broken`.
+
+        Raises:
+            SpoolError: the disk does not give it.
+        """
+        try:
+            with self.path.open("rb") as file:
+                file.seek(offset)
+                lines = list(islice(file, limit))
+        except FileNotFoundError:  # somebody has deleted it under the run
             return
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            for line in islice(file, limit):
-                if not line.endswith(b"\n"):  # being written
-                    return
-                offset += len(line)
-                yield _parse(line), offset
+        except OSError as error:
+            raise SpoolError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        for line in lines:
+            if not line.endswith(b"\n"):  # being written
+                return
+            offset += len(line)
+            yield _parse(line), offset
 
     def unwritten(self) -> list[Record]:
         """Records that the disk has not taken; they are the caller's now."""
@@ -186,17 +195,31 @@ class Journal:
     def _flush(self) -> None:
         if self._file < 0:
             raise SpoolError(f"{self.path} is closed")
-        if not os.fstat(self._file).st_nlink:
-            raise SpoolError(f"{self.path} has been deleted")
-        while self._unwritten:
-            line, size = self._unwritten[0], os.fstat(self._file).st_size
+        try:
+            if not os.fstat(self._file).st_nlink:
+                raise SpoolError(f"{self.path} has been deleted")
+            while self._unwritten:
+                self._write(self._unwritten[0])
+                self._unwritten.popleft()
+        except SpoolError:
+            raise
+        except OSError as error:
+            raise SpoolError(f"{self.path} cannot be written: {error.strerror or error}") from error
+
+    def _write(self, line: bytes) -> None:
+        """Writes all of a line, or cuts off again what was written of it."""
+        size = os.fstat(self._file).st_size
+        rest = line = b"\n" * self._half + line  # what could not be cut off is ended, and is read as a broken line
+        try:
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+            self._half = False
+        except OSError:
             try:
-                while line:
-                    line = line[os.write(self._file, line) :]
-            except OSError as error:
                 os.ftruncate(self._file, size)
-                raise SpoolError(f"{self.path} cannot be written: {error.strerror}") from error
-            self._unwritten.popleft()
+            except OSError:
+                self._half |= len(rest) < len(line)
+            raise
 
     def _read_position(self) -> tuple[int, str]:
         try:

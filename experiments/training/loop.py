@@ -44,6 +44,7 @@ from experiments.training.setup import (
     make_accelerator,
     make_trainable,
     open_encoders,
+    remove_former,
     untracked,
     warn_of_small_images,
 )
@@ -53,6 +54,8 @@ from experiments.training.views import ClipViews, StepViews, Views, ViewSettings
 
 log = logging.getLogger(__name__)
 
+RESULTS = (STATE_NAME, "best.safetensors", "last.safetensors", CURVES_NAME)
+"""What a training leaves in its folder; the state first, which is what another start would go on from."""
 EXPECTED_ERRORS = (SettingError, DataError, NoImages, NotFinite, TrackingUnavailable, core.WeightsError, OSError)
 
 
@@ -148,6 +151,8 @@ class Training:
         loader = DataLoader(
             self.views, None, sampler=range(state.step, last), num_workers=config.num_workers, persistent_workers=False
         )
+        if self.leads and state.step == 0:
+            remove_former(self.out_dir, RESULTS)
         if validation and state.step == 0:
             self._validate(validation, run)
         progress = tqdm(total=config.steps, initial=state.step, desc="training", disable=None if self.leads else True)
@@ -236,15 +241,15 @@ class Training:
         """Takes back what an earlier start left in `out_dir`, as the setting `resume` says.
 
         Raises:
-            SettingError: `must`, but there is nothing; other settings, or a damaged table of curves. WeightsError: a
-                damaged state.
+            SettingError: `must`, but there is nothing; other settings (but for more steps, with `extend`), or a damaged
+                table of curves. WeightsError: a damaged state.
         """
         path = self.out_dir / STATE_NAME
         if self.config.resume == "never" or not path.exists():
             if self.config.resume == "must":
                 raise SettingError(f"resume=must, but {path} does not exist")
             return
-        self.state, tensors = load_state(path, self._identity())
+        self.state, tensors = load_state(path, self._identity(), self.config.extend)
         self.curves = Curves(self.out_dir / CURVES_NAME, until=self.state.step)
         weights = {name.removeprefix("weights/"): tensors[name] for name in tensors if name.startswith("weights/")}
         self.inner.load_state_dict(weights)
@@ -255,6 +260,7 @@ class Training:
 
     def _save(self) -> None:
         """The curves, then the state that goes on from there, then the weights alone."""
+        of_optimiser = self.optimiser.tensors()  # of all processes
         if not self.leads:
             return
         path = self.out_dir / STATE_NAME
@@ -263,7 +269,7 @@ class Training:
         self.state.scaler = {} if scaler is None else scaler.state_dict()
         with self._told_how_to_go_on():
             self.curves.save()
-            save_state(path, self.state, tensors | self.optimiser.tensors(), self._identity())
+            save_state(path, self.state, tensors | of_optimiser, self._identity())
             with self.optimiser.averaged():
                 core.save(self.inner.model, self.out_dir / "last.safetensors")
 

@@ -89,6 +89,7 @@ class Optimiser:
         self.grad_norm = math.nan
         self.lr = settings.lr
         """Of the latest update."""
+        self._gather_when_due()
 
     @property
     def updates(self) -> bool:
@@ -101,7 +102,7 @@ class Optimiser:
             self.adam.optimizer.zero_grad()
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of a loss, averaged over the processes and the steps of one update."""
+        """Adds the gradients of a loss, averaged over the steps of one update and, with its last, the processes."""
         first = self.step_number - self.step_number % self.settings.accumulate
         together = min(self.settings.accumulate, self.num_steps - first)  # the last group may be smaller
         loss = loss / together
@@ -117,19 +118,24 @@ class Optimiser:
             clip = self.settings.clip or math.inf
             self.grad_norm = float(self.accelerator.clip_grad_norm_(list(self.weights.values()), clip))
             self.adam.step()
-            with torch.no_grad():
-                for name, average in self.ema.items():
-                    average.lerp_(self.weights[name], 1 - self.settings.ema)
+            if not self.adam.step_was_skipped:  # by the scaler, of gradients too large for half precision
+                with torch.no_grad():
+                    for name, average in self.ema.items():
+                        average.lerp_(self.weights[name], 1 - self.settings.ema)
         self.step_number += 1
+        self._gather_when_due()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything the next update depends on besides the weights: moments, moving averages, pending gradients."""
+        """Everything the next update depends on besides the weights: moments, moving averages, pending gradients.
+
+        All processes must call it together: gradients that are being accumulated, (processes, ...), differ among them.
+        """
         found = {f"ema/{name}": tensor for name, tensor in self.ema.items()}
         for name, weight in self.weights.items():
             for key, value in self.adam.optimizer.state.get(weight, {}).items():
                 found[f"adam/{key}/{name}"] = value
             if weight.grad is not None and self.step_number % self.settings.accumulate:
-                found[f"grad/{name}"] = weight.grad
+                found[f"grad/{name}"] = self.accelerator.gather(weight.grad[None])
         return found
 
     def restore(self, tensors: dict[str, Tensor], step_number: int) -> None:
@@ -142,13 +148,22 @@ class Optimiser:
                     key: tensors[f"adam/{key}/{name}"].to("cpu" if key == "step" else weight.device) for key in keys
                 }
             if f"grad/{name}" in tensors:
-                weight.grad = tensors[f"grad/{name}"].to(weight.device)
+                weight.grad = tensors[f"grad/{name}"][self.accelerator.process_index].to(weight.device)
             if name in self.ema:
                 self.ema[name].copy_(tensors[f"ema/{name}"])
+        self._gather_when_due()
 
     def averaged(self) -> "_Averaged":
         """Within the block the model has its moving average for weights."""
         return _Averaged(self)
+
+    def _gather_when_due(self) -> None:
+        """Gradients go between processes with the last of the accumulated steps only.
+
+        What `DistributedDataParallel.no_sync` does, which would have to surround the learner's forward as well.
+        """
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            self.model.require_backward_grad_sync = self.updates
 
 
 class _Averaged:

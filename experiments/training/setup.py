@@ -5,7 +5,7 @@ Encoders are frozen, so trainings of one process share them: a sweep loads each 
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -39,9 +39,13 @@ _FREE_KEYS = (
     "checkpoint_every",
     "log_every",
     "stop_after",
+    "extend",
     "cache",
 )
 """Settings that a resumed training may change: they do not change its result."""
+_COUNTS = {"steps": 1, "batch_size": 1, "backbones_per_step": 1, "checkpoint_every": 1, "log_every": 1}
+_COUNTS |= {"validate_every": 0, "num_workers": 0}
+"""Settings that count something, and the least that each may be."""
 _KEPT_ENCODERS = 8
 
 
@@ -51,9 +55,15 @@ def check_settings(config: DictConfig) -> None:
     Raises:
         SettingError: names the setting and what it may be.
     """
-    for key in ("steps", "batch_size", "backbones_per_step", "checkpoint_every", "log_every"):
-        if config[key] < 1:
-            raise SettingError(f"{key} must be at least 1, got {config[key]}")
+    for key, least in _COUNTS.items():
+        if type(config[key]) is not int or config[key] < least:
+            raise SettingError(f"{key} must be at least {least}, a whole number, got {config[key]}")
+    if config.stop_after is not None and (type(config.stop_after) is not int or config.stop_after < 1):
+        raise SettingError(
+            f"stop_after must be null (none) or at least 1, the step after which to stop, got {config.stop_after}"
+        )
+    if type(config.extend) is not bool:
+        raise SettingError(f"extend must be true or false, got {config.extend}")
     check_choice("resume", config.resume, RESUME)
     check_choice("mixed_precision", config.mixed_precision, PRECISIONS)
 
@@ -75,6 +85,15 @@ def alone_in(out_dir: Path) -> Iterator[None]:
         yield
     finally:
         unlock_folder(out_dir, lock)
+
+
+def remove_former(out_dir: Path, names: Iterable[str]) -> None:
+    """Removes what an earlier training left in the folder of a new one, which would look like the new one's."""
+    found = [name for name in names if (out_dir / name).exists()]
+    for name in found:
+        (out_dir / name).unlink()
+    if found:
+        log.info("removed what an earlier training left in %s: %s", out_dir, ", ".join(found))
 
 
 def make_accelerator(config: DictConfig) -> Accelerator:
@@ -153,7 +172,7 @@ def check_held_out(data: DataSet, val_data: DataSet, count: int) -> None:
 
 
 def make_model(config: DictConfig) -> core.AnyUp:
-    """New, or warm-started from `init_from`; without gradients for what `freeze` names.
+    """New, or warm-started from `init_from` (as for `core.load`); without gradients for what `freeze` names.
 
     Raises:
         SettingError: a value that a part refuses; `freeze` names no part. WeightsError, OSError: as `warm_start`.
@@ -161,7 +180,7 @@ def make_model(config: DictConfig) -> core.AnyUp:
     with _refusals_named():
         model = core.from_config({**config, "compile": False})
     if config.init_from:
-        new = core.warm_start(model, Path(config.init_from).expanduser())
+        new = core.warm_start(model, config.init_from)
         log.info("weights of %s; new: %s", config.init_from, ", ".join(new) or "none")
     parts = dict(model.named_children())
     for name in config.freeze:

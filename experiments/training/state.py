@@ -54,8 +54,11 @@ def save_state(path: Path, state: State, tensors: dict[str, Tensor], config: dic
         save_file(kept, part, {"format": FORMAT} | described)
 
 
-def load_state(path: Path, config: dict[str, Any]) -> tuple[State, dict[str, Tensor]]:
+def load_state(path: Path, config: dict[str, Any], extend: bool = False) -> tuple[State, dict[str, Tensor]]:
     """Reads the state of a training with these settings.
+
+    Args:
+        extend: `steps` may be more than it was started with, where that leaves the steps done as they are.
 
     Raises:
         WeightsError: the file is damaged, or no such state.
@@ -63,12 +66,17 @@ def load_state(path: Path, config: dict[str, Any]) -> tuple[State, dict[str, Ten
     """
     state, made_with, tensors = read_state(path)
     before, now = _flat(made_with), _flat(json.loads(json.dumps(config)))
-    changed = [
-        f"{key}={now.get(key, 'absent')} (was {before.get(key, 'absent')})"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key, "absent") != now.get(key, "absent")
-    ]
-    if changed:
+    differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key, "absent") != now.get(key, "absent")]
+    changed = [f"{key}={now.get(key, 'absent')} (was {before.get(key, 'absent')})" for key in differ]
+    if differ == ["steps"]:
+        refusal = _against_more_steps(state.step, made_with, config["steps"], extend)
+        if refusal:
+            raise ChangedConfig(
+                f"{path} was made with other settings: {changed[0]}. {refusal}. Or restore it, or start anew with "
+                "resume=never or another out_dir; to start a new training from its weights alone, use "
+                f"init_from={path.with_name('last.safetensors')}"
+            )
+    elif changed:
         raise ChangedConfig(
             f"{path} was made with other settings: {', '.join(changed[:8])}{', ...' if len(changed) > 8 else ''}. "
             "Restore them, or start anew with resume=never or another out_dir; to continue from its weights alone, "
@@ -83,7 +91,13 @@ def read_state(path: Path) -> tuple[State, dict[str, Any], dict[str, Tensor]]:
     Raises:
         WeightsError: the file is damaged, or no such state.
     """
-    tensors, metadata = read_weights(path)
+    try:
+        tensors, metadata = read_weights(path)
+    except WeightsError as error:
+        raise WeightsError(
+            f"{error}. It holds a training's state: delete it, or train with resume=never; the weights of the last "
+            f"checkpoint are in {path.with_name('last.safetensors')} (init_from=... starts from them)"
+        ) from error
     if "state" not in metadata or "config" not in metadata:
         raise WeightsError(f"{path} is no state of a training")
     if metadata.get("format") != FORMAT:
@@ -112,6 +126,25 @@ def save_batch(path: Path, batch: Batch, names: list[str], losses: dict[str, flo
     kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
     with replacing(path) as part:
         save_file(kept, part, {"names": "\n".join(names), "losses": str(losses)})
+
+
+def _against_more_steps(done: int, made_with: dict[str, Any], steps: int, extend: bool) -> str:
+    """Why a training after `done` steps cannot go on to another number of them; empty: it can, bit for bit."""
+    before, optimiser = made_with["steps"], made_with["optimiser"]
+    if steps < before:
+        return f"Fewer steps are stop_after={steps}"
+    if optimiser["schedule"] != "constant":
+        return (
+            f"It cannot be extended: the learning rate of optimiser.schedule={optimiser['schedule']} falls to zero at "
+            f"step {before}, so with more steps all of them would have been others; only constant can be extended"
+        )
+    last_group = before - before % optimiser["accumulate"]  # accumulates fewer steps than the others
+    if done > last_group:
+        return (
+            f"It cannot be extended: its steps from {last_group} on were one update, as the last ones, and not "
+            f"optimiser.accumulate={optimiser['accumulate']}"
+        )
+    return "" if extend else f"extend=true lets it go on to step {steps}, for its schedule is constant"
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
