@@ -291,7 +291,7 @@ def test_what_power_reads_is_named(tmp_path):
     with pytest.raises(SettingError, match=r"scores=gone.parquet does not exist"):
         read_components(settings(scores="gone.parquet", components=None))
     for wrong in (3, "abc", [1, 2, 3], {"seed": 1}, {"seed": 1, "image": 1, "residual": 1, "more": 1}):
-        with pytest.raises(SettingError, match=r"components=\{seed: \.\.\., image: .* has these three keys, got"):
+        with pytest.raises(SettingError, match=r"components must be \{seed: \.\.\., image: .*\}, got"):
             read_components(settings(components=wrong))
     for wrong in (math.nan, -1, "abc", True):
         with pytest.raises(SettingError, match=r"components\.residual must be a deviation, a finite number from 0"):

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.atomic import replacing
 from experiments.reports.costs import cost_section, cost_table
 from experiments.reports.figures import short_title
-from experiments.reports.markdown import Table, signed
+from experiments.reports.markdown import Table, signed, with_interval
 from experiments.statistics.score_files import write_scores
 from experiments.statistics.verdicts import FLOOR, Comparison, bases, table
 from experiments.tracking.provenance import Origin
@@ -74,7 +74,7 @@ def rich_tables(results: Sequence[Comparison], costs: pd.DataFrame | None = None
         rows = []
         for arm, mine in arms.items():
             main = mine[first]
-            gap = "" if main.gap_closed is None else f"{main.gap_closed.value:+.2f}"
+            gap = "" if main.gap_closed is None else with_interval(main.gap_closed.value, None, None, 2, "+")
             rest = (_value(mine[other].mean) for other in others[:3])
             rows.append([arm, _value(main.mean), signed(main.difference), gap, *rest])
         styles = ["dim" if mine[first].verdict == "reference" else "" for mine in arms.values()]
@@ -84,7 +84,8 @@ def rich_tables(results: Sequence[Comparison], costs: pd.DataFrame | None = None
 
 
 def _heading(task: str, of_task: Sequence[Comparison]) -> str:
-    return f"{task}, {max(one.num_images for one in of_task)} images"
+    count = max(one.num_images for one in of_task)
+    return f"{task}, {count} image{'s' * (count != 1)}"
 
 
 def _table(of_task: Sequence[Comparison]) -> Table:

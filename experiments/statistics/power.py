@@ -32,7 +32,8 @@ from experiments.statistics.verdicts import FAMILY, arrays, difference
 
 log = logging.getLogger(__name__)
 
-_COMPONENTS = "components={seed: ..., image: ..., residual: ...}"
+_DEVIATIONS = "{seed: ..., image: ..., residual: ...}"
+_COMPONENTS = f"components={_DEVIATIONS}"
 EXPECTED_ERRORS = (SettingError, ScoreError, CannotWrite, OSError)
 
 
@@ -109,7 +110,7 @@ def read_components(config: DictConfig) -> Components:
         raise SettingError(f"give either scores=FILE.parquet or {_COMPONENTS}")
     if config.components is not None:
         if not isinstance(config.components, DictConfig) or set(config.components) != {"seed", "image", "residual"}:
-            raise SettingError(f"{_COMPONENTS} has these three keys, got {config.components}")
+            raise SettingError(f"components must be {_DEVIATIONS}, got {config.components}")
         given = {key: _deviation(key, value) for key, value in config.components.items()}
         return Components(**given)
     if not Path(str(config.scores)).is_file():
