@@ -249,7 +249,7 @@ def test_the_average_rests_where_the_scaler_skips_an_update():
     layer = torch.nn.Linear(2, 1, bias=False)
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    optimiser = Optimiser(layer, OptimiserSettings(lr=0.1, ema=0.5), 10, accelerator)
+    optimiser = Optimiser(layer, optimiser_settings(lr=0.1, ema=0.5), 10, accelerator)
     start = layer.weight.detach().clone()
     with torch.no_grad():
         layer.weight.add_(1)  # so that an average that moved would show
@@ -837,14 +837,14 @@ def written(config: DictConfig, name: str = "config.yaml") -> Path:
 def gradients(config: DictConfig, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Of all weights, averaged over the steps of a training without an update -> them, and the losses of the last."""
     training, losses = Training(config), {}
-    model = training.model.to(dtype)
+    trainable = training.inner.to(dtype)
     for step in range(config.steps):
         torch.manual_seed(stream(config.seed, "step", step, 0).initial_seed())
         batch = training.batch(training.views[step])
         batch = replace(batch, **{name: getattr(batch, name).to(dtype) for name in IN_BATCH})
-        losses = training.objective(model, batch)
+        [losses] = trainable([batch])
         (sum(losses.values()) / config.steps).backward()
-    return {name: w.grad.double() for name, w in model.named_parameters()}, {k: v.item() for k, v in losses.items()}
+    return {name: w.grad.double() for name, w in trainable.named_parameters()}, {k: v.item() for k, v in losses.items()}
 
 
 IN_BATCH = ("image", "features", "target", "augmented_image")

@@ -259,7 +259,7 @@ class Training:
         log.info("going on from step %d of %s", self.state.step, path)
 
     def _save(self) -> None:
-        """The curves, then the state that goes on from there, then the weights alone."""
+        """The curves and the weights alone, then the state to go on from: killed between, it does so again."""
         of_optimiser = self.optimiser.tensors()  # of all processes
         if not self.leads:
             return
@@ -269,9 +269,9 @@ class Training:
         self.state.scaler = {} if scaler is None else scaler.state_dict()
         with self._told_how_to_go_on():
             self.curves.save()
-            save_state(path, self.state, tensors | of_optimiser, self._identity())
             with self.optimiser.averaged():
                 core.save(self.inner.model, self.out_dir / "last.safetensors")
+            save_state(path, self.state, tensors | of_optimiser, self._identity())
 
     @contextmanager
     def _told_how_to_go_on(self) -> Iterator[None]:

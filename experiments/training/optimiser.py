@@ -67,7 +67,7 @@ class Optimiser:
     """
 
     def __init__(self, trainable: nn.Module, settings: OptimiserSettings, num_steps: int, accelerator: Accelerator):
-        self.settings, self.num_steps, self.accelerator = settings, num_steps, accelerator
+        self.settings, self.num_steps, self.accelerator, self.trainable = settings, num_steps, accelerator, trainable
         inner = accelerator.unwrap_model(trainable)
         self.weights = {name: weight for name, weight in inner.named_parameters() if weight.requires_grad}
         if not self.weights:
@@ -162,8 +162,8 @@ class Optimiser:
 
         What `DistributedDataParallel.no_sync` does, which would have to surround the learner's forward as well.
         """
-        if isinstance(self.model, nn.parallel.DistributedDataParallel):
-            self.model.require_backward_grad_sync = self.updates
+        if isinstance(self.trainable, nn.parallel.DistributedDataParallel):
+            self.trainable.require_backward_grad_sync = self.updates
 
 
 class _Averaged:
