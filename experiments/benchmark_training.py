@@ -20,7 +20,6 @@ from statistics import median
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.table import Table
 
 import core
 from core.reference import reference_of
@@ -37,8 +36,9 @@ from experiments.cost.measure import (
     peak_in_child,
     peak_on_gpu,
 )
-from experiments.reports.benchmark import origin
-from experiments.settings import SettingError, check_writable
+from experiments.reports.markdown import Table, number, times_faster
+from experiments.settings import SettingError, check_name, check_writable
+from experiments.tracking.provenance import Origin, machine
 from experiments.tracking.store import Run, track
 from experiments.training.loop import Training
 
@@ -114,8 +114,7 @@ def check_settings(config: DictConfig) -> None:
     for key in ("max_seconds", "tolerance"):
         if config[key] is not None and not config[key] > 0:
             raise SettingError(f"{key} must be a positive number or null, got {config[key]}")
-    if not config.name or Path(config.name).name != config.name:
-        raise SettingError(f"name must be a file name without folders, got {config.name!r}")
+    check_name(config.name)
     check_writable(Path(config.out_dir))
 
 
@@ -200,32 +199,37 @@ def _enter(rows: dict[str, Row], measured: dict[str, Times | OutOfMemory]) -> No
 
 
 def _cells(row: Row) -> list[str]:
-    ratio = "" if row.ratio is None else f"{row.ratio:.2f} ({row.ratio_low:.2f}-{row.ratio_high:.2f})"
-    numbers = ((row.time_s, ".2f"), (row.steps_per_s, ".3f"))
-    numbers = ["" if value is None else format(value, how) for value, how in numbers]
-    others = ((row.cpu_ratio, ".2f"), (row.memory_mb, ".0f"), (row.loss, ".5f"))
-    others = ["" if value is None else format(value, how) for value, how in others]
-    return [row.arm, *numbers, str(row.num_runs), ratio, *others, "" if row.status == "ok" else row.status]
+    ratio = times_faster(row.ratio, row.ratio_low, row.ratio_high)
+    numbers = [number(row.time_s, 2), number(row.steps_per_s, 3), str(row.num_runs), ratio, number(row.cpu_ratio, 2)]
+    remark = "" if row.status == "ok" else row.status
+    return [row.arm, *numbers, number(row.memory_mb, 0), number(row.loss, 5), remark]
 
 
 _COLUMNS = ("arm", "s/step", "steps/s", "runs", "x faster", "CPU", "MB", "loss", "remark")
 
 
+def _table(rows: list[Row]) -> Table:
+    return Table(_COLUMNS, [_cells(row) for row in rows], "training steps", left=("arm", "remark"))
+
+
 def _write(rows: list[Row], config: DictConfig, device: torch.device, run: Run) -> None:
     out_dir = Path(config.out_dir)
     views, backbones = config.views, ", ".join(node["name"] for node in config.backbones)
-    lines = [f"| {' | '.join(line)} |" for line in (_COLUMNS, ["---", *["---:"] * 7, "---"], *map(_cells, rows))]
     precision = "float32" if config.mixed_precision == "no" else f"{config.mixed_precision} autocast"
     what = (
-        f"- batch {config.batch_size}, {views.crops} crops each, view {views.view}, "
+        f"batch {config.batch_size}, {views.crops} crops each, view {views.view}, "
         f"guidance {views.guidance or views.view}, scale {views.scale}; encoder {backbones}; "
         f"objective {dict(config.objective)}"
     )
-    top = origin("experiments.benchmark_training", "benchmark_training", device, config.num_threads, precision, False)
+    origin = Origin.of_this_process(
+        "experiments.benchmark_training",
+        "experiments.benchmark_training.benchmark_training(config), from Python",
+        machine(device, config.num_threads, precision),
+        notes=[what],
+    )
+    parts = [origin.header(f"Training steps on {device.type.upper()}"), _table(rows).markdown(), NOTES]
     with replacing(out_dir / f"{config.name}.md") as part:
-        part.write_text(
-            "\n".join([f"# Training steps on {device.type.upper()}", "", *top, what, "", *lines, "", NOTES, ""])
-        )
+        part.write_text("\n\n".join(parts) + "\n")
     with replacing(out_dir / f"{config.name}.csv") as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
@@ -241,10 +245,7 @@ def _write(rows: list[Row], config: DictConfig, device: torch.device, run: Run) 
 def main(config: DictConfig) -> int | None:
     """The command line of `benchmark_training`."""
     rows = benchmark_training(config)
-    table = Table(*_COLUMNS)
-    for row in rows:
-        table.add_row(*_cells(row))
-    Console().print(table)
+    Console().print(_table(rows).rich())
     return int(any(row.status.startswith("wrong") for row in rows))
 
 

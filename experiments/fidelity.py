@@ -16,7 +16,6 @@ import torch
 from omegaconf import DictConfig, ListConfig
 from rich.console import Console
 from torch import Tensor, nn
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import core
@@ -27,6 +26,7 @@ from experiments.data import Sample, open_data
 from experiments.measuring.ceilings import CEILINGS
 from experiments.measuring.metrics import FidelityCase, FidelityError, fidelity, fidelity_case
 from experiments.peers import named_peers, peer_from_config
+from experiments.progress import Progress
 from experiments.reports.fidelity import BASELINE, Result, header, metrics, rich_table, summarise, write
 from experiments.reports.fidelity_pictures import WorstImages
 from experiments.settings import SettingError, check_writable, pick_device
@@ -69,7 +69,7 @@ def measure_fidelity(config: DictConfig) -> Report:
     with track(config, device) as run, logging_redirect_tqdm():
         run.data("images", data.fingerprint)
         rows, worst = [], WorstImages()
-        for index in tqdm(range(len(data)), desc="fidelity", unit="image", disable=None):
+        for index in Progress(range(len(data)), "fidelity", "image"):
             rows += rows_of(data[index], arms, backbone, config, device, worst)
         images = pd.DataFrame(rows)
         results = summarise(images, config.confidence, config.num_resamples, config.seed)

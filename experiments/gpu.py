@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from core.checkpoint import PRETRAINED
+from core.checkpoint import BUNDLED
 from core.registry import discover
 from experiments.atomic import replacing
 from experiments.benchmark import check_arms, run_case
@@ -26,8 +26,10 @@ from experiments.cost.benchmark_cases import Case, cases_of, resolved
 from experiments.cost.correctness import CHECKS, Check, Inputs
 from experiments.cost.measure import arithmetic
 from experiments.cost.supervised import Job, Outcome, supervise
-from experiments.reports.benchmark import Row, origin, rich_table, write
+from experiments.reports.benchmark import Row, rich_table, write
+from experiments.reports.markdown import Table
 from experiments.settings import DTYPES, SettingError, check_choice, pick_device
+from experiments.tracking.provenance import Origin, machine
 
 log = logging.getLogger(__name__)
 
@@ -68,12 +70,16 @@ class Tables:
         self.checks: list[Check] = []
         self.rows: list[Row] = []
         self._folder, self._name = Path(config.out_dir), str(config.name)
-        self._origin = [
-            *origin("experiments.gpu", "measure", pick_device(config.device), config.num_threads,
-                    ", ".join(config.dtypes), config.tf32),
-            f"- {config.seconds} s for everything; rounds of cost: {config.num_warmup} to warm up, up to "
-            f"{config.num_runs} timed, {config.max_seconds} s of them; all arms of a line in turn in one process",
-        ]  # fmt: skip
+        rounds = (
+            f"{config.seconds} s for everything; rounds of cost: {config.num_warmup} to warm up, up to "
+            f"{config.num_runs} timed, {config.max_seconds} s of them; all arms of a line in turn in one process"
+        )
+        self._origin = Origin.of_this_process(
+            "experiments.gpu",
+            "experiments.gpu.measure(config), from Python",
+            machine(pick_device(config.device), config.num_threads, ", ".join(config.dtypes), config.tf32),
+            notes=[rounds],
+        )
 
     def write(self, unfinished: str = "") -> None:
         """Rewrites all files, each whole or not at all.
@@ -82,10 +88,9 @@ class Tables:
             CannotWrite: full disk or missing rights.
         """
         names = [field.name for field in fields(Check)]
-        lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-        lines += ["| " + " | ".join(map(_cell, asdict(check).values())) + " |" for check in self.checks]
-        top = ["# Correctness on a device", "", *self._origin]
-        text = "\n\n".join(filter(None, ["\n".join(top), unfinished, "\n".join(lines), NOTES]))
+        table = Table(names, [list(map(_cell, asdict(check).values())) for check in self.checks], left=names)
+        top = self._origin.header("Correctness on a device")
+        text = "\n\n".join(filter(None, [top, unfinished, table.markdown(), NOTES]))
         with replacing(self._folder / f"{self._name}_correctness.md") as part:
             part.write_text(f"{text}\n", encoding="utf-8")
         with replacing(self._folder / f"{self._name}_correctness.csv") as part, part.open("w", newline="") as file:
@@ -93,7 +98,7 @@ class Tables:
             writer.writerow(names)
             writer.writerows(asdict(check).values() for check in self.checks)
         if self.rows:
-            write(self.rows, self._folder, self._name, "\n".join(["# Cost", "", *self._origin]), unfinished)
+            write(self.rows, self._folder, self._name, self._origin.header("Cost"), unfinished)
 
 
 def _check_jobs(config: DictConfig) -> dict[Job, Check]:
@@ -109,7 +114,7 @@ def _check_jobs(config: DictConfig) -> dict[Job, Check]:
             raise SettingError(f"{key} must be a whole number from 32, got {config[key]}")
     jobs, node = {}, OmegaConf.to_container(config.backbone, resolve=True)
     for name in config.checks:
-        for weights in list(config.weights) or [str(path) for path in PRETRAINED.values()]:
+        for weights in list(config.weights) or [str(path) for path in BUNDLED.values()]:
             if not Path(weights).expanduser().is_file():
                 raise SettingError(f"weights: {weights} does not exist")
             inputs = Inputs(config.device, weights, node, config.photograph, config.image, config.output)
@@ -157,7 +162,7 @@ def _lost(point: tuple[Case, DictConfig], outcome: Outcome) -> list[Row]:
 
 
 def _cell(value: object) -> str:
-    return "" if value is None else f"{value:.1e}" if isinstance(value, float) else str(value).replace("|", "/")
+    return "" if value is None else f"{value:.1e}" if isinstance(value, float) else str(value)
 
 
 def defective(checks: Sequence[Check], rows: Sequence[Row]) -> bool:

@@ -13,9 +13,10 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from experiments.command import command
+from experiments.reports.results import Plan, Results
 from experiments.reports.tables import Report, show, write_report
 from experiments.settings import SettingError, check_writable
-from experiments.sweeps.results import Plan, Results, SweepError, Unit, gather
+from experiments.sweeps.results import SweepError, Unit, gather
 from experiments.tracking.provenance import Origin
 from experiments.tracking.store import Found, MlflowStore, open_store
 

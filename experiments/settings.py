@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from omegaconf import ListConfig
 
 from experiments.errors import Told
 
@@ -65,3 +66,44 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises SettingError when `value` is none of `choices`."""
     if value not in choices:
         raise SettingError(f"{name} must be one of {', '.join(choices)}, got {value}")
+
+
+def check_name(name: object) -> None:
+    """Refuses a `name` that cannot begin the names of files in one folder.
+
+    Raises:
+        SettingError: it is no text, is empty, or names a folder.
+    """
+    if not isinstance(name, str):
+        raise SettingError(f"name must be a file name, got {name}, which is no text: write 'name=\"{name}\"'")
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise SettingError(f"name must be a file name without folders, got {name!r}")
+
+
+def check_seeds(seeds: object) -> None:
+    """Refuses `seeds` that are not a list of different whole numbers from 0.
+
+    Raises:
+        SettingError: says which it is.
+    """
+    if not isinstance(seeds, list | ListConfig) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
+        raise SettingError(f"seeds must be a list of whole numbers from 0, got {seeds}")
+    check_once("seeds", seeds)
+
+
+def check_once(name: str, values: Sequence[object]) -> None:
+    """Raises SettingError when a value is there twice."""
+    if len(set(values)) < len(values):
+        raise SettingError(f"{name}={list(values)} names one twice: it would be counted twice")
+
+
+def check_confidence(confidence: object) -> None:
+    """Raises SettingError for an interval's `confidence` that is no number between 0.5 and 1."""
+    if not isinstance(confidence, int | float) or not 0.5 < confidence < 1:
+        raise SettingError(f"confidence must lie between 0.5 and 1, got {confidence}")
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raises SettingError when `value` is no whole number from `least` up."""
+    if type(value) is not int or value < least:
+        raise SettingError(f"{name} must be a whole number from {least} up, got {value}")

@@ -17,7 +17,6 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -29,6 +28,7 @@ from experiments.command import command
 from experiments.data.image_files import ImageFile, UnreadableImage, collect, read, shrink
 from experiments.measuring.checkpoints import load_model
 from experiments.progress import Progress
+from experiments.reports.markdown import Table
 from experiments.reports.pictures import fit_colours, panel
 from experiments.settings import DTYPES, SettingError, check_choice, check_writable, output_grid, pick_device
 from experiments.tracking.store import Run, store_uri, track
@@ -211,11 +211,12 @@ def _log_summary(run: Run, summary: Summary) -> None:
 
 def _report(summary: Summary, console: Console) -> None:
     """Says what was made, what was left out, and what to try next."""
-    table = Table("image", "features", "output", "backbone", "AnyUp", title=f"{len(summary.done)} images upsampled")
+    rows = []
     for done in summary.done:
         sizes = ["×".join(map(str, size)) for size in (done.grid, done.output_size)]
-        table.add_row(done.name, *sizes, f"{done.backbone_ms:.0f} ms", f"{done.upsampler_ms:.0f} ms")
-    console.print(table)
+        rows.append([done.name, *sizes, f"{done.backbone_ms:.0f} ms", f"{done.upsampler_ms:.0f} ms"])
+    columns = ["image", "features", "output", "backbone", "AnyUp"]
+    console.print(Table(columns, rows, f"{len(rows)} images upsampled").rich())
     for reason in summary.skipped.values():
         console.print(f"skipped: {reason}", style="red", markup=False, soft_wrap=True)
     inside = Path(sys.executable).is_relative_to(Path.cwd())

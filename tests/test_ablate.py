@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -26,6 +25,7 @@ from experiments.measuring.tasks import Ceiling
 from experiments.report import fetch, pictures
 from experiments.reports.tables import write_report
 from experiments.settings import SettingError
+from experiments.statistics.score_files import read_scores, write_scores
 from experiments.statistics.scores import ScoreError, frame, image_rows
 from experiments.sweeps import arms, members
 from experiments.sweeps.arms import Arm, check_names, composed, read_arms, strings
@@ -119,7 +119,7 @@ def table_of(report):
         ({"peers": ["loftup_of_old"]}, "peer=loftup_of_old is not registered; there are: .*bilinear"),
         ({"ceilings": ["sky"]}, "ceilings=sky is none; there are: encoder"),
         ({"confidence": 1.0}, "confidence must lie between"),
-        ({"name": "a/b"}, "name must be that of a file"),
+        ({"name": "a/b"}, "name must be a file name"),
         ({"worker": -1}, "worker must be"),
         ({"cost": {"image": 8, "patch": 16, "channels": 1, "num_runs": 3}},
          "cost.patch=16 gives less than 2x2 features of cost.image=8"),
@@ -445,9 +445,8 @@ def test_one_task_on_two_kinds_of_data_is_refused(config, fake):
     sweep = Sweep(config(seeds=[0]))
     sweep.lead()
     file = sweep.members[1].scores_file(sweep.members[1].tasks[0])
-    scores = pd.read_parquet(file)
-    scores.attrs["fingerprint"] = "other images"
-    scores.to_parquet(file)
+    scores, made = read_scores(file)
+    write_scores(file, scores, made | {"fingerprint": "other images"})
     with pytest.raises(
         SweepError, match="task fidelity was measured on different data: arm baseline, seed 0 on everyth"
     ):
@@ -458,10 +457,8 @@ def test_an_arm_that_lacks_an_image_is_refused(config, fake):
     sweep = Sweep(config(seeds=[0]))
     sweep.lead()
     file = sweep.members[1].scores_file(sweep.members[1].tasks[0])
-    scores = pd.read_parquet(file)
-    attrs, scores = scores.attrs, scores[scores["image"] != "image2"]
-    scores.attrs = attrs
-    scores.to_parquet(file)
+    scores, made = read_scores(file)
+    write_scores(file, scores[scores["image"] != "image2"], made)
     with pytest.raises(
         ScoreError, match="arm no_window, seed 0 lacks 1 images that other arms have, the first: image2"
     ):

@@ -106,7 +106,7 @@ def test_a_training_step_trains_with_the_objective_without_self_consistency(monk
     monkeypatch.setattr(core, "from_config", lambda values: built.append(real(values)) or built[-1])
     arm = make_arm("ours", case, settings, make_batch(case, CPU))
     before = {name: weight.clone() for name, weight in built[0].state_dict().items()}
-    losses = arm.call()
+    (losses,) = arm.call()  # a learner gives the losses of each task
     assert sorted(losses) == ["input_consistency_loss", "reconstruction_loss"]
     assert all(not torch.equal(before[name], weight) for name, weight in built[0].state_dict().items())
     assert built[0].training

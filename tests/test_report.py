@@ -1,22 +1,34 @@
 """Reports of sweeps: verdicts from scores, what must not be compared, tables and pictures."""
 
+import io
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from rich.console import Console
 from torch import nn
 
-from experiments.cost.arm_cost import cost_markdown, measure_costs
+from experiments.cost.arm_cost import measure_costs
 from experiments.peers import make_peer
+from experiments.reports import evaluation as evaluation_report
+from experiments.reports.costs import cost_section
 from experiments.reports.figures import cost_quality, forest, front
+from experiments.reports.markdown import Table, number, signed, times_faster, with_interval
+from experiments.reports.results import Plan, Planned, Results
 from experiments.reports.tables import markdown, rich_tables, write_report
-from experiments.statistics.intervals import holm, pseudo_values, spread
+from experiments.settings import SettingError, check_confidence, check_count, check_name, check_seeds
+from experiments.statistics.intervals import Interval, holm, pseudo_values, spread
+from experiments.statistics.score_files import read_scores
 from experiments.statistics.scores import ScoreError, check, frame, image_rows
 from experiments.statistics.simulation import Scenario, draw_scores, simulate
-from experiments.statistics.verdicts import compare, difference, table
-from experiments.sweeps.results import Plan, Planned, Results, SweepError, Unit, gather, means
+from experiments.statistics.verdicts import bases, compare, difference, table
+from experiments.sweeps.arms import composed
+from experiments.sweeps.results import SweepError, Unit, gather, means
+from experiments.tracking.provenance import Origin
 
 SEEDS, IMAGES = (0, 1, 2), [f"image{i}" for i in range(12)]
 NOISE = np.random.default_rng(0).normal(0, 0.01, (9, 3, 12))
@@ -66,10 +78,16 @@ def test_the_difference_is_paired():
 def test_with_one_seed_the_verdict_speaks_of_images_only():
     one = found(compare(sweep_scores({"baseline": 0.5, "up": 0.6}, seeds=(0,)), "baseline", ["up"]))["up"]
     assert (one.verdict, one.basis) == ("helps", "one seed: over images only")
-    scores = sweep_scores({"baseline": 0.5, "up": 0.6}, images=IMAGES[:1])
-    assert found(compare(scores, "baseline", ["up"]))["up"].basis == "one image: over seeds only"
-    one = found(compare(scores[scores["seed"] == 0], "baseline", ["up"]))["up"]
-    assert (one.verdict, one.basis, one.difference.low) == ("not shown", "one seed, one image: no interval", None)
+
+
+def test_of_one_image_there_is_no_interval_with_any_number_of_seeds():
+    scores = sweep_scores({"baseline": 0.5, "up": 0.6, "bilinear": 0.4, "encoder": 0.7}, images=IMAGES[:1])
+    for some in (scores, scores[scores["seed"] == 0]):
+        of = found(compare(some, "baseline", ["up"]))
+        assert (of["up"].verdict, of["up"].basis, of["up"].p_value) == ("not shown", "one image: no interval", 1)
+        assert of["up"].difference.low is of["up"].difference.high is None
+        assert of["up"].gap_closed is None
+        assert bases(of.values()) == "one image: no interval"
 
 
 def test_the_more_arms_the_harder():
@@ -220,8 +238,98 @@ def test_what_an_arm_lacks_is_named():
         gather(PLAN, lacking, {})
 
 
+def test_scores_say_in_their_file_what_they_were_made_with(tmp_path):
+    file = tmp_path / "one.parquet"
+    unit = Unit("up", 1, "one", "key of up", "images", scores_of("up", 0.6, 1), ["one: a note"])
+    unit.write(file)
+    read = Unit.read(file, "up", 1, "one")
+    pd.testing.assert_frame_equal(read.scores, unit.scores)
+    assert replace(read, scores=unit.scores) == unit
+    assert read_scores(file)[1] == {"member": "key of up", "fingerprint": "images", "notes": ["one: a note"]}
+
+
+def test_scores_of_earlier_versions_are_read_and_those_of_unknown_origin_refused(tmp_path):
+    scores, file = scores_of("up", 0.6, 1), tmp_path / "one.parquet"
+    scores.attrs = {"member": "key of up", "fingerprint": "images", "task": "one", "notes": ["one: a note"]}
+    scores.to_parquet(file, index=False)  # as sweeps once wrote them
+    read = Unit.read(file, "up", 1, "one")
+    assert (read.member, read.fingerprint, read.notes) == ("key of up", "images", ["one: a note"])
+    assert read.scores.attrs == {}
+    scores.attrs = {}
+    scores.to_parquet(file, index=False)
+    with pytest.raises(ScoreError, match=r"one.parquet does not say what its scores were made with \(member, finger"):
+        Unit.read(file, "up", 1, "one")
+    file.write_bytes(b"PAR1 and no more")
+    with pytest.raises(ScoreError, match=r"one.parquet cannot be read as a table of scores"):
+        read_scores(file)
+
+
 def test_means_are_of_the_whole_set():
     assert means(scores_of("up", 0.5, noise=0.0)) == {"fidelity/2x/d/b/cosine": pytest.approx(0.65)}
+
+
+# How tables, numbers and headers look
+
+
+def test_a_table_is_the_same_in_markdown_and_on_the_terminal():
+    made = Table(["arm", "ms", "remark"], [["up", "3.1", "a|b\nc"], ["[red]down", "14", ""]], left=("arm", "remark"))
+    assert made.markdown().splitlines() == [
+        "| arm | ms | remark |",
+        "| --- | ---: | --- |",
+        "| up | 3.1 | a\\|b c |",
+        "| [red]down | 14 |  |",
+    ]
+    console = Console(file=io.StringIO(), width=60)
+    console.print(made.rich())
+    assert [line.split() for line in console.file.getvalue().splitlines() if "down" in line] == [["[red]down", "14"]]
+    assert [column.justify for column in made.rich(["arm", "ms"]).columns] == ["left", "right"]
+    with pytest.raises(ValueError, match="2 columns, and a row of 1 cells"):
+        Table(["arm", "ms"], [["up"]])
+
+
+def test_numbers_and_intervals():
+    assert signed(Interval(0.12345, -0.1, 0.2)) == "+0.1235 [-0.1000, +0.2000]"
+    assert signed(Interval(-0.5, None, None), 2) == "-0.50"
+    assert signed(None) == number(None, 2) == number(float("nan"), 2) == ""
+    assert number(1234.5, 0) == "1234"
+    assert with_interval(2, 1.8, 2.25, 1) == "2.0 [1.8, 2.2]"
+    assert (times_faster(2.5, 2.4, 2.6), times_faster(2.5, None, None)) == ("2.50 (2.40-2.60)", "2.50")
+    assert times_faster(None, None, None) == ""
+
+
+def test_a_header_says_where_a_report_comes_from():
+    origin = Origin(
+        "python -m x a=1", "today", "0123456789abcdef", True, "Python 3", "a CPU", {"one": "f" * 64}, ("n",)
+    )
+    assert origin.header("title", ["seeds 0, 1"]).splitlines() == [
+        "# title", "", "    python -m x a=1", "", "- today, commit 0123456789ab with uncommitted changes", "- a CPU",
+        "- seeds 0, 1", f"- fingerprints: one {'f' * 12}", "- Python 3", "- n",
+    ]  # fmt: skip
+    assert Origin.from_json(origin.to_json()) == origin
+    earlier = '{"command": "c", "date": "d", "commit": "", "changed": false, "packages": "p"}'
+    assert Origin.from_json(earlier).header("t") == "# t\n\n    c\n\n- d, commit unknown\n- p"
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        (check_name, ["a/b"], "name must be a file name without folders, got 'a/b'"),
+        (check_name, [""], "name must be a file name without folders"),
+        (check_name, [".."], "name must be a file name without folders"),
+        (check_name, [2024], r"got 2024, which is no text: write 'name=\"2024\"'"),
+        (check_seeds, [3], "seeds must be a list of whole numbers from 0, got 3"),
+        (check_seeds, [[True]], "seeds must be a list of whole numbers from 0"),
+        (check_seeds, [[1, 0, 1]], r"seeds=\[1, 0, 1\] names one twice"),
+        (check_confidence, [0.5], "confidence must lie between 0.5 and 1, got 0.5"),
+        (check_confidence, [None], "confidence must lie between 0.5 and 1, got None"),
+        (check_confidence, [float("nan")], "confidence must lie between 0.5 and 1, got nan"),
+        (check_count, ["num_arms", True], "num_arms must be a whole number from 1 up, got True"),
+        (check_count, ["worker", -1, 0], "worker must be a whole number from 0 up, got -1"),
+    ],
+)
+def test_what_commands_check_alike(function, arguments, message):
+    with pytest.raises(SettingError, match=message):
+        function(*arguments)
 
 
 # Tables and pictures
@@ -278,7 +386,7 @@ def test_an_arm_whose_cost_cannot_be_measured_does_not_take_the_others_along():
 
     cost = OmegaConf.create({"image": 32, "patch": 8, "channels": 4, "num_runs": 3})
     costs = measure_costs({"bilinear": make_peer("bilinear"), "idea": Refuses()}, "bilinear", cost, torch.device("cpu"))
-    text = cost_markdown(costs)
+    text = cost_section(costs)
     assert "4x4 features of 4 channels to 32x32, one image, float32; median of 3 forwards" in text
     assert "| idea | 0 | RuntimeError: not today |" in text
     assert costs.set_index("arm").loc["bilinear", "time_ratio"] == 1
@@ -288,6 +396,43 @@ def test_without_costs_there_are_none(results, tmp_path):
     bare = Results(results.plan, results.scores)
     assert "Cost" not in markdown(bare, compare(bare.scores, "baseline", ["up"]))
     assert not any("cost" in file.name for file in write_report(bare, tmp_path).files)
+
+
+def test_a_sweep_whose_origin_is_known_says_it(results):
+    results.origin, results.notes = Origin("python -m x", "today", "abc", False, "Python 3"), ["a note"]
+    text = markdown(results, compare(results.scores, "baseline", ["up"]))
+    assert text.startswith(
+        "# sweep\n\n    python -m x\n\n- today, commit abc\n"
+        "- seeds 0, 1, 2; baseline baseline; 2 arms; intervals of 95%\n"
+        "- fingerprints: one images\n- Python 3\n- a note\n\n## "
+    )
+    results.origin = None
+    text = markdown(results, compare(results.scores, "baseline", ["up"]))
+    assert "run does not say how it was made.\n\n- seeds 0, 1, 2; " in text
+    assert "- a note\n" in text
+
+
+@pytest.mark.parametrize(
+    ("seeds", "images", "said"),
+    [
+        (SEEDS, IMAGES, "over seeds and images"),
+        ((0,), IMAGES, "one seed: over images only"),
+        ((0, 1), IMAGES[:1], "one image: no interval"),
+    ],
+)
+def test_an_evaluation_says_over_what_its_intervals_are(seeds, images, said, tmp_path):
+    scores = sweep_scores({"bilinear": 0.5, "up": 0.6, "encoder": 0.7}, seeds=seeds, images=images)
+    results = compare(scores, "bilinear", ["up"], num_resamples=0)
+    config = composed("evaluate", ["task=fidelity", "backbone=hog8", f"out_dir={tmp_path}", "name=one"])
+    files = evaluation_report.write(results, scores, None, config, Origin("c", "d", "", False, "p"))
+    text = files[0].read_text()
+    assert f"\n\nIntervals: {said}.\n\n| arm | cosine | gap closed | verdict |\n" in text
+    assert text.count("over seeds and images") == (said == "over seeds and images")
+    assert ("[" in text.partition("| up |")[2].partition("\n")[0]) == ("no interval" not in said)
+    (shown,) = evaluation_report.rich_tables(results)
+    assert shown.caption == f"intervals: {said}"
+    assert forest(compare(scores, "bilinear", ["up"]), 0.95).get_suptitle().endswith(f"intervals of 95%: {said}")
+    assert read_scores(files[2])[1]["command"] == "c"
 
 
 def test_pictures_show_intervals_and_the_front(results):

@@ -8,10 +8,12 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from experiments.reports.power import needed
+from experiments.reports.simulation import write_simulation
 from experiments.settings import SettingError
 from experiments.statistics.intervals import Spread, holm, paired_difference, pseudo_values, spread, two_way_bootstrap
-from experiments.statistics.power import Components, _needed, components_of, curves, power, read_components
-from experiments.statistics.scores import frame, image_rows, value
+from experiments.statistics.power import Components, check_settings, components_of, curves, power, read_components
+from experiments.statistics.scores import ScoreError, frame, image_rows, value
 from experiments.statistics.simulation import Scenario, draw_scores, simulate, true_difference
 
 SPREADS = [{"seed": 0, "image": 0}, {"seed": 0.1, "image": 0.3}, {"seed": 0.5, "image": 0.3, "residual": 0.1}]
@@ -35,9 +37,8 @@ def test_the_parts_of_a_spread_are_those_of_the_analysis_of_variance():
     assert found.half_width(0.05) == pytest.approx(np.sqrt(squared - stats.norm.ppf(0.975) ** 2 * found.both))
 
 
-@pytest.mark.parametrize("shape", [(1, 12), (5, 1)])
-def test_with_one_seed_or_one_image_it_is_the_t_test(shape):
-    x = values(*shape, effect=0.7)
+def test_with_one_seed_it_is_the_t_test():
+    x = values(1, 12, effect=0.7)
     found, known = spread(x), stats.ttest_1samp(x.ravel(), 0)
     low, high = known.confidence_interval(0.95)
     interval = found.interval(0.95)
@@ -45,8 +46,9 @@ def test_with_one_seed_or_one_image_it_is_the_t_test(shape):
     assert found.p_value() == pytest.approx(known.pvalue, rel=1e-6)
 
 
-def test_of_one_value_nothing_is_known():
-    found = spread(np.array([[3.0]]))
+@pytest.mark.parametrize("num_seeds", [1, 2, 5])
+def test_of_one_image_nothing_is_known_of_others(num_seeds):
+    found = spread(3 + values(num_seeds, 1))
     assert found.interval().low is None
     assert found.p_value() == 1
     assert not found.known
@@ -163,8 +165,10 @@ def test_components_are_found_again():
     x = 2 * random.normal(size=(60, 1)) + random.normal(size=(1, 80)) + 3 * random.normal(size=(60, 80))
     found = components_of(x)
     assert (found.seed, found.image, found.residual) == pytest.approx((2, 1, 3), rel=0.25)
-    with pytest.raises(SettingError, match="1 seeds and 80 images do not show how seeds differ"):
+    with pytest.raises(SettingError, match="1 seed does not show how seeds differ: give scores of two seeds"):
         components_of(x[:1])
+    with pytest.raises(SettingError, match="1 image does not show how images differ: give scores of two images"):
+        components_of(x[:, :1])
 
 
 def test_power_is_that_of_simulated_sweeps():
@@ -204,29 +208,52 @@ def test_the_command_writes_curves(tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"seeds": []}, "seeds must be a list of whole numbers from 1"),
-        ({"images": [0]}, "images must be a list of whole numbers from 1"),
-        ({"seeds": [1], "images": [1]}, "one seed with one image shows nothing"),
-        ({"num_arms": 0}, "num_arms from 1"),
+        ({"seeds": 3}, "seeds must be a list of whole numbers from 1, got 3"),
+        ({"seeds": [2, 5, 2]}, r"seeds=\[2, 5, 2\] names one twice"),
+        ({"images": [1, 30]}, "images must be a list of whole numbers from 2"),
+        ({"images": [30, 30]}, r"images=\[30, 30\] names one twice"),
         ({"effects": ["a"]}, "effects must be a list of numbers"),
-        ({"simulate": 0}, "simulate must be null or a whole number of sweeps from 1"),
+        ({"effects": [0.1, 0.1]}, r"effects=\[0.1, 0.1\] names one twice"),
+        ({"num_arms": 0}, "num_arms must be a whole number from 1"),
+        ({"num_arms": 1.5}, "num_arms must be a whole number from 1"),
+        ({"num_draws": "many"}, "num_draws must be a whole number from 100"),
+        ({"wanted": "much"}, "wanted must lie between 0 and 1"),
+        ({"confidence": "high"}, "confidence must lie between 0.5 and 1"),
+        ({"name": "a/b"}, "name must be a file name"),
+        ({"simulate": 0}, "simulate must be a whole number from 1"),
     ],
 )
 def test_power_refuses(changes, message, tmp_path):
-    from experiments.statistics.power import check_settings
-
     with pytest.raises(SettingError, match=message):
         check_settings(settings(out_dir=str(tmp_path), **changes))
+
+
+def test_power_is_zero_with_one_image_however_large_the_effect():
+    assert power(Components(0.1, 0.1, 0.1), 100.0, 5, 1) == 0
+
+
+def test_simulated_sweeps_are_written_up(tmp_path):
+    row = {"measure": "mean", "seeds": 3, "images": 30, "spread": "all three", "tails": "normal", "false": 0.02,
+           "coverage": 0.9612, "coverage, arms differ": 0.95, "bootstrap: false": 0.1,
+           "bootstrap: coverage": 0.8}  # fmt: skip
+    files = write_simulation(pd.DataFrame([row, row | {"seeds": 5}]), 300, 0.95, tmp_path, "statistics")
+    assert [file.name for file in files] == ["statistics.md", "statistics.csv", "statistics.png"]
+    text = files[0].read_text()
+    for part in ("## Simulated sweeps\n\n    experiments.power", "300 sweeps of 4 arms", "(of the bootstrap: 200, ",
+                 "| mean | 3 | 30 | all three | normal | 0.020 | 0.961 | 0.950 | 0.100 | 0.800 |",
+                 "(statistics.png)"):  # fmt: skip
+        assert part in text
 
 
 def test_more_seeds_are_offered_only_where_they_save_images():
     sizes = [(2, 100, 0.1), (5, 100, 0.9), (10, 100, 0.95), (20, 30, 0.9)]
     table = pd.DataFrame([{"effect": 0.1, "seeds": s, "images": n, "power": p} for s, n, p in sizes])
-    assert _needed(table, 0.1, 0.8) == "a chance of 80% needs 5 seeds and 100 images, or 20 seeds and 30 images:"
+    assert needed(table, 0.1, 0.8) == "a chance of 80% needs 5 seeds and 100 images, or 20 seeds and 30 images:"
 
 
 def test_a_file_that_is_no_table_is_named(tmp_path):
     (tmp_path / "scores.md").write_text("# scores")
-    with pytest.raises(SettingError, match=r"scores=.*scores.md cannot be read as a table of scores"):
+    with pytest.raises(ScoreError, match=r"scores.md cannot be read as a table of scores"):
         read_components(settings(components=None, scores=str(tmp_path / "scores.md")))
 
 
@@ -246,13 +273,26 @@ def test_power_takes_the_task_that_has_the_measure(tmp_path):
         read_components(settings(components=None, scores=str(file), measure="cosine", arm="baseline"))
 
 
+@pytest.mark.parametrize(("num_seeds", "num_images", "lacking"), [(1, 4, "seed"), (3, 1, "image"), (1, 1, "seed")])
+def test_power_says_what_scores_lack(num_seeds, num_images, lacking, tmp_path):
+    random, tables = np.random.default_rng(0), []
+    for arm in ("baseline", "one"):
+        for seed in range(num_seeds):
+            rows = [row for i in range(num_images) for row in image_rows(f"{i}", {"cosine": float(random.random())})]
+            tables.append(frame(rows, {"task": "t", "data": "d", "backbone": "b", "arm": arm, "seed": seed}))
+    pd.concat(tables).to_parquet(tmp_path / "scores.parquet")
+    with pytest.raises(SettingError, match=f"1 {lacking} does not show how {lacking}s differ: give scores of two"):
+        read_components(settings(components=None, scores=str(tmp_path / "scores.parquet")))
+
+
 def test_what_power_reads_is_named(tmp_path):
     with pytest.raises(SettingError, match="give either scores"):
         read_components(settings(scores="x.parquet"))
     with pytest.raises(SettingError, match=r"scores=gone.parquet does not exist"):
         read_components(settings(scores="gone.parquet", components=None))
-    with pytest.raises(SettingError, match="components has the keys seed, image, residual"):
-        read_components(settings(components={"seed": 1}))
+    for wrong in (3, "abc", [1, 2, 3], {"seed": 1}, {"seed": 1, "image": 1, "residual": 1, "more": 1}):
+        with pytest.raises(SettingError, match=r"components must be \{seed: \.\.\., image: .*\}, got"):
+            read_components(settings(components=wrong))
     for wrong in (math.nan, -1, "abc", True):
         with pytest.raises(SettingError, match=r"components\.residual must be a deviation, a finite number from 0"):
             read_components(settings(components={"seed": 1, "image": 1.5, "residual": wrong}))

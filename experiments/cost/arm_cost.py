@@ -1,4 +1,4 @@
-"""What each arm costs: parameters, time and memory of one forward, beside those of the baseline; as tables too."""
+"""What each arm costs: parameters, time and memory of one forward, beside those of the baseline."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -7,8 +7,6 @@ from functools import partial
 import pandas as pd
 import torch
 from omegaconf import DictConfig
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from torch import nn
 
 from experiments.cost.measure import (
@@ -20,12 +18,11 @@ from experiments.cost.measure import (
     peak_memory,
     peak_on_gpu,
 )
-from experiments.settings import SettingError
+from experiments.settings import SettingError, check_count
 
 log = logging.getLogger(__name__)
 
 NUM_WARMUP = 2
-COLUMNS = ["arm", "parameters", "ms", "times the baseline's", "MB", "memory, times the baseline's"]
 
 
 def check_cost(cost: DictConfig | None) -> None:
@@ -37,8 +34,7 @@ def check_cost(cost: DictConfig | None) -> None:
     if cost is None:
         return
     for key in ("image", "patch", "channels", "num_runs"):
-        if type(cost[key]) is not int or cost[key] < 1:
-            raise SettingError(f"cost.{key} must be a whole number from 1, got {cost[key]}")
+        check_count(f"cost.{key}", cost[key])
     if 2 * cost.patch > cost.image:
         raise SettingError(
             f"cost.patch={cost.patch} gives less than 2x2 features of cost.image={cost.image}: nothing can be upsampled"
@@ -102,53 +98,6 @@ def measure_costs(
         "remark",
     ]
     return pd.DataFrame(rows).reindex(columns=columns)
-
-
-def cost_markdown(costs: pd.DataFrame) -> str:
-    """A section: what was measured, and one line per arm."""
-    rule = ["---", *["---:"] * (len(COLUMNS) - 1)]
-    lines = "\n".join(f"| {' | '.join(line)} |" for line in (COLUMNS, rule, *_cells(costs)))
-    return "\n\n".join(filter(None, ["## Cost of one forward", _conditions(costs), lines]))
-
-
-def cost_table(costs: pd.DataFrame) -> Table:
-    """The same for the terminal."""
-    shown = Table(
-        title="cost of one forward", title_justify="left", caption=_conditions(costs) or None, box=SIMPLE_HEAD,
-        pad_edge=False,
-    )  # fmt: skip
-    for i, column in enumerate(COLUMNS):
-        shown.add_column(column, justify="right" if i else "left", overflow="fold")
-    for line in _cells(costs):
-        shown.add_row(*line)
-    return shown
-
-
-def _conditions(costs: pd.DataFrame) -> str:
-    """What was measured, and on what; nothing of older costs that do not say it."""
-    if "num_runs" not in costs:
-        return ""
-    row = costs.iloc[0]
-    grid = row.image // row.patch
-    threads = f", {row.threads} thread{'s' if row.threads > 1 else ''}" if row.device == "cpu" else ""
-    return (
-        f"{grid}x{grid} features of {row.channels} channels to {row.image}x{row.image}, one image, float32; median of "
-        f"{row.num_runs} forwards measured in turn, on {row.device}{threads}; memory on top of model and inputs."
-    )
-
-
-def _cells(costs: pd.DataFrame) -> list[list[str]]:
-    lines = []
-    for row in costs.itertuples():
-        ratio = f"{row.time_ratio:.2f} [{row.time_ratio_low:.2f}, {row.time_ratio_high:.2f}]"
-        time = _number(row.time_ms, 1) or str(getattr(row, "remark", "out of memory"))
-        memory = [_number(row.memory_mb, 0), _number(row.memory_ratio, 2)]
-        lines.append([row.arm, f"{row.parameters:,}", time, ratio if row.time_ratio == row.time_ratio else "", *memory])
-    return lines
-
-
-def _number(value: float, digits: int) -> str:
-    return "" if value != value else f"{value:.{digits}f}"
 
 
 def _peak(name: str, call: Callable[[], object], device: torch.device) -> tuple[float, str]:

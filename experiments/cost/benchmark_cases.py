@@ -19,7 +19,7 @@ from core.published import rename_published
 from core.reference import ReferenceAnyUp, reference_of
 from core.training import Trainable
 from experiments.cost.measure import count_flops
-from experiments.settings import DTYPES, SettingError, check_choice, check_writable, pick_device
+from experiments.settings import DTYPES, SettingError, check_choice, check_name, check_writable, pick_device
 
 ARM_NAMES = ("dense", "ours", "compiled")
 FALLBACK_QUERIES = 8192
@@ -105,8 +105,7 @@ def _check(values: dict[str, Any]) -> None:
         _check_number("queries_at_once", values["queries_at_once"], 1, "all, auto or ")
     if values["training"] and "float16" in values["dtype"]:
         raise SettingError("a training step in float16 needs a gradient scaler, which is not here: add training=[]")
-    if Path(values["name"]).name != values["name"]:
-        raise SettingError(f"name must be a file name without folders, got {values['name']}")
+    check_name(values["name"])
     check_writable(Path(values["out_dir"]))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import core
 from core.backbones import backbone_from_config
-from core.checkpoint import rename_published
+from core.published import rename_published
 from core.reference import ReferenceAnyUp, reference_of
 from core.training import cosine_mse
 from experiments.data.image_files import bundled, centre_square, read

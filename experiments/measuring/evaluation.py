@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -26,11 +27,21 @@ from experiments.measuring.heads import dpt_layers
 from experiments.measuring.task import Ceiling, EvaluationError, Picture, make_task
 from experiments.peers import CannotUpsample, Peer, named_peers, peer_identity
 from experiments.progress import Progress
-from experiments.reports.evaluation import header, metrics, write
+from experiments.reports.evaluation import metrics, write
 from experiments.reports.pictures import panel
-from experiments.settings import SettingError, check_writable, output_grid, pick_device
+from experiments.settings import (
+    SettingError,
+    check_confidence,
+    check_name,
+    check_once,
+    check_seeds,
+    check_writable,
+    output_grid,
+    pick_device,
+)
 from experiments.statistics.scores import frame
 from experiments.statistics.verdicts import FLOOR, Comparison, compare
+from experiments.tracking.provenance import Origin, machine
 from experiments.tracking.store import track
 
 log = logging.getLogger(__name__)
@@ -179,8 +190,14 @@ def evaluate(config: DictConfig) -> Report:
         results = compare(scores, FLOOR, trained, config.confidence, num_resamples=0)
         networks = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
         costs = measure_costs(networks, FLOOR, config.cost, evaluation.device)
-        top = header(config, evaluation.data_fingerprints, len(seeds), evaluation.notes)
-        files = write(results, scores, costs, Path(config.out_dir), config.name, top)
+        origin = Origin.of_this_process(
+            "experiments.evaluate",
+            "experiments.evaluate.evaluate(config), from Python",
+            machine(evaluation.device, torch.get_num_threads(), "float32"),
+            {f"{role}={config[role].name}": digest for role, digest in evaluation.data_fingerprints.items()},
+            evaluation.notes,
+        )
+        files = write(results, scores, costs, config, origin)
         run.metrics(metrics(results))
         for file in files:
             run.file(file, f"tables/{file.name}")
@@ -189,17 +206,10 @@ def evaluate(config: DictConfig) -> Report:
 
 def _check(config: DictConfig) -> None:
     """Refuses arms and outputs that cannot work. Raises SettingError."""
-    seeds = config.seeds
-    if not isinstance(seeds, ListConfig) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
-        raise SettingError(f"seeds must be a list of whole numbers, got {seeds}")
-    if len(set(seeds)) < len(seeds):
-        raise SettingError(f"seeds={seeds} names one twice")
-    if len(set(config.ceilings)) < len(config.ceilings):
-        raise SettingError(f"ceilings={config.ceilings} names one twice")
-    if not 0 < config.confidence < 1:
-        raise SettingError(f"confidence must lie between 0 and 1, got {config.confidence}")
-    if not config.name or Path(config.name).name != config.name:
-        raise SettingError(f"name must be that of a file, without folders, got {config.name!r}")
+    check_seeds(config.seeds)
+    check_once("ceilings", config.ceilings)
+    check_confidence(config.confidence)
+    check_name(config.name)
     check_writable(Path(config.out_dir))
 
 

@@ -1,20 +1,19 @@
 """The benchmark's results as rows, tables (Markdown, CSV, terminal), a plot, and metrics of a run."""
 
 import csv
-import platform
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import rich.table
 import torch
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
-from rich.table import Table
 
 from experiments.atomic import replacing
 from experiments.cost.benchmark_cases import Case
-from experiments.tracking.provenance import Origin
+from experiments.reports.markdown import Table, number, times_faster
+from experiments.tracking.provenance import Origin, machine
 
 COLOURS = {"dense": "tab:gray", "ours": "tab:blue", "compiled": "tab:orange"}
 LINES = {"float32": "-", "bfloat16": "--", "float16": ":"}
@@ -92,33 +91,14 @@ class Row:
 
 def header(config: DictConfig, device: torch.device) -> str:
     """Markdown: the command, and where and with what it runs."""
-    rounds = f"- rounds: {config.num_warmup} to warm up, up to {config.num_runs} timed; all arms in turn in one process"
-    lines = origin(
-        "experiments.benchmark", "benchmark", device, config.num_threads, ", ".join(config.dtype), config.tf32
+    rounds = f"rounds: {config.num_warmup} to warm up, up to {config.num_runs} timed; all arms in turn in one process"
+    origin = Origin.of_this_process(
+        "experiments.benchmark",
+        "experiments.benchmark.benchmark(config), from Python",
+        machine(device, config.num_threads, ", ".join(config.dtype), config.tf32),
+        notes=[rounds],
     )
-    return "\n".join([f"# Cost on {device.type.upper()}", "", *lines, rounds])
-
-
-def origin(module: str, function: str, device: torch.device, num_threads: int, dtype: str, tf32: bool) -> list[str]:
-    """Lines of Markdown: the command of `module` (or that its `function` was called), when, where and with what."""
-    made = Origin.of_this_process(module, f"{module}.{function}(config), from Python")
-    return [
-        f"    {made.command}",
-        "",
-        f"- {made}",
-        f"- {device_name(device)}, {num_threads} CPU thread{'s' * (num_threads > 1)}, {dtype}",
-        f"- {made.packages}, {platform.system()}"
-        + (f", CUDA {torch.version.cuda}, TF32 {'on' if tf32 else 'off'}" if device.type == "cuda" else ""),
-    ]
-
-
-def device_name(device: torch.device) -> str:
-    """The name of the processor or GPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
+    return origin.header(f"Cost on {device.type.upper()}")
 
 
 def write(rows: Sequence[Row], out_dir: Path, name: str, top: str, done: str = "") -> list[Path]:
@@ -129,13 +109,8 @@ def write(rows: Sequence[Row], out_dir: Path, name: str, top: str, done: str = "
         done: a remark on rows that are still missing.
     """
     paths = [out_dir / f"{name}.{suffix}" for suffix in ("md", "csv", "png")]
-    table = [
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "".join(" --- |" if side == "left" else " ---: |" for side in COLUMNS.values()),
-    ]
-    table += ["| " + " | ".join(cells(row)) + " |" for row in rows]
     with replacing(paths[0]) as part:
-        part.write_text("\n\n".join(filter(None, [top, done, "\n".join(table), NOTES])) + "\n")
+        part.write_text("\n\n".join(filter(None, [top, done, cost_table(rows).markdown(), NOTES])) + "\n")
     with replacing(paths[1]) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, flat(rows[0]))
         writer.writeheader()
@@ -147,9 +122,7 @@ def write(rows: Sequence[Row], out_dir: Path, name: str, top: str, done: str = "
 
 def cells(row: Row) -> list[str]:
     """One line of the tables."""
-    ratio = f"{row.ratio:.2f}" if row.ratio else ""
-    if row.ratio_low:
-        ratio += f" ({row.ratio_low:.2f}-{row.ratio_high:.2f})"
+    ratio = times_faster(row.ratio, row.ratio_low, row.ratio_high)
     if row.ratio and row.against != "dense":
         ratio += f" than {row.against}"
     memory = _number(row.memory_mb) + (f" ({_number(row.reserved_mb)})" if row.reserved_mb else "")
@@ -164,25 +137,26 @@ def cells(row: Row) -> list[str]:
         _number(row.time_min_ms),
         str(row.num_runs or ""),
         ratio,
-        f"{row.cpu_ratio:.2f}" if row.cpu_ratio else "",
+        number(row.cpu_ratio, 2),
         memory,
         f"{row.of_budget:.0%}" if row.of_budget is not None else "",
         f"{row.difference:.0e}" if row.difference is not None else "",
         f"{row.parameters / 1e6:.2f}" if row.parameters else "",
         _number(row.gflops),
-        remark.replace("|", "/"),
+        remark,
     ]
 
 
-def rich_table(rows: Sequence[Row]) -> Table:
+def cost_table(rows: Sequence[Row]) -> Table:
+    """One line for each row."""
+    left = [name for name, side in COLUMNS.items() if side == "left"]
+    styles = ["red" if row.defective else "" for row in rows]
+    return Table(list(COLUMNS), [cells(row) for row in rows], "cost", left=left, styles=styles)
+
+
+def rich_table(rows: Sequence[Row]) -> rich.table.Table:
     """What matters most of it, for the terminal."""
-    table = Table(title="cost")
-    for name in _IN_TERMINAL:
-        table.add_column(name, justify=COLUMNS[name], no_wrap=COLUMNS[name] == "right", overflow="fold")
-    for row in rows:
-        line = dict(zip(COLUMNS, cells(row), strict=True))
-        table.add_row(*(line[name] for name in _IN_TERMINAL), style="red" if row.defective else "")
-    return table
+    return cost_table(rows).rich(_IN_TERMINAL)
 
 
 def flat(row: Row) -> dict[str, object]:

@@ -1,24 +1,25 @@
 """Scores of an evaluation -> tables for terminal and files, and the metrics of a run."""
 
-import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
+import rich.table
 from omegaconf import DictConfig, OmegaConf
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from experiments.atomic import replacing
-from experiments.cost.arm_cost import cost_markdown, cost_table
-from experiments.statistics.intervals import Interval
-from experiments.statistics.scores import MEASURES
-from experiments.statistics.verdicts import FLOOR, Comparison, table
+from experiments.reports.costs import cost_section, cost_table
+from experiments.reports.figures import short_title
+from experiments.reports.markdown import Table, signed, with_interval
+from experiments.statistics.score_files import write_scores
+from experiments.statistics.verdicts import FLOOR, Comparison, bases, table
 from experiments.tracking.provenance import Origin
 
 NOTES = f"""\
-- Behind each value the mean paired difference to {FLOOR} with its interval over seeds and images (over images, where
-  there is one seed or the task has none).
+- Behind each value the mean paired difference to {FLOOR} with its interval; over what it speaks is said at each table,
+  and of an arm that differs from the others in its verdict. One seed says nothing of other seeds, and of one image
+  there is no interval.
 - gap closed: (arm - {FLOOR}) / (encoder - {FLOOR}); left out where the encoder at the higher resolution is not clearly
   better than {FLOOR}.
 - verdict: of checkpoints, corrected for their number (Holm).
@@ -27,78 +28,78 @@ NOTES = f"""\
 - Scores per image: the .parquet file of the same name."""
 
 
-def header(config: DictConfig, fingerprints: Mapping[str, str], num_seeds: int, notes: Sequence[str] = ()) -> str:
-    """Markdown: the command, with what it ran, and what else a reader must know."""
-    made = Origin.of_this_process("experiments.evaluate", "experiments.evaluate.evaluate(config), from Python")
-    sizes = ", ".join(f"{name} {config[f'{name}_size']}" for name in ("image", "encoder", "guidance", "output"))
-    task = ", ".join(f"{k} {v}" for k, v in OmegaConf.to_container(config.task, resolve=True).items() if k != "name")
-    data = "; ".join(f"{role}={config[role].name}, fingerprint {d[:12]}" for role, d in fingerprints.items())
-    return "\n".join(
-        [
-            f"# {config.task.name}: {config.val_data.name}, {config.backbone.name}",
-            "",
-            f"    {made.command}",
-            "",
-            f"- {made}",
-            f"- {data}; at most {config.max_train_images or 'all'} and {config.max_val_images or 'all'} images",
-            f"- sizes (None: as the image): {sizes}; the ceiling's encoder sees {config.ceiling_scale} times its size",
-            f"- {task or 'no settings'}; seeds: {num_seeds}; intervals of {config.confidence:.0%}",
-            f"- {platform.machine()}, {made.packages}",
-            *(f"- {note}" for note in notes),
-        ]
-    )
-
-
 def write(
-    results: Sequence[Comparison], scores: pd.DataFrame, costs: pd.DataFrame | None, out_dir: Path, name: str, top: str
+    results: Sequence[Comparison],
+    scores: pd.DataFrame,
+    costs: pd.DataFrame | None,
+    config: DictConfig,
+    origin: Origin,
 ) -> list[Path]:
     """Writes NAME.md, NAME.csv and NAME.parquet (the scores), each whole or not at all -> their paths."""
-    paths = [out_dir / f"{name}{suffix}" for suffix in (".md", ".csv", ".parquet")]
-    parts = [top]
-    for task, of_task in by_task(results).items():
-        measures = list(dict.fromkeys(result.measure for result in of_task))
-        lines = [["arm", *map(title, measures), "gap closed", "verdict"]]
-        lines += [["---", *["---:"] * len(measures), "---:", "---"], *cells(of_task)]
-        count = max(result.num_images for result in of_task)
-        parts += [f"## {task}, {count} images", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
-    if costs is not None:
-        parts.append(cost_markdown(costs))
+    paths = [Path(config.out_dir) / f"{config.name}{suffix}" for suffix in (".md", ".csv", ".parquet")]
     with replacing(paths[0]) as part:
-        part.write_text("\n\n".join([*parts, NOTES]) + "\n", encoding="utf-8")
+        part.write_text(markdown(results, scores["seed"].nunique(), costs, config, origin), encoding="utf-8")
     with replacing(paths[1]) as part:
         table(list(results)).to_csv(part, index=False)
-    with replacing(paths[2]) as part:
-        scores.to_parquet(part, index=False)
+    write_scores(paths[2], scores, asdict(origin))
     return paths
 
 
-def rich_tables(results: Sequence[Comparison], costs: pd.DataFrame | None = None) -> list[Table]:
+def markdown(
+    results: Sequence[Comparison], num_seeds: int, costs: pd.DataFrame | None, config: DictConfig, origin: Origin
+) -> str:
+    """All of it."""
+    sizes = ", ".join(f"{name} {config[f'{name}_size']}" for name in ("image", "encoder", "guidance", "output"))
+    task = ", ".join(f"{k} {v}" for k, v in OmegaConf.to_container(config.task, resolve=True).items() if k != "name")
+    facts = [
+        f"images: {config.max_train_images or 'all'} to train on, {config.max_val_images or 'all'} to measure",
+        f"sizes (None: as the image): {sizes}; the ceiling's encoder sees {config.ceiling_scale} times its size",
+        f"{task or 'no settings'}; seeds: {num_seeds}; intervals of {config.confidence:.0%}",
+    ]
+    parts = [origin.header(f"{config.task.name}: {config.val_data.name}, {config.backbone.name}", facts)]
+    for name, of_task in by_task(results).items():
+        parts += [f"## {_heading(name, of_task)}", f"Intervals: {bases(of_task)}.", _table(of_task).markdown()]
+    if costs is not None:
+        parts.append(cost_section(costs))
+    return "\n\n".join([*parts, NOTES]) + "\n"
+
+
+def rich_tables(results: Sequence[Comparison], costs: pd.DataFrame | None = None) -> list[rich.table.Table]:
     """For the terminal: the first measure of each task with all that is known of it, the other values, and costs."""
-    tables = []
-    for task, of_task in by_task(results).items():
-        first, *others = dict.fromkeys(result.measure for result in of_task)
-        count = max(result.num_images for result in of_task)
-        shown = Table(title=f"{task}, {count} images", box=SIMPLE_HEAD, pad_edge=False)
-        for i, column in enumerate(("arm", title(first), f"to {FLOOR}", "gap closed", *map(title, others[:3]))):
-            shown.add_column(column, justify="right" if i else "left", overflow="fold")
-        for arm, mine in by_arm(of_task).items():
+    shown = []
+    for name, of_task in by_task(results).items():
+        first, *others = dict.fromkeys(one.measure for one in of_task)
+        columns = ["arm", short_title(first), f"to {FLOOR}", "gap closed", *map(short_title, others[:3])]
+        arms = by_arm(of_task)
+        rows = []
+        for arm, mine in arms.items():
             main = mine[first]
-            gap = "" if main.gap_closed is None else f"{main.gap_closed.value:+.2f}"
-            rest = (number(mine[name].mean) for name in others[:3])
-            style = "dim" if main.verdict == "reference" else ""
-            shown.add_row(arm, number(main.mean), signed(main.difference), gap, *rest, style=style)
-        tables.append(shown)
-    return tables if costs is None else [*tables, cost_table(costs)]
+            gap = "" if main.gap_closed is None else with_interval(main.gap_closed.value, None, None, 2, "+")
+            rest = (_value(mine[other].mean) for other in others[:3])
+            rows.append([arm, _value(main.mean), signed(main.difference), gap, *rest])
+        styles = ["dim" if mine[first].verdict == "reference" else "" for mine in arms.values()]
+        title, caption = _heading(name, of_task), f"intervals: {bases(of_task)}"
+        shown.append(Table(columns, rows, title, caption, styles=styles).rich())
+    return shown if costs is None else [*shown, cost_table(costs).rich()]
 
 
-def cells(results: Sequence[Comparison]) -> list[list[str]]:
+def _heading(task: str, of_task: Sequence[Comparison]) -> str:
+    count = max(one.num_images for one in of_task)
+    return f"{task}, {count} image{'s' * (count != 1)}"
+
+
+def _table(of_task: Sequence[Comparison]) -> Table:
     """One line per arm of a task: its name, each measure with its difference, gap closed and verdict of the first."""
-    lines = []
-    for arm, mine in by_arm(results).items():
+    measures = list(dict.fromkeys(one.measure for one in of_task))
+    several = len({one.basis for one in of_task if one.difference is not None}) > 1
+    rows = []
+    for arm, mine in by_arm(of_task).items():
         first = next(iter(mine.values()))
-        values = [f"{number(one.mean)} {signed(one.difference)}".strip() for one in mine.values()]
-        lines.append([arm, *values, signed(first.gap_closed, 2), first.verdict])
-    return lines
+        values = [f"{_value(one.mean)} {signed(one.difference)}".strip() for one in mine.values()]
+        verdict = f"{first.verdict} ({first.basis})" if several and first.basis else first.verdict
+        rows.append([arm, *values, signed(first.gap_closed, 2), verdict])
+    columns = ["arm", *map(short_title, measures), "gap closed", "verdict"]
+    return Table(columns, rows, left=("arm", "verdict"))
 
 
 def metrics(results: Sequence[Comparison]) -> dict[str, float]:
@@ -130,19 +131,6 @@ def by_arm(results: Sequence[Comparison]) -> dict[str, dict[str, Comparison]]:
     return found
 
 
-def title(measure: str) -> str:
-    """A measure's name in tables."""
-    return MEASURES[measure].title or measure
-
-
-def number(value: float) -> str:
+def _value(value: float) -> str:
     """Four digits behind the point, fewer of large values."""
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
-
-
-def signed(interval: Interval | None, digits: int = 4) -> str:
-    """+0.0123 [+0.0100, +0.0150]"""
-    if interval is None:
-        return ""
-    ends = "" if interval.low is None else f" [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
-    return f"{interval.value:+.{digits}f}{ends}"

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.statistics.scores import MEASURES
-from experiments.statistics.verdicts import Comparison
+from experiments.statistics.verdicts import Comparison, bases
 
 COLOURS = {
     "helps": "tab:green",
@@ -30,11 +30,16 @@ def panels(comparisons: Sequence[Comparison]) -> dict[tuple[str, str, str], list
     return found
 
 
+def short_title(measure: str) -> str:
+    """A measure's name at the top of a column."""
+    return MEASURES[measure].title or measure
+
+
 def title_of(measure: str) -> str:
-    """For tables: the measure's title, its unit, and whether less is better."""
+    """For headings: the measure's title, its unit, and whether less is better."""
     known = MEASURES[measure]
     unit = f", {known.unit}" if known.unit else ""
-    return f"{known.title or measure}{unit}{' (less is better)' if known.better < 0 else ''}"
+    return f"{short_title(measure)}{unit}{' (less is better)' if known.better < 0 else ''}"
 
 
 def forest(comparisons: Sequence[Comparison], confidence: float) -> Figure:
@@ -58,7 +63,8 @@ def forest(comparisons: Sequence[Comparison], confidence: float) -> Figure:
         axes.set_ylim(len(arms) - 0.5, -0.5)
         axes.set_yticks(range(len(arms)), arms)
         axes.grid(alpha=0.3)
-    figure.suptitle(f"differences to the baseline, intervals of {confidence:.0%} over seeds and images")
+    shown = [one for of_family in found.values() for one in of_family]
+    figure.suptitle(f"differences to the baseline, intervals of {confidence:.0%}: {bases(shown)}")
     return figure
 
 

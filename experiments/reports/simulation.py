@@ -1,23 +1,14 @@
 """docs/statistics.md: what the intervals assume, and how often they and the verdicts are wrong in simulated sweeps."""
 
-import itertools
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.atomic import replacing
-from experiments.progress import Progress
-from experiments.statistics.simulation import Scenario, simulate
-
-SPREADS = {
-    "no seed effect": {"seed": 0.0, "image": 0.0, "residual": 0.3},
-    "all three": {"seed": 0.1, "image": 0.3, "residual": 0.3},
-    "large seed effect": {"seed": 0.3, "image": 0.3, "residual": 0.1},
-}
-EFFECT = 0.3
-_BOOTSTRAP_SWEEPS = 200
-_BOOTSTRAP_RESAMPLES = 500
+from experiments.reports.markdown import Table, number
+from experiments.statistics.simulation import BOOTSTRAP_SWEEPS
+from experiments.tracking.provenance import Origin
 
 TEXT = """\
 # How differences are judged
@@ -39,14 +30,13 @@ which covers at least as often as it says, whatever the shares of the two are. I
 images have an effect of their own it is wider than needed, with three seeds twice as wide. The usual single quantile
 (Satterthwaite) is narrower and was tried: with three seeds whose effect is large, and four arms, it called identical
 arms different in 14 of 100 sweeps. The percentile bootstrap over seeds and images (Owen 2007), given beside it in the
-.csv, is in the table. With one seed nothing is known of others, and the verdict says "over images only".
+.csv, is in the table. With one seed nothing is known of others, and the verdict says "over images only"; of one
+image there is no interval at all, however many seeds it was measured with.
 
 p is the least error for which the interval leaves out 0, after Holm's correction for the number of arms within one
 measure of one task. Measures and tasks are judged one by one.
 
-## Simulated sweeps
-
-    {command}
+{header}
 
 {num_sweeps} sweeps of 4 arms and a baseline for each line (of the bootstrap: {num_bootstrap}, Bonferroni-corrected).
 
@@ -60,58 +50,38 @@ measure of one task. Measures and tasks are judged one by one.
 """
 
 
-def measure(num_sweeps: int, confidence: float) -> pd.DataFrame:
-    """One row per scenario."""
-    rows = []
-    grid = itertools.product(("mean", "miou"), (3, 5), (30, 100), SPREADS, (False, True))
-    for which, num_seeds, num_images, spread, heavy in Progress(list(grid), "scenarios", "scenario"):
-        scenario = Scenario(num_seeds, num_images, 4, **SPREADS[spread], heavy_tails=heavy, measure=which)
-        same = simulate(scenario, num_sweeps, 0.0, confidence)
-        other = simulate(scenario, num_sweeps, EFFECT, confidence, seed=1)
-        boot = simulate(scenario, min(num_sweeps, _BOOTSTRAP_SWEEPS), 0.0, confidence, 0, _BOOTSTRAP_RESAMPLES)
-        names = {"measure": which, "seeds": num_seeds, "images": num_images, "spread": spread}
-        rows.append(
-            names
-            | {
-                "tails": "heavy" if heavy else "normal",
-                "false": same.false_positives,
-                "coverage": same.coverage,
-                "coverage, arms differ": other.coverage,
-                "bootstrap: false": boot.bootstrap_false_positives,
-                "bootstrap: coverage": boot.bootstrap_coverage,
-            }
-        )
-    return pd.DataFrame(rows)
+def write_simulation(table: pd.DataFrame, num_sweeps: int, confidence: float, out_dir: Path, name: str) -> list[Path]:
+    """Writes NAME.md, NAME.csv and NAME.png, each whole or not at all -> their paths.
 
-
-def write_simulation(num_sweeps: int, confidence: float, out_dir: Path, name: str) -> list[Path]:
-    """Simulates, and writes NAME.md, NAME.csv and NAME.png -> their paths."""
-    table = measure(num_sweeps, confidence)
+    Args:
+        table: of `experiments.statistics.simulation.simulate_all`, with the same number and confidence.
+    """
     paths = [out_dir / f"{name}{suffix}" for suffix in (".md", ".csv", ".png")]
     with replacing(paths[1]) as part:
         table.to_csv(part, index=False)
-    return [*write_text(table, num_sweeps, confidence, paths[0]), paths[1], *write_plot(table, confidence, paths[2])]
+    with replacing(paths[0]) as part:
+        part.write_text(markdown(table, num_sweeps, confidence, paths[2].name), encoding="utf-8")
+    with replacing(paths[2]) as part:
+        plot(table, confidence).savefig(part, format="png", dpi=120)
+    return paths
 
 
-def write_text(table: pd.DataFrame, num_sweeps: int, confidence: float, path: Path) -> list[Path]:
-    """The text with the table."""
+def markdown(table: pd.DataFrame, num_sweeps: int, confidence: float, picture: str) -> str:
+    """The text with the table; `picture` is the name of the plot's file."""
+    origin = Origin.of_this_process("experiments.power", "experiments.power.main(config), from Python")
     text = TEXT.format(
-        command=f"python -m experiments.power simulate={num_sweeps} out_dir=docs name={path.stem}",
+        header=origin.header("Simulated sweeps", level=2),
         num_sweeps=num_sweeps,
-        num_bootstrap=min(num_sweeps, _BOOTSTRAP_SWEEPS),
+        num_bootstrap=min(num_sweeps, BOOTSTRAP_SWEEPS),
         error=1 - confidence,
         confidence=confidence,
     )
-    shown = table.map(lambda value: f"{value:.3f}" if isinstance(value, float) else str(value))
-    lines = [list(shown.columns), ["---"] * len(shown.columns), *shown.to_numpy().tolist()]
-    text += "\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    text += f"\n\n![false positives and coverage]({path.stem}.png)\n"
-    with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
-    return [path]
+    cells = table.map(lambda value: number(value, 3) if isinstance(value, float) else str(value)).to_numpy().tolist()
+    shown = Table(list(table.columns), cells, left=list(table.columns)).markdown()
+    return f"{text}\n{shown}\n\n![false positives and coverage]({picture})\n"
 
 
-def write_plot(table: pd.DataFrame, confidence: float, path: Path) -> list[Path]:
+def plot(table: pd.DataFrame, confidence: float) -> Figure:
     """Rates of all scenarios, beside those of the bootstrap."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     pairs = {"false": 1 - confidence, "coverage": confidence}
@@ -130,6 +100,4 @@ def write_plot(table: pd.DataFrame, confidence: float, path: Path) -> list[Path]
         )
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
-    with replacing(path) as part:
-        figure.savefig(part, format="png", dpi=120)
-    return [path]
+    return figure

@@ -2,25 +2,28 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
+import rich.table
 from rich.console import Console
-from rich.table import Table
 
 from experiments.atomic import replacing
-from experiments.cost.arm_cost import cost_markdown, cost_table
+from experiments.reports.costs import cost_section, cost_table
 from experiments.reports.figures import cost_quality, forest, panels, title_of
-from experiments.statistics.intervals import Interval
+from experiments.reports.markdown import Table, signed
+from experiments.reports.results import Results
+from experiments.statistics.score_files import write_scores
 from experiments.statistics.verdicts import Comparison, compare, table
-from experiments.sweeps.results import Results
+from experiments.tracking.provenance import Origin
 from experiments.tracking.run import Run
 
+COLUMNS = ("arm", "mean", "difference", "p", "verdict", "gap closed")
 STYLES = {"helps": "green", "hurts": "red", "reference": "dim", "baseline": "bold"}
 NOTES = """\
 - Difference: to the baseline, of the same images and seeds, mean over seeds; the interval holds for other seeds and
-  other images (docs/statistics.md). In the .csv also the percentile bootstrap over both, too narrow for few seeds.
+  other images (docs/statistics.md), or for what the verdict says. In the .csv also the percentile bootstrap over both,
+  too narrow for few seeds.
 - Verdict: helps or hurts where the difference is shown after Holm's correction for the number of arms compared, within
   this measure on this task; p is the corrected value. "Not shown" says no more than that: not that arms are equal.
 - Gap closed: (arm - bilinear) / (encoder - bilinear); left out where the encoder is not clearly better than bilinear.
@@ -53,8 +56,8 @@ def write_report(results: Results, folder: Path) -> Report:
         part.write_text(markdown(results, comparisons), encoding="utf-8")
     with replacing(files[1]) as part:
         table(comparisons).to_csv(part, index=False)
-    with replacing(files[2]) as part:
-        results.scores.to_parquet(part, index=False)
+    made = provenance(results)
+    write_scores(files[2], results.scores, asdict(made) if made else {})
     if results.costs is not None:
         files.append(folder / f"{plan.name}_costs.csv")
         with replacing(files[-1]) as part:
@@ -91,25 +94,20 @@ def markdown(results: Results, comparisons: Sequence[Comparison]) -> str:
         mine = [one for one in comparisons if one.family == family]
         for measure in dict.fromkeys(one.measure for one in mine):
             parts.append(f"### {title_of(measure)}, {mine[0].num_images} images")
-            parts.append(_table(["arm", "mean", "difference", "p", "verdict", "gap closed"],
-                                [_cells(one) for one in mine if one.measure == measure]))  # fmt: skip
+            parts.append(_table([one for one in mine if one.measure == measure]).markdown())
     if results.costs is not None:
-        parts.append(cost_markdown(results.costs))
+        parts.append(cost_section(results.costs))
     return "\n\n".join([*parts, NOTES]) + "\n"
 
 
-def rich_tables(report: Report) -> list[Table]:
+def rich_tables(report: Report) -> list[rich.table.Table]:
     """What matters most of it, for the terminal: the first measure of each task, and the costs."""
     tables = []
     for family, rows in panels(report.comparisons).items():
         title = f"{' / '.join(family)}: {title_of(rows[0].measure)}, {rows[0].num_images} images"
-        shown = _rich(title, ["arm", "mean", "difference", "verdict", "gap closed"])
-        for one in rows:
-            cells = _cells(one)
-            shown.add_row(*cells[:3], *cells[4:], style=STYLES.get(one.verdict, ""))
-        tables.append(shown)
+        tables.append(_table(rows, title).rich([name for name in COLUMNS if name != "p"]))
     if report.results.costs is not None:
-        tables.append(cost_table(report.results.costs))
+        tables.append(cost_table(report.results.costs).rich())
     return tables
 
 
@@ -122,23 +120,23 @@ def show(report: Report) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def provenance(results: Results) -> Origin | None:
+    """What made the results, with what they were measured on and what a reader must know; None: not known."""
+    if results.origin is None:
+        return None
+    return replace(results.origin, data=dict(results.data), notes=tuple(results.notes))
+
+
 def _header(results: Results) -> str:
-    plan = results.plan
-    seeds = sorted({member.seed for member in plan.members})
-    origin = results.origin
-    return "\n".join(
-        [
-            f"# {plan.name}",
-            "",
-            f"    {origin.command}" if origin else "The sweep's run does not say how it was made.",
-            "",
-            *([f"- {origin}"] if origin else []),
-            f"- seeds {', '.join(map(str, seeds))}; baseline {plan.baseline}; {len(plan.competing)} arms; intervals of "
-            f"{plan.confidence:.0%}",
-            *([f"- {origin.packages}"] if origin else []),
-            *(f"- {note}" for note in results.notes),
-        ]
+    plan, made = results.plan, provenance(results)
+    asked = (
+        f"seeds {', '.join(map(str, results.seeds))}; baseline {plan.baseline}; {len(plan.competing)} arms; intervals "
+        f"of {plan.confidence:.0%}"
     )
+    if made is not None:
+        return made.header(plan.name, [asked])
+    told = "\n".join(f"- {line}" for line in (asked, *results.notes))
+    return f"# {plan.name}\n\nThe sweep's run does not say how it was made.\n\n{told}"
 
 
 def _failures(results: Results) -> list[str]:
@@ -149,23 +147,9 @@ def _failures(results: Results) -> list[str]:
 def _cells(one: Comparison) -> list[str]:
     verdict = f"{one.verdict} ({one.basis})" if one.basis else one.verdict
     p = "" if one.p_value is None else "<0.001" if one.p_value < 0.001 else f"{one.p_value:.3f}"
-    return [one.arm, f"{one.mean:.4f}", _signed(one.difference, 4), p, verdict, _signed(one.gap_closed, 2)]
+    return [one.arm, f"{one.mean:.4f}", signed(one.difference), p, verdict, signed(one.gap_closed, 2)]
 
 
-def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(columns) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, rule, *lines))
-
-
-def _rich(title: str, columns: Sequence[str]) -> Table:
-    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(columns):
-        shown.add_column(column, justify="right" if i else "left", overflow="fold")
-    return shown
-
-
-def _signed(interval: Interval | None, digits: int) -> str:
-    if interval is None:
-        return ""
-    ends = "" if interval.low is None else f" [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
-    return f"{interval.value:+.{digits}f}{ends}"
+def _table(comparisons: Sequence[Comparison], title: str = "") -> Table:
+    styles = [STYLES.get(one.verdict, "") for one in comparisons]
+    return Table(COLUMNS, [_cells(one) for one in comparisons], title, styles=styles)

@@ -142,8 +142,8 @@ class Spread:
 
     @property
     def known(self) -> bool:
-        """Whether anything is known of it: several seeds, or several images."""
-        return self.num_seeds > 1 or self.num_images > 1
+        """Whether it holds for other images: of one image nothing is known, however many seeds there are."""
+        return self.num_images > 1
 
     def half_width(self, error: ArrayLike) -> np.ndarray:
         """Of the interval that misses with probability `error` at most; infinite where nothing is known."""

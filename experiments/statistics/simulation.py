@@ -1,16 +1,29 @@
 """Simulated sweeps whose truth is known: how often verdicts are wrong, and intervals miss (docs/statistics.md)."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import pandas as pd
 from scipy.special import expit
 
+from experiments.progress import Progress
 from experiments.statistics.intervals import Spread, holm, pseudo_values, spread, two_way_bootstrap
 from experiments.statistics.scores import value
 
 NUM_CLASSES = 11
+SPREADS = {
+    "no seed effect": {"seed": 0.0, "image": 0.0, "residual": 0.3},
+    "all three": {"seed": 0.1, "image": 0.3, "residual": 0.3},
+    "large seed effect": {"seed": 0.3, "image": 0.3, "residual": 0.1},
+}
+EFFECT = 0.3
+"""True difference of arms that differ."""
+BOOTSTRAP_SWEEPS = 200
+"""At most: the bootstrap takes most of the time."""
+_BOOTSTRAP_RESAMPLES = 500
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,30 @@ def simulate(
             1 - _outside(low[..., 0], high[..., 0], truth).mean(),
         )
     return Rates(float(np.mean(wrong)), 1 - float(np.mean(missed)), *rates, num_sweeps)
+
+
+def simulate_all(num_sweeps: int, confidence: float) -> pd.DataFrame:
+    """Every scenario of docs/statistics.md -> one row each: what was drawn, and how often it was judged wrongly."""
+    rows = []
+    grid = itertools.product(("mean", "miou"), (3, 5), (30, 100), SPREADS, (False, True))
+    for which, num_seeds, num_images, chance, heavy in Progress(list(grid), "scenarios", "scenario"):
+        scenario = Scenario(num_seeds, num_images, 4, **SPREADS[chance], heavy_tails=heavy, measure=which)
+        same = simulate(scenario, num_sweeps, 0.0, confidence)
+        other = simulate(scenario, num_sweeps, EFFECT, confidence, seed=1)
+        boot = simulate(scenario, min(num_sweeps, BOOTSTRAP_SWEEPS), 0.0, confidence, 0, _BOOTSTRAP_RESAMPLES)
+        names = {"measure": which, "seeds": num_seeds, "images": num_images, "spread": chance}
+        rows.append(
+            names
+            | {
+                "tails": "heavy" if heavy else "normal",
+                "false": same.false_positives,
+                "coverage": same.coverage,
+                "coverage, arms differ": other.coverage,
+                "bootstrap: false": boot.bootstrap_false_positives,
+                "bootstrap: coverage": boot.bootstrap_coverage,
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def true_difference(scenario: Scenario, effect: float) -> float:

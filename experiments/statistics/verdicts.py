@@ -1,11 +1,12 @@
 """Scores -> what is said about each arm: its difference to the baseline with an interval, a verdict, the gap it closes.
 
 Differences are paired: of the same images and the same seeds. An interval holds for other seeds and other images
-(`statistics.Spread`); a verdict takes into account how many arms were compared (Holm over the arms that compete, within
-one measure of one task; measures and tasks are looked at one by one, so a claim over several of them needs more).
+(`intervals.Spread`), or for what `Comparison.basis` says; a verdict takes into account how many arms were compared
+(Holm over the arms that compete, within one measure of one task; measures and tasks are looked at one by one, so a
+claim over several of them needs more).
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -38,7 +39,8 @@ class Comparison:
     verdict: str
     """helps, hurts, not shown; baseline; reference (peers and ceilings)."""
     basis: str
-    """Over what the interval speaks, where that is not seeds and images."""
+    """Over what the interval speaks, where that is not seeds and images: one seed, or what gave the same with all, says
+    nothing of other seeds; one image says nothing of other images, and there is no interval."""
     gap_closed: Interval | None
     """None where encoder and bilinear are not there, or not clearly apart."""
     num_seeds: int
@@ -96,6 +98,12 @@ def table(comparisons: list[Comparison]) -> pd.DataFrame:
             row |= ends if name == "bootstrap" else {name: interval["value"]} | ends
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def bases(comparisons: Iterable[Comparison]) -> str:
+    """Over what the intervals of some comparisons speak, in words; where arms differ in that, all there is."""
+    found = dict.fromkeys(one.basis or "over seeds and images" for one in comparisons if one.difference is not None)
+    return "; ".join(found) or "none"
 
 
 def difference(arm: "Sums", baseline: "Sums", weights: np.ndarray) -> np.ndarray:
@@ -182,11 +190,11 @@ class _Measured:
 
 
 def _basis(of_arm: Spread | None) -> str:
-    if of_arm is None or (of_arm.num_seeds > 1 and of_arm.num_images > 1):
+    if of_arm is None:
         return ""
-    if of_arm.num_images > 1:
-        return "one seed: over images only"
-    return "one image: over seeds only" if of_arm.num_seeds > 1 else "one seed, one image: no interval"
+    if not of_arm.known:
+        return "one image: no interval"
+    return "" if of_arm.num_seeds > 1 else "one seed: over images only"
 
 
 def arrays(rows: pd.DataFrame) -> dict[str, tuple[Sums, list[int]]]:

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -28,6 +27,7 @@ from experiments.atomic import replacing
 from experiments.measuring.evaluation import Evaluation
 from experiments.measuring.tasks import Ceiling, tasks
 from experiments.reports.pictures import panel
+from experiments.reports.results import Planned
 from experiments.settings import SettingError, pick_device
 from experiments.statistics.scores import check
 from experiments.sweeps.arms import (
@@ -42,7 +42,7 @@ from experiments.sweeps.arms import (
     strings,
 )
 from experiments.sweeps.code_version import evaluation_version
-from experiments.sweeps.results import Planned, Unit, means
+from experiments.sweeps.results import Unit, means
 from experiments.tracking.run import clean_name
 from experiments.tracking.store import Run, track
 from experiments.training.loop import Training
@@ -114,8 +114,12 @@ class SweepTask:
         known = {"settings": settings, "data": data, "files": files_of(settings), "code": evaluation_version()}
         return digest_of(known)
 
-    def scores(self, arm: Arm, seed: int, model: nn.Module | Ceiling) -> pd.DataFrame:
-        """What an arm reaches, and in `attrs` what the tables must say of it. Raises as `Evaluation.scores`."""
+    def unit(self, arm: Arm, seed: int, model: nn.Module | Ceiling, member: str) -> Unit:
+        """What an arm reaches, and what the tables must say of it; `member` is its key.
+
+        Raises:
+            as `Evaluation.scores`, and ScoreError as `check`.
+        """
         scores = self.evaluation.scores(model, arm=arm.name, seed=seed)
         if self.renames:
             scores["task"] = [f"{self.name}/{called.partition('/')[2]}".rstrip("/") for called in scores["task"]]
@@ -125,8 +129,7 @@ class SweepTask:
             if arm.name not in self._told:
                 log.warning("arm %s, %s; data.last=N, val_data.first=N divide a folder", arm.name, notes[-1])
                 self._told.add(arm.name)
-        scores.attrs = {"fingerprint": self.evaluation.fingerprint, "task": self.name, "notes": notes}
-        return scores
+        return Unit(arm.name, seed, self.name, member, self.evaluation.fingerprint, check(scores), notes)
 
     def _seen_by(self, arm: Arm) -> int:
         """How many of its images the arm was trained on, as far as files of one name in one kind of data are one."""
@@ -267,19 +270,17 @@ class Member:
             model = self.arm.model(checkpoint)
             if isinstance(model, nn.Module):
                 model = model.to(pick_device(task.config.device)).eval()
-            scores = check(task.scores(self.arm, self.seed, model))
-            scores.attrs["member"] = self.key
+            unit = task.unit(self.arm, self.seed, model, self.key)
             for picture in task.evaluation.pictures:
                 with replacing(pictures / f"{clean_name(picture.name).replace('/', '_')}.png") as part:
                     panel(picture.columns).save(part, format="png")
-            with replacing(path) as part:
-                scores.to_parquet(part, index=False)
-        scores = pd.read_parquet(path)
+            unit.write(path)
+        unit = Unit.read(path, self.arm.name, self.seed, task.name)
         for picture in sorted(pictures.glob("*.png")):
             run.file(picture, f"pictures/{task.name}/{picture.name}")
-        run.data(task.name, scores.attrs["fingerprint"])
+        run.data(task.name, unit.fingerprint)
         run.file(path, f"scores/{task.name}.parquet")
-        run.metrics(means(scores))
+        run.metrics(means(unit.scores))
 
     def _config(self, sweep: DictConfig) -> DictConfig:
         """What is recorded of it: the training's configuration, or for another arm what it is read from or made of."""

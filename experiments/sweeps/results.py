@@ -1,67 +1,20 @@
 """What a sweep has measured, gathered from its members, wherever they were kept: complete, or refused by name."""
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from experiments.errors import Told
-from experiments.statistics.scores import KEYS, VALUES, check, sums, value
-from experiments.tracking.provenance import Origin
+from experiments.reports.results import Plan, Results
+from experiments.statistics.score_files import read_scores, write_scores
+from experiments.statistics.scores import KEYS, VALUES, ScoreError, check, sums, value
 
 
 class SweepError(Told, ValueError):
     """Results that cannot be compared: the baseline failed, nothing is there, or one name stands for several things."""
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One arm with one seed, and the tasks it is to be measured on."""
-
-    arm: str
-    kind: str
-    """trained, checkpoint, peer, ceiling."""
-    seed: int
-    key: str
-    """Digest of the arm's configuration, code and training data."""
-    tasks: list[str]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that a sweep is to measure; kept with its run, so that its tables can be made again from there."""
-
-    name: str
-    baseline: str
-    confidence: float
-    members: list[Planned]
-
-    @property
-    def kinds(self) -> dict[str, str]:
-        """Arm -> kind, in the order of the tables."""
-        return {member.arm: member.kind for member in self.members}
-
-    @property
-    def competing(self) -> list[str]:
-        """Arms that get a verdict: peers and ceilings are references."""
-        return [arm for arm, kind in self.kinds.items() if kind in ("trained", "checkpoint")]
-
-    @property
-    def digest(self) -> str:
-        """Equal for equal plans of equal things."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Plan":
-        values = json.loads(text)
-        return cls(**values | {"members": [Planned(**member) for member in values["members"]]})
 
 
 @dataclass(frozen=True)
@@ -79,32 +32,28 @@ class Unit:
     notes: list[str] = field(default_factory=list)
     """What the tables must say of them."""
 
+    def write(self, path: Path) -> None:
+        """To a Parquet file that says what they were made with.
+
+        Raises:
+            CannotWrite: the disk is full, say.
+        """
+        write_scores(path, self.scores, {"member": self.member, "fingerprint": self.fingerprint, "notes": self.notes})
+
     @classmethod
     def read(cls, path: Path, arm: str, seed: int, task: str) -> "Unit":
-        """From the Parquet file that the sweep wrote, which says what it was made with."""
-        scores = pd.read_parquet(path)
-        known = scores.attrs
-        member, fingerprint = str(known.get("member")), str(known.get("fingerprint"))
-        return cls(arm, seed, task, member, fingerprint, scores, known.get("notes", []))
+        """From the file that `write` made.
 
-
-@dataclass
-class Results:
-    """A sweep, ready to be compared."""
-
-    plan: Plan
-    scores: pd.DataFrame
-    """Of all arms that have every seed on every task."""
-    failures: Mapping[str, str] = field(default_factory=dict)
-    """Arm -> why it is not in the tables."""
-    notes: list[str] = field(default_factory=list)
-    """What a reader must know of how they were measured."""
-    costs: pd.DataFrame | None = None
-    """Of `experiments.cost.arm_cost`."""
-    origin: Origin | None = None
-    """What made them; None: not known."""
-    run_id: str = ""
-    """Of the sweep, where they come from the tracking store."""
+        Raises:
+            ScoreError: it cannot be read, or does not say what it was made with.
+        """
+        scores, made = read_scores(path)
+        if missing := [key for key in ("member", "fingerprint") if key not in made]:
+            raise ScoreError(
+                f"{path} does not say what its scores were made with ({', '.join(missing)}): remove it, and they are "
+                "measured again"
+            )
+        return cls(arm, seed, task, made["member"], made["fingerprint"], scores, list(made.get("notes", [])))
 
 
 def gather(plan: Plan, units: Iterable[Unit], reasons: Mapping[str, str]) -> Results:
@@ -141,7 +90,8 @@ def gather(plan: Plan, units: Iterable[Unit], reasons: Mapping[str, str]) -> Res
     kept = [found[key] for task in tasks for key in planned if key[2] == task and key[0] not in failures]
     scores = pd.concat([unit.scores for unit in kept], ignore_index=True)
     notes = list(dict.fromkeys(note for unit in kept for note in unit.notes))
-    return Results(plan, check(scores), failures, notes)
+    data = {unit.task: unit.fingerprint for unit in kept}
+    return Results(plan, check(scores), failures, notes, data)
 
 
 def means(scores: pd.DataFrame) -> dict[str, float]:

@@ -13,18 +13,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from experiments.atomic import replacing
 from experiments.cost.arm_cost import check_cost, measure_costs
 from experiments.lock import Locked, lock_folder, unlock_folder
-from experiments.reports.tables import Report, record_report, write_report
-from experiments.settings import SettingError, check_writable, pick_device
+from experiments.reports.results import Plan, Results
+from experiments.reports.tables import Report, provenance, record_report, write_report
+from experiments.settings import (
+    SettingError,
+    check_confidence,
+    check_count,
+    check_name,
+    check_seeds,
+    check_writable,
+    pick_device,
+)
 from experiments.sweeps.arms import read_arms
 from experiments.sweeps.members import Member, read_tasks, reason_of
-from experiments.sweeps.results import Plan, Results, gather
+from experiments.sweeps.results import gather
 from experiments.tracking.provenance import Origin
 from experiments.tracking.store import Run, TrackingUnavailable, track
 
@@ -123,7 +132,7 @@ class Sweep:
         """Compares what there is, and writes and records it."""
         results = self.results()
         results.origin = Origin.of_this_process("experiments.ablate", "experiments.ablate.ablate(config), from Python")
-        run.text(results.origin.to_json(), "origin.json")
+        run.text(provenance(results).to_json(), "origin.json")
         models = dict(self._models(results))
         results.costs = measure_costs(models, self.plan.baseline, self.config.cost, pick_device(self.config.device))
         report = write_report(results, self.folder)
@@ -183,17 +192,10 @@ def check_settings(config: DictConfig) -> None:
     Raises:
         SettingError: names the setting and what it may be.
     """
-    if not config.name or Path(config.name).name != config.name:
-        raise SettingError(f"name must be that of a file, without folders, got {config.name!r}")
-    seeds = config.seeds
-    if not isinstance(seeds, ListConfig) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
-        raise SettingError(f"seeds must be a list of whole numbers from 0, got {seeds}")
-    if len(set(seeds)) < len(seeds):
-        raise SettingError(f"seeds={seeds} names one twice: it would be counted twice")
-    if not 0.5 < config.confidence < 1:
-        raise SettingError(f"confidence must lie between 0.5 and 1, got {config.confidence}")
-    if type(config.worker) is not int or config.worker < 0:
-        raise SettingError(f"worker must be a whole number from 0, got {config.worker}")
+    check_name(config.name)
+    check_seeds(config.seeds)
+    check_confidence(config.confidence)
+    check_count("worker", config.worker, 0)
     check_cost(config.cost)
 
 

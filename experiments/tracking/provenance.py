@@ -3,11 +3,13 @@
 import json
 import os
 import platform
+import re
 import resource
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib.metadata import distributions, version
 from pathlib import Path
@@ -28,28 +30,71 @@ class Origin:
     changed: bool
     """Whether there were uncommitted changes."""
     packages: str
+    machine: str = ""
+    """As `machine` says it; empty: not known, or of no account."""
+    data: Mapping[str, str] = field(default_factory=dict)
+    """What was measured, or measured on -> its fingerprint."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know of how it was made."""
 
     @classmethod
-    def of_this_process(cls, module: str, otherwise: str) -> "Origin":
+    def of_this_process(
+        cls,
+        module: str,
+        otherwise: str,
+        machine: str = "",
+        data: Mapping[str, str] | None = None,
+        notes: Iterable[str] = (),
+    ) -> "Origin":
         """`module` as the command line calls it; `otherwise` where no command line is."""
         command = otherwise
         if HydraConfig.initialized():
             command = shlex.join(["python", "-m", module, *HydraConfig.get().overrides.task])
         commit, changes = git_state(Path(__file__))
         packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "scipy"))
+        packages = f"Python {platform.python_version()}, {packages}"
         date = f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
-        return cls(command, date, commit, bool(changes), f"Python {platform.python_version()}, {packages}")
+        return cls(command, date, commit, bool(changes), packages, machine, dict(data or {}), tuple(notes))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "Origin":
-        return cls(**json.loads(text))
+        values = json.loads(text)
+        return cls(**values | {"notes": tuple(values.get("notes", ()))})
+
+    def header(self, title: str, facts: Iterable[str] = (), level: int = 1) -> str:
+        """What a report begins with, in Markdown: its title, the command, and a list.
+
+        Args:
+            facts: what was asked for (sizes, seeds, confidence), a line each. level: of the heading.
+        """
+        fingerprints = ", ".join(f"{name} {digest[:12]}" for name, digest in self.data.items())
+        lines = [str(self), self.machine, *facts, fingerprints and f"fingerprints: {fingerprints}", self.packages]
+        told = "\n".join(f"- {line}" for line in (*lines, *self.notes) if line)
+        return f"{'#' * level} {title}\n\n    {self.command}\n\n{told}"
 
     def __str__(self) -> str:
         changes = " with uncommitted changes" if self.changed else ""
         return f"{self.date}, commit {self.commit[:12] or 'unknown'}{changes}"
+
+
+def machine(device: torch.device, num_threads: int, arithmetic: str, tf32: bool = False) -> str:
+    """Processor or GPU, system, threads, and in which arithmetic was computed (float32, say)."""
+    known = [device_name(device), platform.system(), f"{num_threads} CPU thread{'s' * (num_threads > 1)}", arithmetic]
+    if device.type == "cuda":
+        known += [f"CUDA {torch.version.cuda}", f"TF32 {'on' if tf32 else 'off'}"]
+    return ", ".join(known)
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the processor or GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def environment() -> dict[str, Any]:

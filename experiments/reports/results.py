@@ -1,0 +1,82 @@
+"""What a sweep's report is made of: what was planned, what was measured, what failed, and where it all comes from."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+import pandas as pd
+
+from experiments.tracking.provenance import Origin
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One arm with one seed, and the tasks it is to be measured on."""
+
+    arm: str
+    kind: str
+    """trained, checkpoint, peer, ceiling."""
+    seed: int
+    key: str
+    """Digest of the arm's configuration, code and training data."""
+    tasks: list[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a sweep is to measure; kept with its run, so that its tables can be made again from there."""
+
+    name: str
+    baseline: str
+    confidence: float
+    members: list[Planned]
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Arm -> kind, in the order of the tables."""
+        return {member.arm: member.kind for member in self.members}
+
+    @property
+    def competing(self) -> list[str]:
+        """Arms that get a verdict: peers and ceilings are references."""
+        return [arm for arm, kind in self.kinds.items() if kind in ("trained", "checkpoint")]
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal plans of equal things."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        values = json.loads(text)
+        return cls(**values | {"members": [Planned(**member) for member in values["members"]]})
+
+
+@dataclass
+class Results:
+    """A sweep, ready to be compared."""
+
+    plan: Plan
+    scores: pd.DataFrame
+    """Of all arms that have every seed on every task."""
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """Arm -> why it is not in the tables."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader must know of how they were measured."""
+    data: Mapping[str, str] = field(default_factory=dict)
+    """Task -> fingerprint of what it was measured on."""
+    costs: pd.DataFrame | None = None
+    """Of `experiments.cost.arm_cost`."""
+    origin: Origin | None = None
+    """What made them; None: not known."""
+    run_id: str = ""
+    """Of the sweep, where they come from the tracking store."""
+
+    @property
+    def seeds(self) -> list[int]:
+        """All that were planned."""
+        return sorted({member.seed for member in self.plan.members})
