@@ -19,7 +19,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from core.checkpoint import PRETRAINED
+from core.checkpoint import BUNDLED
 from core.registry import discover
 from experiments.atomic import CannotWrite, replacing
 from experiments.benchmark import check_arms, run_case
@@ -115,7 +115,7 @@ def _check_jobs(config: DictConfig) -> dict[Job, Check]:
             raise SettingError(f"{key} must be a whole number from 32, got {config[key]}")
     jobs, node = {}, OmegaConf.to_container(config.backbone, resolve=True)
     for name in config.checks:
-        for weights in list(config.weights) or [str(path) for path in PRETRAINED.values()]:
+        for weights in list(config.weights) or [str(path) for path in BUNDLED.values()]:
             if not Path(weights).expanduser().is_file():
                 raise SettingError(f"weights: {weights} does not exist")
             inputs = Inputs(config.device, weights, node, config.photograph, config.image, config.output)

@@ -13,7 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import core
-from core.checkpoint import PRETRAINED
+from core.checkpoint import BUNDLED
 from experiments import gpu
 from experiments.cost import correctness
 from experiments.cost.correctness import CHECKS, Check, Inputs, errors
@@ -40,7 +40,7 @@ def test_a_dry_run_writes_all_tables_without_mlflow(tmp_path):
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "MLFLOW_TRACKING_URI": "http://nowhere.invalid"}
     done = subprocess.run(
         [sys.executable, "-m", "experiments.gpu", *DRY, "checks=[outputs,determinism]", f"out_dir={tmp_path / 'out'}",
-         f"weights=[{PRETRAINED['anyup_paper']}]",
+         f"weights=[{BUNDLED['bundled']}]",
          "points=[{size: 32/8/5, dtype: float32, arms: [dense, ours], seconds: 100},"
          " {size: 1024/8/700, dtype: float32, arms: [ours], seconds: 0.1}]", "hydra.run.dir=hydra"],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500,
@@ -119,7 +119,7 @@ def test_what_is_measured_by_default_can_be_composed(monkeypatch):
 
 @pytest.fixture
 def inputs() -> Inputs:
-    return Inputs("cpu", str(PRETRAINED["anyup_released"]), {"name": "embedded"}, "coffee", 64, 32)
+    return Inputs("cpu", str(BUNDLED["bundled_released"]), {"name": "embedded"}, "coffee", 64, 32)
 
 
 @pytest.mark.parametrize("name", ["gradients", "exported"])
