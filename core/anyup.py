@@ -296,7 +296,7 @@ class AnyUp(nn.Module, Pretrained):
         if next(self.parameters()).device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
             raise RuntimeError("compile=true needs a C++ compiler on CPU: install g++, or leave it off")
         for encoder in (self.image_encoder, self.query_encoder, self.key_encoder):
-            encoder.compiled = torch.compile(encoder.plain, dynamic=False, recompile_limit=64, isolate_recompiles=True)
+            encoder.compiles = True
         return self
 
 

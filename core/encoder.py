@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.fast.norm_act_conv import NUM_GROUPS, Buffers, Step, under_autocast
-from core.fast.streamed_encoder import Weights, encode
+from core.fast.streamed_encoder import Weights, encode, refuse_tracing, refuse_transforms
 
 Stem = Callable[[Tensor], Tensor]
 
@@ -49,7 +49,13 @@ class Encoder(nn.Sequential):
     def __init__(self, stem: nn.Module, stem_channels: int, embed_dim: int):
         super().__init__(stem, ResBlock(stem_channels, embed_dim), ResBlock(embed_dim, embed_dim))
         self.twice_differentiable = False
-        self.compiled = None
+        self.compiles = False
+        """Whether `plain` goes through `torch.compile`."""
+        self._compiled: tuple[Encoder, Stem] | None = None  # of whom, for copies have other weights
+
+    def __getstate__(self) -> dict:
+        """Without the compiled function: a copy, in this process or another, compiles its own."""
+        return {**self.__dict__, "_compiled": None}
 
     def forward(
         self,
@@ -62,11 +68,19 @@ class Encoder(nn.Sequential):
 
         `stem` runs in place of the first layer: that layer with more inputs bound to it than x, say.
         """
+        refuse_tracing()
         if self.twice_differentiable or torch.compiler.is_compiling():
             return self.plain(x, output_size, stem)
-        if self.compiled is not None and stem is None:
-            return self.compiled(x, output_size)
+        if self.compiles and stem is None:
+            return self._compiled_plain()(x, output_size)
+        refuse_transforms()
         return self.streamed(x, output_size, buffers or Buffers(), stem)
+
+    def _compiled_plain(self) -> Stem:
+        if self._compiled is None or self._compiled[0] is not self:
+            compiled = torch.compile(self.plain, dynamic=False, recompile_limit=64, isolate_recompiles=True)
+            object.__setattr__(self, "_compiled", (self, compiled))  # no child of itself
+        return self._compiled[1]
 
     def plain(self, x: Tensor, output_size: tuple[int, int] | None = None, stem: Stem | None = None) -> Tensor:
         """The definition, in operations that differentiate any number of times."""
