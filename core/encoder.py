@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.fast.norm_act_conv import NUM_GROUPS, Buffers, Step, under_autocast
-from core.fast.streamed_encoder import Weights, encode, refuse_tracing, refuse_transforms
+from core.fast.streamed_encoder import Weights, encode, refuse_transforms
 
 Stem = Callable[[Tensor], Tensor]
 
@@ -68,7 +68,6 @@ class Encoder(nn.Sequential):
 
         `stem` runs in place of the first layer: that layer with more inputs bound to it than x, say.
         """
-        refuse_tracing()
         if self.twice_differentiable or torch.compiler.is_compiling():
             return self.plain(x, output_size, stem)
         if self.compiles and stem is None:

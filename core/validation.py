@@ -13,7 +13,10 @@ def check_inputs(
 
     Raises:
         TypeError, ValueError: an input that cannot be upsampled; the message names it and what is expected.
+        RuntimeError: under `torch.jit.trace`.
     """
+    if torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace cannot follow AnyUp: use torch.export.export(model, (image, features))")
     for name, tensor in (("image", image), ("features", features)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch tensor, got {type(tensor).__name__}")

@@ -43,7 +43,7 @@ def test_torch_func_works_with_plain_operations():
     torch.testing.assert_close(torch.func.vmap(loss)(several), torch.stack([loss(x) for x in several]))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:FutureWarning")
 @pytest.mark.parametrize("plain", [False, True])
 def test_tracing_names_export(plain):
     with pytest.raises(RuntimeError, match=r"use torch.export.export"):

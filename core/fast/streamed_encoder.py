@@ -181,12 +181,6 @@ def _unpool(grad: Tensor, size: tuple[int, int]) -> Rows:
     return (by_row @ wide.flatten(1)).view(-1, grad.shape[2]).__getitem__  # (H·W,D)
 
 
-def refuse_tracing() -> None:
-    """Raises RuntimeError under `torch.jit.trace`, which cannot follow AnyUp; says what to use."""
-    if torch.jit.is_tracing():
-        raise RuntimeError("torch.jit.trace cannot follow AnyUp: use torch.export.export(model, (image, features))")
-
-
 def refuse_transforms() -> None:
     """Raises RuntimeError under `torch.func` (grad, vmap, jvp), which cannot follow the fast path; says what to do."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
