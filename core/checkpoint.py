@@ -1,7 +1,7 @@
 """Checkpoints: safetensors with the configuration that rebuilds the model. Published files are read as well."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from core.atomic import replacing
 from core.compose import arguments
+from core.hooks import MODEL_HOOKS
 from core.published import PUBLISHED, fetch, is_published, rename_published
+from core.registry import changeable
 from core.weight_files import WeightsError, read_weights
 
 WEIGHTS_NAME = "model.safetensors"
@@ -114,6 +116,28 @@ def rebuild(
     return model.eval()
 
 
+def changed(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's configuration with other values for settings that may change after training.
+
+    Raises:
+        ValueError: a setting that may not; lists those that may.
+    """
+    free = [key for hook in MODEL_HOOKS for key in changeable(hook, config[hook]["name"])]
+    config = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
+    for key, value in changes.items():
+        if key not in free:
+            raise ValueError(f"{key} cannot be changed after training; there are: {', '.join(free) or 'none'}")
+        hook, _, setting = key.partition(".")
+        config[hook][setting] = value
+    return config
+
+
+def _fixed(hook: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a filler that the weights belong to."""
+    free = changeable(hook, settings["name"])
+    return {key: value for key, value in settings.items() if f"{hook}.{key}" not in free}
+
+
 def warm_start(model: nn.Module, source: str | Path) -> list[str]:
     """Copies a checkpoint's weights into a model whose fillers may differ; returns the weights left as they were.
 
@@ -126,7 +150,8 @@ def warm_start(model: nn.Module, source: str | Path) -> list[str]:
     model = unwrapped(model)
     state, config = read(source)
     mine = json.loads(json.dumps(model.config))  # as it would come back from a file: lists for tuples
-    switched = tuple(f"{hook}." for hook in model.factories if mine[hook] != {**mine[hook], **config[hook]})
+    differs = [hook for hook in model.factories if _fixed(hook, mine[hook]) != _fixed(hook, mine[hook] | config[hook])]
+    switched = tuple(f"{hook}." for hook in differs)
     own = model.state_dict()
     kept = {
         name: tensor

@@ -1,5 +1,6 @@
 """Models from a configuration, from Hydra overrides, or from a checkpoint: `build`, `from_config`, `load`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,23 @@ def from_config(config: DictConfig | dict[str, Any]) -> AnyUp:
     return AnyUp(**arguments(config))
 
 
-def load(source: str | Path) -> AnyUp:
+def load(source: str | Path, changes: Mapping[str, Any] | None = None) -> AnyUp:
     """Rebuilds the model of a checkpoint, in eval mode on the CPU.
 
     Takes files of `save`, folders of `save_pretrained`, the names that `core.checkpoint.find` lists, and published
     AnyUp checkpoints (`.pth`, read without unpickling objects, or `.safetensors`; bare, or as the released training
     script nests them), which get `ordering: released`. The prefixes `module.` and `_orig_mod.` are taken off.
 
+    `changes`: settings that may be others after training (`Filler.changeable`), such as
+    `{"attention.window_ratio": 0.2}`.
+
     Raises:
         FileNotFoundError: no such file. OSError: published weights that cannot be downloaded.
         WeightsError: truncated, of another architecture, or a pickle that would run code.
+        ValueError: `changes` names a setting that may not be changed; lists those that may.
     """
-    return checkpoint.rebuild(AnyUp, *checkpoint.read(source), source)
+    state, config = checkpoint.read(source)
+    return checkpoint.rebuild(AnyUp, state, checkpoint.changed(config, changes or {}), source)
 
 
 def from_published(state: dict[str, Tensor]) -> AnyUp:

@@ -202,8 +202,9 @@ def describe(filler: Callable[..., Filler]) -> dict[str, Any]:
 
 
 def changeable(hook: str, name: str) -> tuple[str, ...]:
-    """The settings of `hook=name` that may be others after training than in it, as "hook.setting"."""
-    return tuple(f"{hook}.{setting}" for setting in choices(hook)[name].changeable)
+    """The settings of `hook=name` that may be others after training, as "hook.setting"; none of an unknown filler."""
+    cls = choices(hook).get(name)
+    return () if cls is None else tuple(f"{hook}.{setting}" for setting in cls.changeable)
 
 
 def signature_fields(cls: type) -> dict[str, tuple[type, Any]]:

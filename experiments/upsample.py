@@ -23,6 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import core
 from core.backbones import Backbone, backbone_from_config
+from core.passthrough import NoTemporal
 from experiments.atomic import CannotWrite, allocate_array, replacing
 from experiments.command import command
 from experiments.data.image_files import ImageFile, UnreadableImage, collect, read, shrink
@@ -86,9 +87,10 @@ def upsample(config: DictConfig) -> Summary:
     summary = Summary(Path(config.out_dir))
     with track(config, device) as run, torch.inference_mode(), logging_redirect_tqdm():
         summary.run_id = run.run_id
+        video = Video(model)
         for step, file in enumerate(Progress(files, "upsample", "image")):
             try:
-                done = upsample_image(file, model, backbone, config)
+                done = upsample_image(file, video, backbone, config)
             except UnreadableImage as error:
                 log.warning("skipped %s", error)
                 summary.skipped[str(file.path)] = str(error)
@@ -102,14 +104,38 @@ def upsample(config: DictConfig) -> Summary:
     return summary
 
 
-def upsample_image(file: ImageFile, model: core.AnyUp, backbone: Backbone, config: DictConfig) -> Done:
+class Video:
+    """A model that is called image by image. With a temporal filler the images are frames of one video, in order.
+
+    A frame of another size than the one before begins a new video.
+    """
+
+    def __init__(self, model: core.AnyUp):
+        self.model, self.carries = model, not isinstance(model.temporal, NoTemporal)
+        self.state: object | None = None
+        self.size: tuple[int, ...] | None = None
+
+    def __call__(self, image: Tensor, features: Tensor, size: tuple[int, int]) -> Tensor:
+        """(1,3,H,W), (1,C,h,w) -> (1,C,Qh,Qw)."""
+        if not self.carries:
+            return self.model(image, features, size)
+        shape = (*image.shape, *features.shape, *size)
+        if self.size not in (None, shape):
+            log.info("the frames have another size from here on: a new video begins")
+            self.state = None
+        output, self.state = self.model(image, features, size, state=self.state, return_state=True)
+        self.size = shape
+        return output
+
+
+def upsample_image(file: ImageFile, video: Video, backbone: Backbone, config: DictConfig) -> Done:
     """Reads one image and writes its picture and, when asked for, its features.
 
     Raises:
         UnreadableImage: damaged, of a size that the backbone refuses, or with features that are not finite.
         CannotWrite: the picture or the features cannot be written.
     """
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    device, dtype = (getattr(next(video.model.parameters()), name) for name in ("device", "dtype"))
     rgb = shrink(read(file.path), config.max_size).to(device)  # (1,3,H,W)
     needed = max(2 * backbone.patch_size, backbone.min_size)
     if min(rgb.shape[-2:]) < needed:
@@ -126,7 +152,7 @@ def upsample_image(file: ImageFile, model: core.AnyUp, backbone: Backbone, confi
     image = core.imagenet_normalize(rgb).to(dtype)
     size = output_grid(config.output_size, tuple(rgb.shape[-2:]))
     target = Path(config.out_dir, file.name)
-    output, upsampler_ms = _write_features(config.features, target, model, image, features, size)  # (1,C,Qh,Qw)
+    output, upsampler_ms = _write_features(config.features, target, video, image, features, size)  # (1,C,Qh,Qw)
     picture = target.with_name(f"{target.name}.png")
     with replacing(picture) as part:
         comparison(rgb, features, output, trained=config.checkpoint is not None).save(part, "png")
@@ -166,7 +192,7 @@ def check_settings(config: DictConfig) -> None:
 
 
 def _write_features(
-    kind: str, target: Path, model: core.AnyUp, image: Tensor, features: Tensor, size: tuple[int, int]
+    kind: str, target: Path, video: Video, image: Tensor, features: Tensor, size: tuple[int, int]
 ) -> tuple[Tensor, float]:
     """Upsamples, and writes (C,Qh,Qw) to `target`.npy or .safetensors -> the output (1,C,Qh,Qw), milliseconds."""
     if kind == "npy":
@@ -174,13 +200,13 @@ def _write_features(
             shape = (features.shape[1], *size)
             array = allocate_array(part, shape, torch.empty(0, dtype=features.dtype).numpy().dtype)
             out = torch.from_numpy(array)[None]  # (1,C,Qh,Qw)
-            if any(getattr(model, hook).needs_whole_output for hook in ("refiner", "temporal")):
-                _, ms = _timed(lambda: out.copy_(model(image, features, size)), features.device)
+            if video.carries or video.model.refiner.needs_whole_output:
+                _, ms = _timed(lambda: out.copy_(video(image, features, size)), features.device)
             else:  # band by band: the output may be larger than memory
-                _, ms = _timed(lambda: model(image, features, size, out=out), features.device)
+                _, ms = _timed(lambda: video.model(image, features, size, out=out), features.device)
             array.flush()
         return out, ms
-    output, ms = _timed(lambda: model(image, features, size), features.device)  # (1,C,Qh,Qw)
+    output, ms = _timed(lambda: video(image, features, size), features.device)  # (1,C,Qh,Qw)
     if kind == "safetensors":
         with replacing(target.with_name(f"{target.name}.safetensors")) as part:
             save_file({"features": output[0].contiguous(), "low_res": features[0].contiguous()}, part)

@@ -125,7 +125,10 @@ def test_ctrl_c_ends_a_training_with_one_line(tmp_path):
                  "out_dir=out"]  # fmt: skip
     line = [sys.executable, "-m", "experiments.train", *overrides]
     environment = RUN["env"] | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as running:
+    with subprocess.Popen(
+        line, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+    ) as running:  # fmt: skip
         state = tmp_path / "out/state.safetensors"
         for _ in range(1200):
             if state.exists() or running.poll() is not None:

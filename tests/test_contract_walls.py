@@ -350,3 +350,53 @@ def test_learning_rate_scales_are_of_whole_names():
     assert scales.pop("model.decoder.gate") == 10
     assert scales.pop("model.decoder.inner.weight") == scales.pop("model.decoder.inner.bias") == 3
     assert set(scales.values()) == {1.0}
+
+
+# --- settings that may change after training -------------------------------------------------------------------------
+
+
+def test_a_samplers_steps_may_differ_from_the_checkpoints(own_registry, tmp_path):
+    """Without weights of their own they belong to the use of a model; all other settings are the checkpoint's."""
+
+    @core.register("sampler")
+    class Sampler(Refiner):
+        changeable = ("num_inference_steps",)
+
+        def __init__(self, embed_dim: int, num_inference_steps: int = 10, width: int = 3):
+            super().__init__()
+            self.steps = num_inference_steps
+            self.weight = nn.Parameter(torch.ones(width))
+
+        def forward(self, output: Tensor, context: Context) -> Tensor:
+            return output + self.steps * self.weight.sum()
+
+    saved, small = tmp_path / "model.safetensors", [f"embed_dim={WIDTH}", "unifier.num_basis=8"]
+    model, given = core.build([*small, "refiner=sampler"]).eval(), inputs()
+    core.save(model, saved)
+    other = core.load(saved, {"refiner.num_inference_steps": 2, "attention.window_ratio": 0})
+    assert (other.refiner.steps, other.attention.window_ratio) == (2, 0)
+    assert other.config["refiner"]["num_inference_steps"] == 2
+    with torch.no_grad():
+        shifted = core.load(saved, {"refiner.num_inference_steps": 2})(*given)
+        torch.testing.assert_close(shifted, model(*given) - 8 * 3, rtol=1e-4, atol=1e-4)
+    message = r"refiner.width cannot be changed after training; there are: .*refiner.num_inference_steps"
+    with pytest.raises(ValueError, match=message):
+        core.load(saved, {"refiner.width": 2})
+    warm = core.build([*small, "refiner=sampler", "refiner.num_inference_steps=1"])
+    assert core.warm_start(warm, saved) == []
+    broken = core.build([*small, "refiner=sampler", "refiner.width=4"])
+    assert core.warm_start(broken, saved) == ["refiner.weight"]
+
+
+def test_only_settings_can_be_declared_changeable(own_registry):
+    with pytest.raises(TypeError, match=r"Wrong.changeable names steps, which its __init__ has not"):
+
+        @core.register("wrong")
+        class Wrong(Refiner):
+            changeable = ("steps",)
+
+            def __init__(self, embed_dim: int):
+                super().__init__()
+
+            def forward(self, output: Tensor, context: Context) -> Tensor:
+                return output

@@ -105,9 +105,34 @@ def test_a_mapped_file_is_filled_band_by_band_where_that_is_possible(photos, mon
     upsample(config(*settings, "refiner=shift"))
     output, _ = expected(photos / "a.png")
     np.testing.assert_allclose(np.load("outputs/upsample/a.npy"), output.numpy() + 1, atol=1e-5)
-    monkeypatch.setattr(core.AnyUp, "step", lambda *_: pytest.fail("the whole output was in memory"))
+    monkeypatch.setattr(core.AnyUp, "_output_memory", lambda *_: pytest.fail("the whole output was in memory"))
     upsample(config(*settings))
     np.testing.assert_allclose(np.load("outputs/upsample/a.npy"), output.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["npy", "none"])
+def test_with_a_temporal_filler_images_are_frames_of_a_video(photos, own_registry, kind, caplog):
+    """The state goes from one to the next; a frame of another size begins a new video."""
+    seen = []
+
+    @core.register("counts")
+    class Counts(core.Temporal):
+        def __init__(self, embed_dim: int):
+            super().__init__()
+
+        def forward(self, output, context, state):
+            seen.append(state)
+            return output + (state or 0), (state or 0) + 1
+
+    noise = np.random.default_rng(1).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(photos / "e.png")
+    caplog.set_level(logging.INFO)
+    upsample(config(f"images={photos}", "temporal=counts", f"features={kind}"))
+    assert seen == [None, 1, None]
+    assert "a new video begins" in caplog.text
+    if kind == "npy":
+        output, _ = expected(photos / "d.png")
+        np.testing.assert_allclose(np.load("outputs/upsample/d.npy"), output.numpy() + 1, atol=1e-5)
 
 
 def test_the_picture_has_four_columns(photos):

@@ -11,7 +11,7 @@ import core
 from core.checkpoint import bundled_like
 from core.compose import BASELINE, MODEL_KEYS
 from core.hooks import MODEL_HOOKS
-from core.registry import choices, signature_fields
+from core.registry import changeable, choices, signature_fields
 from experiments.settings import SettingError
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,8 @@ def load_model(config: DictConfig) -> tuple[core.AnyUp, DictConfig]:
     """The model of `config`, on the CPU, and the configuration with the model it really is.
 
     With `config.checkpoint`, a file or a name that `core.load` takes, the checkpoint decides; a model choice beside it
-    that says otherwise is an error, never ignored. `pretrained` is the baseline that comes with this package, with the
+    that says otherwise is an error, never ignored, but for settings that may change after training
+    (`Filler.changeable`): these are taken. `pretrained` is the baseline that comes with this package, with the
     `unifier.ordering` asked for: there the choices decide, and a warning names the weights that are new for them. With
     null the weights are random, and a warning says so.
 
@@ -44,15 +45,22 @@ def load_model(config: DictConfig) -> tuple[core.AnyUp, DictConfig]:
         return model.eval(), config
     model = core.load(config.checkpoint)
     asked = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
-    wrong = []
+    wrong, changed = [], {}
+    free = {key for hook in MODEL_HOOKS for key in changeable(hook, model.config[hook]["name"])}
     for key in sorted(_chosen(config, asked)):
         ours, theirs = _at(asked, key), _at(model.config, key)
-        if ours != theirs:
+        if ours == theirs:
+            continue
+        if key in free:
+            changed[key] = ours
+        else:
             wrong.append(f"{key}={ours} (the checkpoint has {theirs})")
     if wrong:
         raise SettingError(
             f"checkpoint={config.checkpoint} contradicts {', '.join(wrong)}: leave out the one or the other"
         )
+    if changed:
+        model = core.load(config.checkpoint, changed)
     model.check_finite = config.get("check_finite", False)
     if config.get("compile"):
         model.compile_encoders()
