@@ -20,3 +20,9 @@ def named_stream(seed: int, name: str) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(before)
+
+
+def generator(*key: object) -> torch.Generator:
+    """The random numbers of that name, on the CPU: independent of all others, and of what was drawn before."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -18,16 +18,15 @@ from rich.console import Console
 from torch import Tensor, nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-import core
 from core.backbones import Backbone, backbone_from_config
 from experiments.atomic import replacing
 from experiments.command import command
 from experiments.data import Sample, open_data
 from experiments.measuring.ceilings import CEILINGS
 from experiments.measuring.metrics import FidelityCase, FidelityError, fidelity, fidelity_case
-from experiments.peers import named_peers, peer_from_config
+from experiments.measuring.upsamplers import upsamplers
 from experiments.progress import Progress
-from experiments.reports.fidelity import BASELINE, Result, header, metrics, rich_table, summarise, write
+from experiments.reports.fidelity import Result, header, metrics, rich_table, summarise, write
 from experiments.reports.fidelity_pictures import WorstImages
 from experiments.settings import SettingError, check_writable, pick_device
 from experiments.tracking.store import Run, track
@@ -79,7 +78,7 @@ def measure_fidelity(config: DictConfig) -> Report:
     return Report(images, results, files)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def rows_of(
     sample: Sample,
     arms: Mapping[str, Arm],
@@ -115,29 +114,6 @@ def rows_of(
     return rows
 
 
-def upsamplers(config: DictConfig) -> dict[str, nn.Module]:
-    """The arms that upsample, by name: `config.peers`, then `config.checkpoints`.
-
-    Raises:
-        SettingError: a peer that is unknown or cannot be made, a checkpoint that cannot be loaded, or two arms of one
-            name.
-    """
-    names = named_peers(config.peers)
-    if BASELINE not in names:
-        raise SettingError(f"peers={list(names)} lacks {BASELINE}, which all others are compared with")
-    files = _named(config.checkpoints)
-    for name in (*names, *files):
-        if [*names, *files, *CEILINGS].count(name) > 1:
-            raise _named_twice(name)
-    try:
-        models = {name: peer_from_config(node) for name, node in names.items()}
-        return models | {name: core.load(path) for name, path in files.items()}
-    except (core.WeightsError, OSError) as error:
-        raise SettingError(f"checkpoints: {error}") from error
-    except ValueError as error:
-        raise SettingError(str(error)) from error
-
-
 def check_settings(config: DictConfig) -> None:
     """Refuses what could only fail later.
 
@@ -164,25 +140,6 @@ def check_settings(config: DictConfig) -> None:
     if not config.name or Path(config.name).name != config.name:
         raise SettingError(f"name must be that of a file, without folders, got {config.name!r}")
     check_writable(Path(config.out_dir))
-
-
-def _named(checkpoints: DictConfig | ListConfig | None) -> dict[str, str]:
-    """Name of each checkpoint's arm -> its file."""
-    if checkpoints is None:
-        return {}
-    if isinstance(checkpoints, DictConfig):
-        return dict(checkpoints)
-    if not isinstance(checkpoints, ListConfig):
-        raise SettingError(f"checkpoints must be null, [FILE, ...] or {{NAME: FILE, ...}}, got {checkpoints}")
-    named = {Path(path).stem: path for path in checkpoints}
-    if len(named) < len(checkpoints):
-        stems = [Path(path).stem for path in checkpoints]
-        raise _named_twice(next(stem for stem in stems if stems.count(stem) > 1))
-    return named
-
-
-def _named_twice(name: str) -> SettingError:
-    return SettingError(f"two arms are called {name}: give them names, checkpoints={{NAME: FILE, ...}}")
 
 
 def _arm(model: nn.Module) -> Arm:

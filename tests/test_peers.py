@@ -17,8 +17,8 @@ from torch import nn
 from core.backbones import IMAGENET_STD
 from core.registry import signature_fields
 from experiments.cost.arm_cost import measure_costs
+from experiments.measuring.bench import EvaluationError
 from experiments.measuring.evaluation import evaluate
-from experiments.measuring.task import EvaluationError
 from experiments.peers import (
     CannotUpsample,
     Peer,

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import core
 from core.registry import discover
+from core.streams import generator
 from experiments.atomic import CannotWrite
 from experiments.data import DataError, feature_cache, open_data
 from experiments.data.feature_cache import FeatureCache, NotFinite, fingerprint
@@ -38,7 +39,7 @@ from experiments.training.loop import NonFiniteLoss, Training, train
 from experiments.training.optimiser import Optimiser, OptimiserSettings
 from experiments.training.setup import alone_in
 from experiments.training.state import STATE_NAME, ChangedConfig, read_state
-from experiments.training.views import Views, ViewSettings, stream
+from experiments.training.views import Views, ViewSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -839,7 +840,7 @@ def gradients(config: DictConfig, dtype: torch.dtype) -> tuple[dict[str, torch.T
     training, losses = Training(config), {}
     trainable = training.inner.to(dtype)
     for step in range(config.steps):
-        torch.manual_seed(stream(config.seed, "step", step, 0).initial_seed())
+        torch.manual_seed(generator(config.seed, "step", step, 0).initial_seed())
         batch = training.batch(training.views[step])
         batch = replace(batch, **{name: getattr(batch, name).to(dtype) for name in IN_BATCH})
         [losses] = trainable([batch])

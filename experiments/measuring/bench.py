@@ -17,11 +17,24 @@ from torch import Tensor, nn
 from core.backbones import Backbone, imagenet_normalize
 from experiments.data import DataSet, Sample
 from experiments.data.feature_cache import FeatureCache, NotFinite
-from experiments.measuring.task import Ceiling, EvaluationError
+from experiments.errors import Told
 from experiments.peers.interpolation import Bilinear
 from experiments.settings import SettingError
 
 _T = TypeVar("_T")
+
+
+class EvaluationError(Told, ValueError):
+    """What cannot be measured: features or a measure that are not finite, nothing to learn from; names the image."""
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """In the place of a model: what no upsampler can be expected to pass, as the encoder at a higher resolution."""
+
+    name: str
+
+
 Size = tuple[int, int]
 """(rows, columns)."""
 
@@ -190,9 +203,9 @@ class Bench:
         outputs = []
         for layers in zip(*(case.features for case in cases), strict=True):
             features = torch.cat(layers).float()  # (B,C,h,w)
-            with torch.inference_mode():
-                output = checked(model(guidance, features, self.sizes.output), features, self.sizes.output, cases)
-            outputs.append(output.clone())  # which, outside of inference mode, may be used where gradients are taken
+            with torch.no_grad():  # not inference mode: a peer may take gradients of its own
+                output = model(guidance, features, self.sizes.output)
+            outputs.append(checked(output.detach(), features, self.sizes.output, cases))
         return outputs
 
 

@@ -21,10 +21,10 @@ from core.backbones import Backbone, backbone_from_config
 from experiments.cost.arm_cost import check_cost, measure_costs
 from experiments.data import open_data
 from experiments.data.feature_cache import FeatureCache, fingerprint
-from experiments.fidelity import upsamplers
-from experiments.measuring.bench import Bench, Cases, Encoder, Memory, Sizes
+from experiments.measuring.bench import Bench, Cases, Ceiling, Encoder, EvaluationError, Memory, Sizes
 from experiments.measuring.heads import dpt_layers
-from experiments.measuring.task import Ceiling, EvaluationError, Picture, make_task
+from experiments.measuring.task import Picture, make_task
+from experiments.measuring.upsamplers import upsamplers
 from experiments.peers import CannotUpsample, Peer, named_peers, peer_identity
 from experiments.progress import Progress
 from experiments.reports.evaluation import metrics, write

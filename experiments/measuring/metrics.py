@@ -88,7 +88,7 @@ def fidelity_case(
     for what, values in (("the image", features), ("crops", target)):
         if not torch.isfinite(values).all():
             raise FidelityError(f"backbone {backbone.name}: the features of {what} are not finite")
-    if _variance(target.double()) == 0:
+    if same_everywhere(target):
         raise FidelityError(
             f"backbone {backbone.name}: the features of all crops are the same everywhere (is the image blank?), so "
             "the error has no unit"
@@ -161,6 +161,12 @@ def _features_of_crops(image: Tensor, backbone: Backbone | CachedBackbone, scale
     features = torch.cat([backbone(some) for some in crops.split(_CROPS_AT_ONCE)])  # (s·s,C,h,w)
     rows = features.unflatten(0, (scale, scale)).permute(2, 0, 3, 1, 4)  # (C,s,h,s,w)
     return rows.flatten(3, 4).flatten(1, 2)[None]  # (1,C,s·h,s·w)
+
+
+def same_everywhere(features: Tensor) -> bool:
+    """Whether (1,C,rows,columns) features differ from their mean by no more than rounding, in half precision."""
+    exact = features.double()
+    return bool(_variance(exact) <= torch.finfo(torch.float16).eps ** 2 * exact.square().sum(1).mean())
 
 
 def _variance(target: Tensor) -> Tensor:

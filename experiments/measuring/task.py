@@ -3,29 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from core.registry import Choices
-from experiments.errors import Told
+from experiments.measuring.bench import Bench, Ceiling
 from experiments.settings import SettingError
-
-if TYPE_CHECKING:
-    from experiments.measuring.bench import Bench
-
-
-class EvaluationError(Told, ValueError):
-    """What cannot be measured: features or a measure that are not finite, nothing to learn from; names the image."""
-
-
-@dataclass(frozen=True)
-class Ceiling:
-    """In the place of a model: what no upsampler can be expected to pass, as the encoder at a higher resolution."""
-
-    name: str
 
 
 @dataclass(frozen=True)
@@ -57,7 +43,7 @@ class Task(ABC):
         self.worst, self.notes = [], []
 
     @abstractmethod
-    def check(self, bench: "Bench") -> None:
+    def check(self, bench: Bench) -> None:
         """Refuses data or sizes it cannot work with, before anything is computed.
 
         Raises:
@@ -65,7 +51,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def rows(self, model: nn.Module | Ceiling, seed: int, bench: "Bench") -> Iterator[dict[str, object]]:
+    def rows(self, model: nn.Module | Ceiling, seed: int, bench: Bench) -> Iterator[dict[str, object]]:
         """Measures one arm: `experiments.statistics.scores.image_rows` of every validation image, each with its "task".
 
         Args:

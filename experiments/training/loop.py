@@ -25,6 +25,7 @@ import core
 from core.backbones import Backbone
 from core.batch import Batch, Clip
 from core.registry import discover
+from core.streams import generator
 from experiments.atomic import CannotWrite
 from experiments.data import open_data
 from experiments.data.feature_cache import FeatureCache, NotFinite
@@ -51,7 +52,7 @@ from experiments.training.setup import (
 )
 from experiments.training.state import STATE_NAME, State, load_state, save_batch, save_state
 from experiments.training.validation import Validation
-from experiments.training.views import ClipViews, StepViews, Views, ViewSettings, stream
+from experiments.training.views import ClipViews, StepViews, Views, ViewSettings
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +196,7 @@ class Training:
         Raises:
             NonFiniteLoss, NotFinite: the batch of a loss that is NaN or infinite is saved first.
         """
-        torch.manual_seed(stream(self.config.seed, "step", views.step, self.shard[0]).initial_seed())
+        torch.manual_seed(generator(self.config.seed, "step", views.step, self.shard[0]).initial_seed())
         several = self.of_each_backbone(views)
         tasks = [self.batch(one) for one in several]
         sums: dict[str, float] = {}
@@ -214,7 +215,7 @@ class Training:
         count = self.config.backbones_per_step
         if count == 1:
             return [views]
-        order = torch.randperm(len(self.backbones), generator=stream(self.config.seed, "backbones", views.step))
+        order = torch.randperm(len(self.backbones), generator=generator(self.config.seed, "backbones", views.step))
         return [self.views.of_backbone(views.step, index) for index in order[:count].tolist()]
 
     def batch(self, views: StepViews) -> Batch:
@@ -233,7 +234,7 @@ class Training:
             output_size=(features.shape[-2] * s.scale, features.shape[-1] * s.scale),
             corners=None if views.corners is None else views.corners.to(self.device),
             backbone=backbone.name,
-            generator=stream(self.config.seed, "noise", views.step, views.backbone, self.shard[0]),
+            generator=generator(self.config.seed, "noise", views.step, views.backbone, self.shard[0]),
             augmented_image=None if augmented is None else normalised(augmented.to(self.device)),
             whole=whole if "whole" in asked else None,
             crops=crops if "crops" in asked else None,

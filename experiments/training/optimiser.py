@@ -12,9 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from core.training import lr_scale
+from experiments.schedule import SCHEDULES, rate
 from experiments.settings import SettingError, check_choice
-
-SCHEDULES = ("cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,8 @@ class OptimiserSettings:
             )
 
     def rate(self, step: int, num_steps: int) -> float:
-        """Learning rate of a step; a function of the step alone, so that resuming needs no state."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        if self.schedule == "constant":
-            return self.lr
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, num_steps - self.warmup)))
+        """Learning rate of a step."""
+        return rate(self.lr, step, num_steps, self.warmup, self.schedule)
 
 
 class Optimiser:

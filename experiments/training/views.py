@@ -5,7 +5,6 @@ upsampler see; crops of `view` pixels are cut where the encoder's cells of the w
 their features are what must be reached (the released procedure has 448, 224 and 4 crops; AnyUp, section 3.4).
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from core.streams import generator
 from experiments.data import DataSet
 from experiments.data.image_files import centre_square, square_flow
 from experiments.settings import SettingError
@@ -134,7 +134,7 @@ class Views(Dataset):
         return self.num_steps
 
     def __getitem__(self, step: int) -> StepViews:
-        backbone = int(torch.randint(len(self.patch_sizes), (), generator=stream(self.seed, "backbone", step)))
+        backbone = int(torch.randint(len(self.patch_sizes), (), generator=generator(self.seed, "backbone", step)))
         return self.of_backbone(step, backbone)
 
     def of_backbone(self, step: int, backbone: int) -> StepViews:
@@ -197,7 +197,7 @@ class Views(Dataset):
         """The image at a position of the endless sequence in which each pass is another permutation."""
         epoch, within = divmod(position, len(self.data))
         if getattr(self, "_epoch", None) != epoch:  # kept: the next position asks for the same
-            order = torch.randperm(len(self.data), generator=stream(self.seed, "order", epoch))
+            order = torch.randperm(len(self.data), generator=generator(self.seed, "order", epoch))
             self._epoch, self._order = epoch, order.tolist()
         return self._order[within]
 
@@ -206,10 +206,10 @@ class Views(Dataset):
         s = self.settings
         cells = s.view // self.patch_sizes[backbone]
         first = at + self.shard[0] * (self.batch_size // self.shard[1])  # position in the whole batch
-        drawn = stream(self.seed, "corners", step, first)
+        drawn = generator(self.seed, "corners", step, first)
         if not s.crop_pool:
             return torch.randint(cells * (s.scale - 1) + 1, (s.crops, 2), generator=drawn)
-        pool = torch.randint(cells * (s.scale - 1) + 1, (s.crop_pool, 2), generator=stream("crop pool", name))
+        pool = torch.randint(cells * (s.scale - 1) + 1, (s.crop_pool, 2), generator=generator("crop pool", name))
         return pool[torch.randperm(s.crop_pool, generator=drawn)[: s.crops]]
 
     def _augment(self, guidance: Tensor, positions: range) -> Tensor:
@@ -218,7 +218,7 @@ class Views(Dataset):
         augmented = []
         for image, position in zip(guidance, positions, strict=True):
             with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global generator
-                torch.manual_seed(stream(self.seed, "augmentation", position).initial_seed())
+                torch.manual_seed(generator(self.seed, "augmentation", position).initial_seed())
                 augmented.append(self.photometric(image).clamp(0, 1))
         return torch.stack(augmented)
 
@@ -237,9 +237,3 @@ def cut(square: Tensor, corners: Tensor, patch: int, view: int) -> Tensor:
 def shrink_to(image: Tensor, side: int) -> Tensor:
     """(B,3,S,S) -> (B,3,side,side), antialiased."""
     return F.interpolate(image, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-
-
-def stream(*key: object) -> torch.Generator:
-    """The random stream of that name: independent of all others, and of what was drawn before."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.data import DataError, DataSet, Sample, register_data
+from experiments.data.base import DataError, DataSet, Sample, register_data
 from experiments.data.scenes import render
 from experiments.data.scenes.composition import compose
 from experiments.data.scenes.geometry import Pose

@@ -5,6 +5,7 @@ configuration, and dropping a file in is all it takes. What a task gets to see i
 their low-resolution features, which all arms and seeds share.
 """
 
-from experiments.measuring.task import Ceiling, EvaluationError, Picture, Task, make_task, register_task, tasks
+from experiments.measuring.bench import Ceiling, EvaluationError
+from experiments.measuring.task import Picture, Task, make_task, register_task, tasks
 
 __all__ = ["Ceiling", "EvaluationError", "Picture", "Task", "make_task", "register_task", "tasks"]

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from experiments.data.image_files import centre_square
-from experiments.measuring.bench import Bench
+from experiments.measuring.bench import Bench, Ceiling, EvaluationError
 from experiments.measuring.ceilings import CEILINGS
 from experiments.measuring.metrics import FidelityCase, FidelityError, fidelity, fidelity_case
-from experiments.measuring.task import Ceiling, EvaluationError, Task, register_task
+from experiments.measuring.task import Task, register_task
 from experiments.settings import SettingError
 from experiments.statistics.scores import image_rows
 
@@ -71,7 +71,7 @@ class Fidelity(Task):
                 for row in image_rows(name, measured):
                     yield {"task": f"fidelity/{scale}x"} | row
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _measured(self, model: nn.Module | Ceiling, i: int, scale: int, bench: Bench) -> dict[str, float]:
         case = bench.memory.get(
             (self, i, scale),

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from matplotlib import colormaps
 from torch import Tensor
 
-from experiments.measuring.bench import Bench, Case
-from experiments.measuring.probe_training import ProbeSettings
+from experiments.measuring.bench import Bench, Case, EvaluationError
+from experiments.measuring.probe import ProbeSettings
 from experiments.measuring.probes import ProbeTask
-from experiments.measuring.task import EvaluationError, register_task
+from experiments.measuring.task import register_task
 from experiments.settings import SettingError
 
 NUM_BINS = 256

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.data import IGNORE
-from experiments.measuring.bench import Bench, Case, Cases
-from experiments.measuring.probe_training import ProbeSettings
+from experiments.measuring.bench import Bench, Case, Cases, EvaluationError
+from experiments.measuring.probe import ProbeSettings
 from experiments.measuring.probes import ProbeTask
-from experiments.measuring.task import EvaluationError, register_task
+from experiments.measuring.task import register_task
 from experiments.settings import SettingError, check_choice
 
 LOW_LABELS = ("pixels", "cells")

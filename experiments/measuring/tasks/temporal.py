@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
-from experiments.measuring.bench import Bench, Case, checked
-from experiments.measuring.task import Ceiling, EvaluationError, Task, register_task
+from experiments.measuring.bench import Bench, Case, Ceiling, EvaluationError, checked
+from experiments.measuring.metrics import same_everywhere
+from experiments.measuring.task import Task, register_task
 from experiments.settings import SettingError, check_choice
 from experiments.statistics.scores import image_rows
 
@@ -72,13 +73,13 @@ class TemporalConsistency(Task):
             flow = bench.memory.get((self, i), lambda: estimated_flow(case.rgb, next_case.rgb), lambda t: t.nbytes)
         low = bench.val.get(i - 1).features[0].float()  # (1,C,h,w); also where `case` is a ceiling's
         variance = (low - low.mean((2, 3), keepdim=True)).square().sum(1).mean().item()
-        if variance == 0:
+        if same_everywhere(low):
             raise EvaluationError(f"image {case.name}: its features are the same everywhere, so the error has no unit")
         error, visible = warping_error(ours, following, on_grid(flow.to(ours.device), bench.sizes.output))
         return {"warping_error": error[visible].mean().item() / variance} if visible.any() else {}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def step(model: nn.Module, case: Case, state: object | None, bench: Bench) -> tuple[Tensor, object | None]:
     """(1,C,Qh,Qw) features of the next frame, and the state of a model that has one.
 
