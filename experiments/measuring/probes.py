@@ -45,9 +45,10 @@ class ProbeTask(Probe):
                 with torch.no_grad():
                     prediction = self.predict(head, features, bench)
                 measured = self.measures(prediction, target)
-                if not measured and case.name not in unknown:
+                rows = list(image_rows(case.name, measured))
+                if not rows and case.name not in unknown:
                     unknown.append(case.name)
-                for row in image_rows(case.name, measured):
+                for row in rows:
                     yield {"task": f"{self.choice}/{kind}"} | row
                 if kind == "upsampled" and self.worst_by in measured:
                     self._offer(case, measured[self.worst_by], prediction, target)
