@@ -13,7 +13,7 @@ from core.backbones import Backbone
 from experiments.data import IGNORE, DataSet, Sample
 from experiments.data.feature_cache import FeatureCache
 from experiments.measuring.bench import Bench, Cases, Encoder, Memory, Sizes, cut, flip
-from experiments.measuring.heads import DPTHead, at_positions, dpt_layers, enlarged
+from experiments.measuring.heads import DPTHead, at_positions, enlarged
 from experiments.measuring.probe_training import ProbeSettings
 from experiments.measuring.tasks import EvaluationError, make_task, tasks
 from experiments.measuring.tasks.geometry import angular_measures, depth_measures, gradient_loss, scale_invariant_loss
@@ -313,9 +313,9 @@ def test_what_does_not_fit_into_memory_is_computed_again():
 
 
 def test_the_dpt_head_learns_from_four_layers():
-    layers = dpt_layers(12)
+    layers = DPTHead.layers(12)
     assert layers == [2, 5, 8, 11]
-    assert dpt_layers(4) == [0, 1, 2, 3]
+    assert DPTHead.layers(4) == [0, 1, 2, 3]
     where = bench(backbone=Patches(num_layers=12), layers=layers, output=(8, 12))
     assert len({float(layer.float().mean()) for layer in where.val.get(0).features}) == 4
     head = DPTHead([5] * 4, 3, hidden=8)

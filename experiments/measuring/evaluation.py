@@ -22,7 +22,7 @@ from experiments.cost.arm_cost import check_cost, measure_costs
 from experiments.data import open_data
 from experiments.data.feature_cache import FeatureCache, fingerprint
 from experiments.measuring.bench import Bench, Cases, Ceiling, Encoder, EvaluationError, Memory, Sizes
-from experiments.measuring.heads import dpt_layers
+from experiments.measuring.heads import HEADS
 from experiments.measuring.task import Picture, make_task
 from experiments.measuring.upsamplers import upsamplers
 from experiments.peers import CannotUpsample, Peer, named_peers, peer_identity
@@ -71,7 +71,8 @@ class Evaluation:
         sizes = _sizes(config)
         backbone = _backbone(config).to(self.device)
         cache = FeatureCache(config.cache.folder, config.cache.max_gb)
-        layers = dpt_layers(backbone.num_layers) if config.task.get("head") == "dpt" else None
+        head = HEADS.get(config.task.get("head"))
+        layers = None if head is None else head.layers(backbone.num_layers)
         encoder, memory = Encoder(backbone, cache, layers), Memory(config.cache.memory_gb)
         _check_encoder(encoder, sizes)
         data = {"val_data": open_data(config.val_data)}

@@ -1,22 +1,73 @@
 """Heads of probes: what is trained on features. `linear`, or `dpt` as Probe3D has it (El Banani et al., CVPR 2024)."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HEADS = ("linear", "dpt")
 DPT_LAYERS = 4
 
 
-class LinearHead(nn.Module):
+class Head(nn.Module, ABC):
+    """What is trained on features. `register_head` offers a class as `task.head=NAME`, from any file of a task."""
+
+    pointwise: ClassVar[bool] = False
+    """True: no output depends on neighbours, so it can be trained on drawn pixels."""
+    linear: ClassVar[bool] = False
+    """True: it commutes with bilinear interpolation, so that its outputs may be enlarged in place of its inputs."""
+
+    @classmethod
+    @abstractmethod
+    def make(cls, channels: Sequence[int], outputs: int, hidden: int) -> "Head":
+        """For features of `channels` in each of its layers; `hidden` is the setting `task.hidden`."""
+
+    @classmethod
+    def layers(cls, num_layers: int) -> list[int] | None:
+        """The layers of an encoder of `num_layers` that it looks at, in order; None: the default one."""
+        return None
+
+    @abstractmethod
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """[(B,C,h,w)] of its layers -> (B,outputs,h,w)."""
+
+
+HEADS: dict[str, type[Head]] = {}
+_T = TypeVar("_T", bound=type[Head])
+
+
+def register_head(name: str) -> Callable[[_T], _T]:
+    """Offers a head as `task.head=name`; running the same definition again replaces the earlier one.
+
+    Raises:
+        ValueError: another head has that name.
+    """
+
+    def add(cls: _T) -> _T:
+        known = HEADS.get(name, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"task.head={name} is already registered by {known.__module__}.{known.__qualname__}")
+        HEADS[name] = cls
+        return cls
+
+    return add
+
+
+@register_head("linear")
+class LinearHead(Head):
     """A 1x1 convolution with bias on one layer.
 
     It commutes with bilinear interpolation, whose weights sum to 1: enlarging its output is enlarging its input.
     """
 
-    pointwise = True
+    pointwise = linear = True
+
+    @classmethod
+    def make(cls, channels: Sequence[int], outputs: int, hidden: int) -> "LinearHead":
+        """Contract: `Head.make`."""
+        return cls(channels, outputs)
 
     def __init__(self, channels: Sequence[int], outputs: int):
         super().__init__()
@@ -28,14 +79,23 @@ class LinearHead(nn.Module):
         return self.conv(features[0])
 
 
-class DPTHead(nn.Module):
+@register_head("dpt")
+class DPTHead(Head):
     """The dense prediction head of Probe3D (after DPT, Ranftl et al., ICCV 2021), on four layers.
 
     Probe3D enlarges the features of the encoder inside of the head, 2 and 4 times by nearest neighbours and 2 times
     at the end. Here features come upsampled to the resolution that is asked for, so the head leaves the grid alone.
     """
 
-    pointwise = False
+    @classmethod
+    def make(cls, channels: Sequence[int], outputs: int, hidden: int) -> "DPTHead":
+        """Contract: `Head.make`."""
+        return cls(channels, outputs, hidden)
+
+    @classmethod
+    def layers(cls, num_layers: int) -> list[int]:
+        """The last layer of each quarter of the encoder, as Probe3D takes them: 2, 5, 8, 11 of 12."""
+        return [round((i + 1) * num_layers / DPT_LAYERS) - 1 for i in range(DPT_LAYERS)]
 
     def __init__(self, channels: Sequence[int], outputs: int, hidden: int = 512, kernel_size: int = 3):
         super().__init__()
@@ -68,11 +128,6 @@ class _Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x) + x
-
-
-def dpt_layers(num_layers: int) -> list[int]:
-    """The last layer of each quarter of the encoder, as Probe3D takes them: 2, 5, 8, 11 of 12."""
-    return [round((i + 1) * num_layers / DPT_LAYERS) - 1 for i in range(DPT_LAYERS)]
 
 
 def enlarged(values: Tensor, size: tuple[int, int]) -> Tensor:

@@ -46,7 +46,7 @@ class ProbeSettings:
 
     def __post_init__(self):
         check_choice("task.schedule", self.schedule, SCHEDULES)
-        check_choice("task.head", self.head, HEADS)
+        check_choice("task.head", self.head, tuple(HEADS))
         for name in ("batch_size", "epochs", "hidden"):
             if getattr(self, name) < 1:
                 raise SettingError(f"task.{name} must be at least 1, got {getattr(self, name)}")
@@ -55,7 +55,7 @@ class ProbeSettings:
                 raise SettingError(f"task.{name} must not be negative, got {getattr(self, name)}")
         if self.pixels_per_image is not None and self.pixels_per_image < 1:
             raise SettingError(f"task.pixels_per_image must be null or at least 1, got {self.pixels_per_image}")
-        if self.pixels_per_image is not None and self.head != "linear":
+        if self.pixels_per_image is not None and not HEADS[self.head].pointwise:
             raise SettingError(f"task.head={self.head} looks at neighbours: it needs task.pixels_per_image=null")
         if not 0 <= self.flip <= 1:
             raise SettingError(f"task.flip must lie between 0 and 1, got {self.flip}")
@@ -63,6 +63,11 @@ class ProbeSettings:
             raise SettingError(
                 f"task.warmup_epochs must be at least 0 and below task.epochs={self.epochs}, got {self.warmup_epochs}"
             )
+
+    @property
+    def commutes(self) -> bool:
+        """Whether the head's outputs may be enlarged in place of its inputs."""
+        return HEADS[self.head].linear
 
     def rate(self, step: int, num_steps: int) -> float:
         """Learning rate of a step."""

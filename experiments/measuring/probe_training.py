@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from core.streams import generator, named_stream
 from experiments.measuring.bench import Bench, Case, EvaluationError
-from experiments.measuring.heads import DPTHead, LinearHead, at_positions
+from experiments.measuring.heads import HEADS, at_positions
 from experiments.measuring.probe import Probe, ProbeSettings
 from experiments.peers.interpolation import Bilinear
 from experiments.progress import Progress
@@ -36,7 +36,7 @@ def train_probe(task: Probe, model: nn.Module | None, scale: int, seed: int, ben
     widths = [layer.shape[1] for layer in bench.train.get(usable[0], scale=scale).features]
     with named_stream(seed, f"probe/{task.choice}"):
         outputs = task.outputs(bench)
-        head = DPTHead(widths, outputs, settings.hidden) if settings.head == "dpt" else LinearHead(widths, outputs)
+        head = HEADS[settings.head].make(widths, outputs, settings.hidden)
     head.to(bench.device)
     enlarge = model is not None and settings.pixels_per_image is None
     if model is None:
@@ -56,13 +56,13 @@ def train_probe(task: Probe, model: nn.Module | None, scale: int, seed: int, ben
     return head.eval()
 
 
-def features_for(head: str, model: nn.Module, cases: list[Case], bench: Bench) -> list[Tensor]:
+def features_for(commutes: bool, model: nn.Module, cases: list[Case], bench: Bench) -> list[Tensor]:
     """What a head is given: upsampled features, (B,C,Qh,Qw) of each layer.
 
-    To the linear head and bilinear interpolation, which commute, the low-resolution ones: `ProbeTask.predict` enlarges
+    To a head that commutes with bilinear interpolation, of `bilinear` the low-resolution ones: `Probe.predict` enlarges
     what comes out, which is the same and many times cheaper.
     """
-    if isinstance(model, Bilinear) and head == "linear":
+    if isinstance(model, Bilinear) and commutes:
         return [torch.cat(layers).float() for layers in zip(*(case.features for case in cases), strict=True)]
     return bench.upsample(model, cases)
 
@@ -81,7 +81,10 @@ def _whole(task: Probe, model: nn.Module, scale: int, seed: int, bench: Bench) -
     for epoch, chosen in _batches(usable, settings, seed):
         flips = torch.rand(len(usable), generator=generator(seed, "probe flip", epoch)) < settings.flip
         cases = [bench.train.get(usable[i], bool(flips[i]), scale) for i in chosen]
-        yield features_for(settings.head, model, cases, bench), torch.cat([task.target(case) for case in cases])
+        yield (
+            features_for(settings.commutes, model, cases, bench),
+            torch.cat([task.target(case) for case in cases]),
+        )
 
 
 def _cells(task: Probe, seed: int, bench: Bench) -> Iterator[Batch]:
@@ -89,7 +92,7 @@ def _cells(task: Probe, seed: int, bench: Bench) -> Iterator[Batch]:
     usable = task.usable(bench.train)
     for _, chosen in _batches(usable, task.settings, seed):
         cases = [bench.train.get(usable[i]) for i in chosen]
-        features = features_for("linear", Bilinear(), cases, bench)  # (B,C,h,w)
+        features = features_for(True, Bilinear(), cases, bench)  # (B,C,h,w)
         size = tuple(features[0].shape[-2:])
         yield features, torch.cat([task.of_cells(task.target(case), size) for case in cases])
 
@@ -102,7 +105,7 @@ def _drawn(task: Probe, model: nn.Module, scale: int, seed: int, bench: Bench) -
     features, targets = [], []
     for i in Progress(usable, "pixels", "image"):
         case = bench.train.get(i, scale=scale)
-        (values,) = features_for(settings.head if direct else "", model, [case], bench)
+        (values,) = features_for(direct and settings.commutes, model, [case], bench)
         target = task.target(case)
         positions = _positions(task.known(target)[0], settings.pixels_per_image, (seed, "probe pixels", case.name))
         features.append(at_positions(values, positions, bench.sizes.image).half())  # (C,P)

@@ -40,7 +40,10 @@ class ProbeTask(Probe):
         self.worst, unknown = [], []
         for i in range(len(bench.val)):
             case = bench.val.get(i, scale=scale)
-            target, features = self.target(case), features_for(self.settings.head, upsampler, [case], bench)
+            target, features = (
+                self.target(case),
+                features_for(self.settings.commutes, upsampler, [case], bench),
+            )
             for kind, head in heads.items():
                 with torch.no_grad():
                     prediction = self.predict(head, features, bench)

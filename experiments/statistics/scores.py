@@ -33,28 +33,19 @@ class Measure:
     """For tables; empty: its name."""
 
 
-MEASURES: Mapping[str, Measure] = {
-    "cosine": Measure(+1),
-    "error": Measure(-1, "of the target's variance"),
-    "edge_cosine": Measure(+1, title="cosine at edges"),
-    "edge_error": Measure(-1, "of the target's variance", "error at edges"),
-    "miou": Measure(+1, title="mIoU"),
-    "accuracy": Measure(+1, title="pixel accuracy"),
-    "boundary_miou": Measure(+1, title="mIoU at boundaries"),
-    "rmse": Measure(-1, "m", "RMSE"),
-    "rmse_aligned": Measure(-1, "m", "RMSE, median aligned"),
-    "delta1": Measure(+1, title="δ1"),
-    "delta2": Measure(+1, title="δ2"),
-    "delta3": Measure(+1, title="δ3"),
-    "delta1_aligned": Measure(+1, title="δ1, median aligned"),
-    "delta2_aligned": Measure(+1, title="δ2, median aligned"),
-    "delta3_aligned": Measure(+1, title="δ3, median aligned"),
-    "angular_rmse": Measure(-1, "°", "normals RMSE"),
-    "within_11_25": Measure(+1, title="normals within 11.25°"),
-    "within_22_5": Measure(+1, title="normals within 22.5°"),
-    "within_30": Measure(+1, title="normals within 30°"),
-    "warping_error": Measure(-1, "of the features' variance", "warping error"),
-}
+MEASURES: dict[str, Measure] = {}
+"""By name; each file of a task registers its own."""
+
+
+def register_measures(**measures: Measure) -> None:
+    """Says what measures mean, by name; the same again changes nothing.
+
+    Raises:
+        ValueError: a name that means something else already.
+    """
+    for name, measure in measures.items():
+        if MEASURES.setdefault(name, measure) != measure:
+            raise ValueError(f"a measure {name} is already registered as {MEASURES[name]}")
 
 
 class ScoreError(Told, ValueError):

@@ -13,9 +13,17 @@ from experiments.measuring.ceilings import CEILINGS
 from experiments.measuring.metrics import FidelityCase, FidelityError, fidelity, fidelity_case
 from experiments.measuring.task import Task, register_task
 from experiments.settings import SettingError
-from experiments.statistics.scores import image_rows
+from experiments.statistics.scores import Measure, image_rows, register_measures
 
 log = logging.getLogger(__name__)
+
+
+register_measures(
+    cosine=Measure(+1),
+    error=Measure(-1, "of the target's variance"),
+    edge_cosine=Measure(+1, title="cosine at edges"),
+    edge_error=Measure(-1, "of the target's variance", "error at edges"),
+)
 
 
 @register_task("fidelity")

@@ -13,8 +13,16 @@ from experiments.measuring.probe import ProbeSettings
 from experiments.measuring.probes import ProbeTask
 from experiments.measuring.task import register_task
 from experiments.settings import SettingError, check_choice
+from experiments.statistics.scores import Measure, register_measures
 
 LOW_LABELS = ("pixels", "cells")
+
+
+register_measures(
+    miou=Measure(+1, title="mIoU"),
+    accuracy=Measure(+1, title="pixel accuracy"),
+    boundary_miou=Measure(+1, title="mIoU at boundaries"),
+)
 
 
 @register_task("segmentation")

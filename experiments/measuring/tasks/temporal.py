@@ -11,9 +11,14 @@ from experiments.measuring.bench import Bench, Case, Ceiling, EvaluationError, c
 from experiments.measuring.metrics import same_everywhere
 from experiments.measuring.task import Task, register_task
 from experiments.settings import SettingError, check_choice
-from experiments.statistics.scores import image_rows
+from experiments.statistics.scores import Measure, image_rows, register_measures
 
 FLOWS = ("exact", "estimated")
+
+
+register_measures(
+    warping_error=Measure(-1, "of the features' variance", "warping error"),
+)
 
 
 @register_task("temporal")
