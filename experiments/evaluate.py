@@ -3,7 +3,6 @@
 Exit code: 0, or 2 when nothing was measured; a value that is not finite stops the run and names it.
 """
 
-import logging
 import os
 
 from omegaconf import DictConfig
@@ -13,12 +12,15 @@ from experiments.command import command
 from experiments.measuring.evaluation import evaluate
 from experiments.reports.evaluation import rich_tables
 
-log = logging.getLogger(__name__)
-
 
 @command
 def main(config: DictConfig) -> int | None:
     """The command line of `evaluate`."""
+    measure_and_show(config)
+
+
+def measure_and_show(config: DictConfig) -> None:
+    """`evaluate`, with its tables on the terminal."""
     report = evaluate(config)
     console = Console()
     for table in rich_tables(report.results, report.costs):

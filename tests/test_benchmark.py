@@ -4,7 +4,7 @@ import csv
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -405,6 +405,6 @@ def test_exit_code(monkeypatch, status, code):
     rows = [module._new_row("ours", cases_of(resolved(config()))[0], resolved(config()), CPU)]
     rows[0].status = status
     monkeypatch.setattr(module, "benchmark", lambda config: rows)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) if code else nullcontext() as ended:
         module.main.__wrapped__(config())  # without Hydra around it
-    assert ended.value.code == code
+    assert code == (ended.value.code if ended else 0)

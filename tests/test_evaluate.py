@@ -172,7 +172,8 @@ def test_a_model_in_training_is_measured_in_eval_mode():
     class Modal(nn.Module):
         def forward(self, image, features, output_size):
             assert not self.training
-            assert torch.is_inference_mode_enabled()
+            assert not torch.is_grad_enabled()
+            assert not torch.is_inference_mode_enabled(), "a peer may take gradients of its own"
             return nn.functional.interpolate(features, output_size)
 
     model = Modal().train()

@@ -8,6 +8,7 @@ PyTorch differentiates.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -285,6 +286,12 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     device = tensor.device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # never so on the meta device
     return torch.get_autocast_dtype(device) if on else None
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Within the block autocast is off on the tensor's device; the meta device has none."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def blocks(rows: Tensor) -> Iterator[slice]:

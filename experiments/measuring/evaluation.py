@@ -18,6 +18,7 @@ from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from core.backbones import Backbone, backbone_from_config
+from experiments.atomic import replacing
 from experiments.cost.arm_cost import check_cost, measure_costs
 from experiments.data import open_data
 from experiments.data.feature_cache import FeatureCache, fingerprint
@@ -42,6 +43,7 @@ from experiments.settings import (
 from experiments.statistics.scores import frame
 from experiments.statistics.verdicts import FLOOR, Comparison, compare
 from experiments.tracking.provenance import Origin, machine
+from experiments.tracking.run import Run, clean_name
 from experiments.tracking.store import track
 
 log = logging.getLogger(__name__)
@@ -180,12 +182,12 @@ def evaluate(config: DictConfig) -> Report:
             run.data(role, digest)
         for name, node in named_peers(config.peers).items():
             run.tag(f"peer.{name}", json.dumps(peer_identity(node)))
-        tables = []
+        tables, shown = [], []
         pairs = [(name, seed) for seed in seeds for name in models]
         for name, seed in Progress(pairs, evaluation.task.choice, "arm"):
             tables.append(evaluation.scores(models[name], name, seed))
             for picture in evaluation.pictures if seed == seeds[0] else ():
-                run.picture(panel(picture.columns), f"pictures/{name}/{picture.name}.png")
+                shown.append(_draw(picture, name, run, Path(config.out_dir) / f"{config.name}_worst"))
         scores = pd.concat(tables, ignore_index=True)
         trained = [name for name, model in models.items() if not isinstance(model, Peer | Ceiling)]
         results = compare(scores, FLOOR, trained, config.confidence, num_resamples=0)
@@ -202,7 +204,17 @@ def evaluate(config: DictConfig) -> Report:
         run.metrics(metrics(results))
         for file in files:
             run.file(file, f"tables/{file.name}")
-    return Report(scores, results, costs, evaluation.notes, files)
+    return Report(scores, results, costs, evaluation.notes, [*files, *shown])
+
+
+def _draw(picture: Picture, arm: str, run: Run, folder: Path) -> Path:
+    """Draws an image on which an arm did badly, for the run and into a folder."""
+    drawn = panel(picture.columns)
+    run.picture(drawn, f"pictures/{arm}/{picture.name}.png")
+    path = folder / f"{arm}_{clean_name(picture.name).replace('/', '_')}.png"
+    with replacing(path) as part:
+        drawn.save(part, format="png")
+    return path
 
 
 def _check(config: DictConfig) -> None:

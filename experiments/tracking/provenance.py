@@ -49,6 +49,8 @@ class Origin:
         """`module` as the command line calls it; `otherwise` where no command line is."""
         command = otherwise
         if HydraConfig.initialized():
+            called = HydraConfig.get().job.config_name  # another command may be made of this one
+            module = f"experiments.{called}" if called else module
             command = shlex.join(["python", "-m", module, *HydraConfig.get().overrides.task])
         commit, changes = git_state(Path(__file__))
         packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "scipy"))

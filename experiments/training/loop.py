@@ -47,7 +47,6 @@ from experiments.training.setup import (
     open_encoders,
     remove_former,
     untracked,
-    warn_of_bundled_images,
     warn_of_small_images,
 )
 from experiments.training.state import STATE_NAME, State, load_state, save_batch, save_state
@@ -160,7 +159,6 @@ class Training:
         if self.leads and state.step < last:
             log.info("%d images; steps %d to %d of %d", len(self.data), state.step + 1, last, config.steps)
             warn_of_small_images(self.data, self.views_settings)
-            warn_of_bundled_images(config.data)
         validation = None
         if self.leads and config.validate_every and state.step < last:
             validation = Validation(config, self.backbones, self.views_settings, self.cache)

@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from experiments.data.image_files import centre_square
 from experiments.measuring.bench import Bench, Ceiling, EvaluationError
 from experiments.measuring.ceilings import CEILINGS
 from experiments.measuring.metrics import FidelityCase, FidelityError, fidelity, fidelity_case
-from experiments.measuring.task import Task, register_task
+from experiments.measuring.task import Picture, Task, register_task
+from experiments.reports.fidelity_pictures import columns_of
 from experiments.settings import SettingError
 from experiments.statistics.scores import Measure, image_rows, register_measures
 
@@ -70,28 +71,47 @@ class Fidelity(Task):
 
     def rows(self, model: nn.Module | Ceiling, seed: int, bench: Bench) -> Iterator[dict[str, object]]:
         """Contract: `Task.rows`; the seed plays no part."""
+        worst: dict[int, Picture] = {}
         for i, name in enumerate(bench.val.names):
             for scale in self.scales:
                 try:
-                    measured = self._measured(model, i, scale, bench)
+                    measured, output = self._measured(model, i, scale, bench)
                 except FidelityError as error:
                     raise EvaluationError(f"image {name} at {scale}x: {error}") from error
                 for row in image_rows(name, measured):
                     yield {"task": f"fidelity/{scale}x"} | row
+                badness = 1 - measured["cosine"]
+                if not isinstance(model, Ceiling) and (scale not in worst or badness > worst[scale].badness):
+                    worst[scale] = self._picture(i, scale, output, measured["cosine"], bench)
+        self.worst = [worst[scale] for scale in self.scales if scale in worst]
 
-    @torch.no_grad()
-    def _measured(self, model: nn.Module | Ceiling, i: int, scale: int, bench: Bench) -> dict[str, float]:
-        case = bench.memory.get(
+    def _picture(self, i: int, scale: int, output: Tensor, cosine: float, bench: Bench) -> Picture:
+        """Of the image on which the arm did worst so far at this scale."""
+        name, case = bench.val.names[i], self._cached(i, scale, bench)
+        image = centre_square(bench.val.sample(i).image[None].to(bench.device), scale * self.view)
+        columns = columns_of(replace(case, image=image), output, name, f"{scale}x, cosine {cosine:.3f}")
+        return Picture(f"{scale}x_{name}", 1 - cosine, columns)
+
+    def _cached(self, i: int, scale: int, bench: Bench) -> FidelityCase:
+        return bench.memory.get(
             (self, i, scale),
             lambda: replace(self._case(i, scale, bench), image=torch.empty(0)),  # the largest part, and read again
             lambda case: sum(t.nbytes for t in (case.guidance, case.features, case.target, case.edges)),
         )
+
+    @torch.no_grad()
+    def _measured(
+        self, model: nn.Module | Ceiling, i: int, scale: int, bench: Bench
+    ) -> tuple[dict[str, float], Tensor]:
+        case = self._cached(i, scale, bench)
         if not isinstance(model, Ceiling):
-            return fidelity(model(case.guidance, case.features, case.output_size), case)
+            output = model(case.guidance, case.features, case.output_size)
+            return fidelity(output, case), output
         if model.name == "encoder":
             image = bench.val.sample(i).image[None].to(bench.device)
             case = replace(case, image=centre_square(image, scale * self.view))
-        return fidelity(CEILINGS[model.name](case, bench.encoder), case)
+        output = CEILINGS[model.name](case, bench.encoder)
+        return fidelity(output, case), output
 
     def _case(self, i: int, scale: int, bench: Bench) -> FidelityCase:
         image = bench.val.sample(i).image.to(bench.device)
