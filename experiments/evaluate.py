@@ -27,6 +27,9 @@ def measure_and_show(config: DictConfig) -> None:
         console.print(table)
     for line in (*report.notes, *map(os.path.relpath, report.files)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if report.pictures:
+        folder = os.path.relpath(report.pictures[0].parent)
+        console.print(f"worst images of each arm: {folder}/", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

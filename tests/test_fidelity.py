@@ -100,7 +100,7 @@ def test_each_arm_keeps_its_own_worst_image_at_each_scale():
         for rows in [cosines[(cosines.arm == arm) & (cosines.task == f"fidelity/{scale}x")]]
     ]
     assert drawn == worst
-    assert {path.name for path in report.files} >= set(worst)
+    assert [path.name for path in report.pictures] == worst
     with Image.open(f"outputs/fidelity/fidelity_hog8_worst/{worst[0]}") as picture:
         assert picture.size[0] > 1000, "image, features, target, result and error, side by side"
 

@@ -240,7 +240,7 @@ def test_experiments_take_weights_by_name(release, published):
         sweep = composed(
             "ablate", ["name=n", "+arms={baseline: {checkpoint: anyup_paper}, ours: {checkpoint: bundled}}"]
         )
-        measured = composed("fidelity", ["data.path=[x]", "peers=[bilinear]", "checkpoints=[anyup_paper]"])
+        measured = composed("fidelity", ["val_data.path=[x]", "peers=[bilinear]", "checkpoints=[anyup_paper]"])
     theirs, ours, *_ = read_arms(sweep)
     for model in (load_model(asked)[0], make_model(training), theirs.model(), upsamplers(measured)["anyup_paper"]):
         assert torch.equal(model.rotary.freqs, published["rope.freqs"])

@@ -157,6 +157,9 @@ class Report:
     notes: list[str]
     """What a reader must know of how they were measured."""
     files: list[Path]
+    """Tables and scores."""
+    pictures: list[Path]
+    """Of the images on which each arm did worst, in the folder NAME_worst; none of some tasks."""
 
 
 def evaluate(config: DictConfig) -> Report:
@@ -204,7 +207,7 @@ def evaluate(config: DictConfig) -> Report:
         run.metrics(metrics(results))
         for file in files:
             run.file(file, f"tables/{file.name}")
-    return Report(scores, results, costs, evaluation.notes, [*files, *shown])
+    return Report(scores, results, costs, evaluation.notes, files, shown)
 
 
 def _draw(picture: Picture, arm: str, run: Run, folder: Path) -> Path:
