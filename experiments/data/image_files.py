@@ -137,6 +137,13 @@ def read(path: str | Path, upright: bool = True) -> Tensor:
         raise UnreadableImage(f"{path}: {_reason(error)}") from error
 
 
+def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B,3,H,W) RGB in [0,1] -> (B,3,*size), bicubic and antialiased; the same tensor where it is that already."""
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    return F.interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)
+
+
 def shrink(image: Tensor, max_size: int | None) -> Tensor:
     """(1,3,H,W) -> the same picture with its longer side at most `max_size` pixels; never enlarged."""
     height, width = image.shape[-2:]
@@ -144,7 +151,7 @@ def shrink(image: Tensor, max_size: int | None) -> Tensor:
         return image
     scale = max_size / max(height, width)
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    return F.interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)  # (1,3,H',W')
+    return resized(image, size)  # (1,3,H',W')
 
 
 def centre_square(image: Tensor, side: int) -> Tensor:
@@ -152,8 +159,7 @@ def centre_square(image: Tensor, side: int) -> Tensor:
     height, width = image.shape[-2:]
     scale = side / min(height, width)
     size = (max(side, round(height * scale)), max(side, round(width * scale)))
-    if size != (height, width):
-        image = F.interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)  # (B,3,H',W')
+    image = resized(image, size)  # (B,3,H',W')
     top, left = (size[0] - side) // 2, (size[1] - side) // 2
     return image[..., top : top + side, left : left + side]  # (B,3,side,side)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from core.backbones import Backbone, imagenet_normalize
 from experiments.data import DataSet, Sample
 from experiments.data.feature_cache import FeatureCache, NotFinite
+from experiments.data.image_files import resized
 from experiments.errors import Told
 from experiments.peers.interpolation import Bilinear
 from experiments.settings import SettingError
@@ -257,13 +258,6 @@ def flip(case: Case) -> Case:
         if key in values:
             values[key][:, 0].neg_()
     return replace(case, **values)
-
-
-def resized(image: Tensor, size: Size) -> Tensor:
-    """(B,3,H,W) -> (B,3,*size), antialiased; the same tensor where it is that already."""
-    if tuple(image.shape[-2:]) == tuple(size):
-        return image
-    return F.interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def at_layer(backbone: Backbone, layer: int) -> Backbone:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from core.backbones import Backbone, imagenet_normalize
 from experiments.data.feature_cache import CachedBackbone
-from experiments.data.image_files import centre_square
+from experiments.data.image_files import centre_square, resized
 from experiments.errors import Told
 
 EDGE_WITHIN = 1.0
@@ -83,7 +83,7 @@ def fidelity_case(
     if image.dim() != 4 or image.shape[:2] != (1, 3):
         raise ValueError(f"fidelity needs one image, (3,H,W) or (1,3,H,W), got {tuple(image.shape)}")
     image = centre_square(image, scale * view)  # (1,3,s·v,s·v)
-    features = backbone(_resized(image, view))  # (1,C,h,w)
+    features = backbone(resized(image, (view, view)))  # (1,C,h,w)
     target = _features_of_crops(image, backbone, scale, view)  # (1,C,s·h,s·w)
     for what, values in (("the image", features), ("crops", target)):
         if not torch.isfinite(values).all():
@@ -94,7 +94,7 @@ def fidelity_case(
             "the error has no unit"
         )
     edges = image_edges(image, tuple(target.shape[-2:]))  # (s·h,s·w)
-    return FidelityCase(image, imagenet_normalize(_resized(image, guidance)), features, target, edges)
+    return FidelityCase(image, imagenet_normalize(resized(image, (guidance, guidance))), features, target, edges)
 
 
 def fidelity(upsampled: Tensor, case: FidelityCase) -> dict[str, float]:
@@ -145,13 +145,6 @@ def image_edges(image: Tensor, size: tuple[int, int], within: float = EDGE_WITHI
     if not found.any():
         return torch.zeros(size, dtype=torch.bool)
     return torch.from_numpy(distance_transform_edt(~found) <= within)
-
-
-def _resized(image: Tensor, side: int) -> Tensor:
-    """(1,3,n,n) -> (1,3,side,side), antialiased; the same tensor where it is that already."""
-    if image.shape[-1] == side:
-        return image
-    return F.interpolate(image, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def _features_of_crops(image: Tensor, backbone: Backbone | CachedBackbone, scale: int, view: int) -> Tensor:

@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from core.streams import generator
 from experiments.data import DataSet
-from experiments.data.image_files import centre_square, square_flow
+from experiments.data.image_files import centre_square, resized, square_flow
 from experiments.settings import SettingError
 
 
@@ -169,8 +168,8 @@ class Views(Dataset):
     def _shrunk(self, square: Tensor) -> tuple[Tensor, Tensor]:
         """(B,3,S,S) -> what the encoder sees, (B,3,view,view), and what guides, (B,3,g,g)."""
         s = self.settings
-        whole = shrink_to(square, s.view)
-        return whole, whole if s.guidance in (None, s.view) else shrink_to(square, s.guidance)
+        whole = resized(square, (s.view, s.view))
+        return whole, whole if s.guidance in (None, s.view) else resized(square, (s.guidance, s.guidance))
 
     def _frames(self, index: int) -> Sequence[int]:
         """The frames of the clip that begins at a sample, or earlier where its video ends too soon."""
@@ -232,8 +231,3 @@ def cut(square: Tensor, corners: Tensor, patch: int, view: int) -> Tensor:
             for i, (row, column) in enumerate(corners.tolist())
         ]
     )
-
-
-def shrink_to(image: Tensor, side: int) -> Tensor:
-    """(B,3,S,S) -> (B,3,side,side), antialiased."""
-    return F.interpolate(image, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
