@@ -27,7 +27,7 @@ from experiments.measuring.heads import Head, register_head
 from experiments.measuring.task import Task, register_task
 from experiments.statistics.scores import Measure, image_rows, register_measures
 
-register_measures(roughness=Measure(-1, "of the mean", "how rough"))
+register_measures({"roughness": Measure(-1, "of the mean", "how rough")})
 
 
 @register_task("roughness")
@@ -116,9 +116,9 @@ def test_a_head_on_three_layers_trains(dropped, tmp_path):
 
 
 def test_names_that_are_taken_are_refused():
-    register_measures(cosine=MEASURES["cosine"])
+    register_measures({"cosine": MEASURES["cosine"]})
     with pytest.raises(ValueError, match="a measure cosine is already registered as"):
-        register_measures(cosine=Measure(-1))
+        register_measures({"cosine": Measure(-1)})
     register_head("linear")(LinearHead)
 
     class Other(LinearHead):

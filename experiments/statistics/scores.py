@@ -37,7 +37,7 @@ MEASURES: dict[str, Measure] = {}
 """By name; each file of a task registers its own."""
 
 
-def register_measures(**measures: Measure) -> None:
+def register_measures(measures: Mapping[str, Measure]) -> None:
     """Says what measures mean, by name; the same again changes nothing.
 
     Raises:

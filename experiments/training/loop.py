@@ -12,18 +12,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 import core
-from core.backbones import Backbone
-from core.batch import Batch, Clip
+from core.batch import Batch
 from core.registry import discover
 from core.streams import generator
 from experiments.atomic import CannotWrite
@@ -33,6 +31,7 @@ from experiments.errors import Interrupted
 from experiments.progress import Progress
 from experiments.settings import SettingError, check_writable
 from experiments.tracking.store import Run, track
+from experiments.training.batches import Batches
 from experiments.training.curves import CURVES_NAME, Curves, plot
 from experiments.training.optimiser import Optimiser, OptimiserSettings
 from experiments.training.setup import (
@@ -51,7 +50,7 @@ from experiments.training.setup import (
 )
 from experiments.training.state import STATE_NAME, State, load_state, save_batch, save_state
 from experiments.training.validation import Validation
-from experiments.training.views import ClipViews, StepViews, Views, ViewSettings
+from experiments.training.views import StepViews, Views, ViewSettings
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +134,9 @@ class Training:
         patch_sizes = [backbone.patch_size for backbone in self.backbones]
         how = (config.seed, config.batch_size, config.steps, self.shard)
         self.views = Views(self.data, self.views_settings, patch_sizes, *how, self.inner.batch_parts)
+        where = (self.cache, self.device, self.inner.batch_parts, config.seed, self.shard[0])
+        self.batch = Batches(self.backbones, self.views_settings, *where)
+        """The views of a step -> `core.Batch`."""
         self.state, self.curves = State(), Curves(self.out_dir / CURVES_NAME)
 
     def run(self, run: Run) -> Trained:
@@ -215,42 +217,6 @@ class Training:
             return [views]
         order = torch.randperm(len(self.backbones), generator=generator(self.config.seed, "backbones", views.step))
         return [self.views.of_backbone(views.step, index) for index in order[:count].tolist()]
-
-    def batch(self, views: StepViews) -> Batch:
-        """The views as the backbone of the step encodes them, with the optional parts that some filler looks at."""
-        backbone, s, asked = self.backbones[views.backbone], self.views_settings, self.inner.batch_parts
-        whole, crops = views.whole.to(self.device), views.crops.to(self.device)
-        features = self.cache.encode(backbone, whole, views.names)  # (B,C,h,w)
-        names = [f"a crop of {name}" for name in views.names for _ in range(max(1, s.crops))]
-        target = self.cache.encode(backbone, crops, names)  # (B·n,C,h,w)
-        augmented, normalised = views.augmented, core.imagenet_normalize
-        encoder = partial(self._encoded, backbone, views.names)
-        return Batch(
-            image=normalised(views.guidance.to(self.device)),
-            features=features,
-            target=target,
-            output_size=(features.shape[-2] * s.scale, features.shape[-1] * s.scale),
-            corners=None if views.corners is None else views.corners.to(self.device),
-            backbone=backbone.name,
-            generator=generator(self.config.seed, "noise", views.step, views.backbone, self.shard[0]),
-            augmented_image=None if augmented is None else normalised(augmented.to(self.device)),
-            whole=whole if "whole" in asked else None,
-            crops=crops if "crops" in asked else None,
-            encoder=encoder if "encoder" in asked else None,
-            clip=None if views.clip is None else self._clip(views.clip, backbone, views.names),
-        )
-
-    def _encoded(self, backbone: Backbone, names: list[str], images: Tensor) -> Tensor:
-        called = [f"a view of {', '.join(names)}"] * len(images)
-        return self.cache.encode(backbone, images.to(self.device), called)
-
-    def _clip(self, clip: ClipViews, backbone: Backbone, names: list[str]) -> Clip:
-        frames = clip.whole.flatten(0, 1).to(self.device)  # (B·T,3,view,view)
-        called = [f"a frame after {name}" for name in names for _ in range(clip.whole.shape[1])]
-        features = self.cache.encode(backbone, frames, called).unflatten(0, clip.whole.shape[:2])
-        guidance = core.imagenet_normalize(clip.guidance.flatten(0, 1).to(self.device))
-        flow = None if clip.flow is None else clip.flow.to(self.device)
-        return Clip(guidance.unflatten(0, clip.whole.shape[:2]), features, flow)
 
     def resume(self) -> None:
         """Takes back what an earlier start left in `out_dir`, as the setting `resume` says.

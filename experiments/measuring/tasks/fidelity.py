@@ -20,10 +20,12 @@ log = logging.getLogger(__name__)
 
 
 register_measures(
-    cosine=Measure(+1),
-    error=Measure(-1, "of the target's variance"),
-    edge_cosine=Measure(+1, title="cosine at edges"),
-    edge_error=Measure(-1, "of the target's variance", "error at edges"),
+    {
+        "cosine": Measure(+1),
+        "error": Measure(-1, "of the target's variance"),
+        "edge_cosine": Measure(+1, title="cosine at edges"),
+        "edge_error": Measure(-1, "of the target's variance", "error at edges"),
+    }
 )
 
 

@@ -52,18 +52,20 @@ class GeometryTask(ProbeTask):
 
 
 register_measures(
-    rmse=Measure(-1, "m", "RMSE"),
-    rmse_aligned=Measure(-1, "m", "RMSE, median aligned"),
-    delta1=Measure(+1, title="δ1"),
-    delta2=Measure(+1, title="δ2"),
-    delta3=Measure(+1, title="δ3"),
-    delta1_aligned=Measure(+1, title="δ1, median aligned"),
-    delta2_aligned=Measure(+1, title="δ2, median aligned"),
-    delta3_aligned=Measure(+1, title="δ3, median aligned"),
-    angular_rmse=Measure(-1, "°", "normals RMSE"),
-    within_11_25=Measure(+1, title="normals within 11.25°"),
-    within_22_5=Measure(+1, title="normals within 22.5°"),
-    within_30=Measure(+1, title="normals within 30°"),
+    {
+        "rmse": Measure(-1, "m", "RMSE"),
+        "rmse_aligned": Measure(-1, "m", "RMSE, median aligned"),
+        "delta1": Measure(+1, title="δ1"),
+        "delta2": Measure(+1, title="δ2"),
+        "delta3": Measure(+1, title="δ3"),
+        "delta1_aligned": Measure(+1, title="δ1, median aligned"),
+        "delta2_aligned": Measure(+1, title="δ2, median aligned"),
+        "delta3_aligned": Measure(+1, title="δ3, median aligned"),
+        "angular_rmse": Measure(-1, "°", "normals RMSE"),
+        "within_11_25": Measure(+1, title="normals within 11.25°"),
+        "within_22_5": Measure(+1, title="normals within 22.5°"),
+        "within_30": Measure(+1, title="normals within 30°"),
+    }
 )
 
 

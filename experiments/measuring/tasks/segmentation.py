@@ -19,9 +19,11 @@ LOW_LABELS = ("pixels", "cells")
 
 
 register_measures(
-    miou=Measure(+1, title="mIoU"),
-    accuracy=Measure(+1, title="pixel accuracy"),
-    boundary_miou=Measure(+1, title="mIoU at boundaries"),
+    {
+        "miou": Measure(+1, title="mIoU"),
+        "accuracy": Measure(+1, title="pixel accuracy"),
+        "boundary_miou": Measure(+1, title="mIoU at boundaries"),
+    }
 )
 
 

@@ -16,9 +16,7 @@ from experiments.statistics.scores import Measure, image_rows, register_measures
 FLOWS = ("exact", "estimated")
 
 
-register_measures(
-    warping_error=Measure(-1, "of the features' variance", "warping error"),
-)
+register_measures({"warping_error": Measure(-1, "of the features' variance", "warping error")})
 
 
 @register_task("temporal")

@@ -1,0 +1,71 @@
+"""Views as an encoder sees them: what the objective gets, with the optional parts that some filler looks at."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from core.backbones import Backbone, imagenet_normalize
+from core.batch import Batch, Clip
+from core.streams import generator
+from experiments.data.feature_cache import FeatureCache
+from experiments.training.views import ClipViews, StepViews, ViewSettings
+
+
+class Batches:
+    """The views of a step, for one backbone -> a batch, encoded on the device.
+
+    Args:
+        backbones: those of the training, in the views' order. settings: how the views were cut.
+        cache: where features are looked for, and kept.
+        parts: the optional parts of a batch that some filler looks at; nothing is made for others.
+        seed: of the training. rank: of this process.
+    """
+
+    def __init__(
+        self,
+        backbones: list[Backbone],
+        settings: ViewSettings,
+        cache: FeatureCache,
+        device: torch.device,
+        parts: frozenset[str],
+        seed: int,
+        rank: int,
+    ):
+        self.backbones, self.settings, self.cache, self.device, self.parts = backbones, settings, cache, device, parts
+        self.seed, self.rank = seed, rank
+
+    def __call__(self, views: StepViews) -> Batch:
+        """Raises NotFinite: as `FeatureCache.encode`."""
+        backbone, s = self.backbones[views.backbone], self.settings
+        whole, crops = views.whole.to(self.device), views.crops.to(self.device)
+        features = self.cache.encode(backbone, whole, views.names)  # (B,C,h,w)
+        names = [f"a crop of {name}" for name in views.names for _ in range(max(1, s.crops))]
+        target = self.cache.encode(backbone, crops, names)  # (B·n,C,h,w)
+        augmented, encoder = views.augmented, partial(self._encoded, backbone, views.names)
+        return Batch(
+            image=imagenet_normalize(views.guidance.to(self.device)),
+            features=features,
+            target=target,
+            output_size=(features.shape[-2] * s.scale, features.shape[-1] * s.scale),
+            corners=None if views.corners is None else views.corners.to(self.device),
+            backbone=backbone.name,
+            generator=generator(self.seed, "noise", views.step, views.backbone, self.rank),
+            augmented_image=None if augmented is None else imagenet_normalize(augmented.to(self.device)),
+            whole=whole if "whole" in self.parts else None,
+            crops=crops if "crops" in self.parts else None,
+            encoder=encoder if "encoder" in self.parts else None,
+            clip=None if views.clip is None else self._clip(views.clip, backbone, views.names),
+        )
+
+    def _encoded(self, backbone: Backbone, names: list[str], images: Tensor) -> Tensor:
+        called = [f"a view of {', '.join(names)}"] * len(images)
+        return self.cache.encode(backbone, images.to(self.device), called)
+
+    def _clip(self, clip: ClipViews, backbone: Backbone, names: list[str]) -> Clip:
+        size = clip.whole.shape[:2]  # (B,T)
+        called = [f"a frame after {name}" for name in names for _ in range(size[1])]
+        features = self.cache.encode(backbone, clip.whole.flatten(0, 1).to(self.device), called)
+        guidance = imagenet_normalize(clip.guidance.flatten(0, 1).to(self.device))
+        flow = None if clip.flow is None else clip.flow.to(self.device)
+        return Clip(guidance.unflatten(0, size), features.unflatten(0, size), flow)
