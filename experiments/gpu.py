@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from core.checkpoint import BUNDLED
+from core.checkpoint import BUNDLED, find
 from core.registry import discover
 from experiments.atomic import replacing
 from experiments.benchmark import check_arms, run_case
@@ -114,9 +114,11 @@ def _check_jobs(config: DictConfig) -> dict[Job, Check]:
             raise SettingError(f"{key} must be a whole number from 32, got {config[key]}")
     jobs, node = {}, OmegaConf.to_container(config.backbone, resolve=True)
     for name in config.checks:
-        for weights in list(config.weights) or [str(path) for path in BUNDLED.values()]:
-            if not Path(weights).expanduser().is_file():
-                raise SettingError(f"weights: {weights} does not exist")
+        for source in list(config.weights) or list(BUNDLED):
+            try:
+                weights = str(find(source))  # a file, or a name as `core.load` takes it
+            except OSError as error:
+                raise SettingError(f"weights: {error}") from error
             inputs = Inputs(config.device, weights, node, config.photograph, config.image, config.output)
             for dtype in config.dtypes:
                 call = partial(_exactly, config.num_threads, config.tf32, partial(CHECKS[name], inputs, dtype))

@@ -92,7 +92,7 @@ def test_what_is_known_is_in_the_tables_before_the_end(tmp_path, monkeypatch):
         (["device=cuda:7"], "device=cuda:7 cannot be used"),
         (["checks=[speed]"], "checks must be one of outputs, gradients"),
         (["dtypes=[float8]"], "dtypes must be one of float32"),
-        (["weights=[/nowhere.pth]"], "weights: /nowhere.pth does not exist"),
+        (["weights=[/nowhere.pth]"], "weights: checkpoint /nowhere.pth: there is no such file"),
         (["seconds=0"], "seconds must be a positive number"),
         (["image=16"], "image must be a whole number from 32"),
         (["points=[{size: 32/8/5}]"], "points: each has size, dtype, arms and seconds"),
