@@ -49,7 +49,7 @@ def load(source: str | Path, changes: Mapping[str, Any] | None = None) -> AnyUp:
         ValueError: `changes` names a setting that may not be changed; lists those that may.
     """
     state, config = checkpoint.read(source)
-    return checkpoint.rebuild(AnyUp, state, checkpoint.changed(config, changes or {}), source)
+    return checkpoint.rebuild(AnyUp, state, checkpoint.changed(config, changes) if changes else config, source)
 
 
 def from_published(state: dict[str, Tensor]) -> AnyUp:

@@ -186,7 +186,7 @@ def test_importing_a_room_imports_none_of_its_choices():
     done = subprocess.run([sys.executable, "-W", "error", "-c", LAZY], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     imported, offered = (set(line.split()) for line in done.stdout.splitlines())
-    choices = {"data.images", "data.nyuv2", "measuring.tasks.geometry", "peers.interpolation", "peers.joint_bilateral"}
+    choices = {"data.images", "data.nyuv2", "measuring.tasks.geometry", "peers.joint_bilateral"}
     assert not imported & {f"experiments.{name}" for name in choices}
     assert {"images", "nyuv2", "scenes", "depth", "normals", "bilinear", "joint_bilateral"} <= offered
 
