@@ -13,7 +13,6 @@ from core.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from experiments.measuring.ceilings import CEILINGS, oracle, whole_image
 from experiments.measuring.metrics import FidelityCase, FidelityError, fidelity, fidelity_case, image_edges
 from experiments.peers import make_peer
-from experiments.statistics.intervals import paired_difference, share_of_gap
 
 
 class Painter(Backbone):
@@ -291,48 +290,3 @@ def test_oracles_refuse():
         oracle(features, torch.rand(1, 4, 4, 4))
     with pytest.raises(ValueError, match="odd"):
         oracle(features, features, window=4)
-
-
-def test_intervals_of_known_cases():
-    n, generator = 400, np.random.default_rng(1)
-    difference = generator.normal(0.3, 2.0, n)
-    common = generator.normal(0, 50, n)  # an image is hard for both: paired, it drops out
-    found = paired_difference(common + difference, common)
-    half = 1.96 * difference.std(ddof=1) / math.sqrt(n)
-    assert found.value == pytest.approx(difference.mean())
-    assert found.low == pytest.approx(difference.mean() - half, abs=0.1 * half)
-    assert found.high == pytest.approx(difference.mean() + half, abs=0.1 * half)
-    assert paired_difference(common + difference, common) == found  # seeded
-    assert paired_difference(common + difference, common, seed=1) != found
-    wide = paired_difference(common + difference, common, confidence=0.999)
-    assert wide.low < found.low < found.high < wide.high
-    half_way = share_of_gap(common + 1 + 0.01 * difference, common, common + 2)
-    assert half_way.value == pytest.approx((1 + 0.01 * difference.mean()) / 2)
-    assert half_way.low < half_way.value < half_way.high < half_way.low + 0.01
-
-
-def test_intervals_cover_the_truth_as_often_as_they_say():
-    generator = np.random.default_rng(0)
-    samples = generator.exponential(1.0, (200, 40))  # skewed
-    covered = [
-        interval.low <= 1 <= interval.high
-        for interval in (paired_difference(row, np.zeros(40), num_resamples=500) for row in samples)
-    ]
-    assert 0.9 <= np.mean(covered) <= 0.99
-
-
-def test_intervals_where_nothing_varies_and_where_nothing_is_known():
-    same = paired_difference([1.0, 2.0, 4.0], [0.5, 1.5, 3.5])
-    assert (same.value, same.low, same.high) == (0.5, 0.5, 0.5)
-    assert same.above_zero
-    alone = paired_difference([1.0], [0.5])
-    assert (alone.value, alone.low, alone.high, alone.above_zero) == (0.5, None, None, False)
-    assert share_of_gap([1.0], [0.0], [2.0]).low is None
-    with pytest.raises(ValueError, match="columns of one length"):
-        paired_difference([1.0, 2.0], [1.0])
-    with pytest.raises(ValueError, match="columns of one length"):
-        paired_difference([], [])
-    with pytest.raises(ValueError, match="must be finite"):
-        paired_difference([1.0, float("nan")], [1.0, 1.0])
-    with pytest.raises(ValueError, match="no gap"):
-        share_of_gap([1.0, 2.0], [0.0, 1.0], [1.0, 0.0])

@@ -71,7 +71,7 @@ def test_float64_is_the_released_algorithm(model, photograph):
 @pytest.mark.parametrize("autocast", [False, True], ids=["weights", "autocast"])
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)], ids=str)
 def test_half_precision_is_close(model, photograph, dtype, allowed, autocast):
-    """Relative l2 to float32; bfloat16 was 8 % off, float16 1.2 %. Positions, moments and the feature path decide."""
+    """Relative l2 to float32. Positions, moments and the feature path decide."""
     image, features = photograph
     with torch.no_grad():
         expected = model(image, features, SIZE)

@@ -36,9 +36,9 @@ from experiments.training.curves import CURVES_NAME, Curves, plot
 from experiments.training.optimiser import Optimiser, OptimiserSettings
 from experiments.training.setup import (
     alone_in,
+    check_clips,
     check_held_out,
     check_images,
-    check_parts,
     check_settings,
     deciding_settings,
     make_accelerator,
@@ -127,7 +127,7 @@ class Training:
         self.cache = FeatureCache(config.cache.folder, config.cache.max_gb)
         self.inner = make_trainable(config, replaced_by).to(self.device).train()
         """The bare model, objective and learner."""
-        check_parts(self.inner.batch_parts, self.views_settings, self.data)
+        check_clips(self.inner.batch_parts, self.views_settings, self.data)
         self.trainable = self.accelerator.prepare_model(self.inner)
         self.optimiser = Optimiser(self.trainable, settings, config.steps, self.accelerator)
         self.shard = (self.accelerator.process_index, self.accelerator.num_processes)

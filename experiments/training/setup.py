@@ -216,7 +216,7 @@ def make_trainable(
     return Trainable(replaced_by(model), *fillers)
 
 
-def check_parts(asked: frozenset[str], views: ViewSettings, data: DataSet) -> None:
+def check_clips(asked: frozenset[str], views: ViewSettings, data: DataSet) -> None:
     """Refuses what fillers look at and the settings or the data do not give; and clips that nobody looks at.
 
     Raises:
