@@ -180,7 +180,7 @@ class LearnedBasis(Unifier):
         """(B,C,h,w) -> (B,D,h,w), at least in single precision, as the weights of the encoder are for `stem`.
 
         The means of softmaxes are all about 1/M, and what they say lies in their differences, which half precision
-        does not hold: with published weights most of the error of a bfloat16 model came from here (docs/performance.md).
+        does not hold. Of published weights most of a bfloat16 error comes from here (docs/performance.md).
         """
         wide = torch.promote_types(self.encoder[0].basis.dtype, torch.float32)
         with without_autocast(features):
