@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from experiments.command import command
+from experiments.measuring.tasks import tasks
 from experiments.reports.power import rich_table, write
 from experiments.reports.simulation import write_simulation
 from experiments.statistics.power import check_settings, curves, read_components
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 @command
 def main(config: DictConfig) -> int | None:
     """The command line of `curves` and of `simulate_all`."""
+    tasks()  # which say what their measures mean
     check_settings(config)
     if config.simulate is not None:
         simulated = simulate_all(config.simulate, config.confidence)

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from experiments.command import command
+from experiments.measuring.tasks import tasks
 from experiments.reports.results import Plan, Results
 from experiments.reports.tables import Report, show, write_report
 from experiments.settings import SettingError, check_writable
@@ -40,6 +41,7 @@ def fetch(run_id: str | None = None, experiment: str = "ablate") -> Results:
     Raises:
         as `report`.
     """
+    tasks()  # which say what their measures mean
     store = open_store()
     found = store.latest(experiment, "sweep") if run_id is None else store.found(run_id)
     if found is None:

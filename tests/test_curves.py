@@ -64,7 +64,7 @@ def test_a_training_keeps_its_curves_here_and_in_the_store():
     names = {point.name for point in points}
     assert {"loss", "reconstruction_loss", "input_consistency_loss", "grad_norm", "lr", "val/hog8/gain"} <= names
     assert [point.step for point in points if point.name == "loss"] == [1, 2, 3, 4]
-    assert [point.step for point in points if point.name == "val/cosine"] == [0, 2, 4]
+    assert [point.step for point in points if point.name == "val/detail"] == [0, 2, 4]
     last = {point.name: point.value for point in points if point.step == 4}
     assert last["loss"] == pytest.approx(sum(trained.state.losses.values()))
     assert {name: last[name] for name in trained.state.validation} == trained.state.validation

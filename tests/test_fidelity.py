@@ -57,7 +57,7 @@ def test_every_arm_is_measured_on_every_image_at_every_scale(weights):
         config(PHOTOS, f"checkpoints=[{weights}/seed1.safetensors]", "task.scales=[2,3]", "task.guidance=16")
     )
     frame = report.scores
-    arms = {*peers(), "seed1", "encoder", "oracle_cosine", "oracle_error"}
+    arms = {*peers(), "seed1", "encoder", "split_half", "oracle_cosine", "oracle_error"}
     found = set(frame[frame.measure == "cosine"][["image", "task", "arm"]].itertuples(index=False, name=None))
     assert found == {(image, f"fidelity/{scale}x", arm) for image in "abc" for scale in (2, 3) for arm in arms}
     backbone, model = core.load_backbone("hog8"), core.load(weights / "seed1.safetensors")
@@ -71,7 +71,9 @@ def test_every_arm_is_measured_on_every_image_at_every_scale(weights):
     for arm, output in by_hand.items():
         rows = frame[(frame.image == "b") & (frame.task == "fidelity/3x") & (frame.arm == arm)]
         measured = (rows.set_index("measure").numerator / rows.set_index("measure").denominator).to_dict()
-        assert measured == pytest.approx(fidelity(output, case), rel=1e-3)  # the features went through half precision
+        measured = {name: value for name, value in measured.items() if not name.endswith("_blurred")}
+        # the features went through half precision
+        assert measured == pytest.approx(fidelity(output, case), rel=5e-3, abs=1e-3)
 
 
 def test_tables_pictures_and_notes(weights):
@@ -92,12 +94,12 @@ def test_tables_pictures_and_notes(weights):
 def test_each_arm_keeps_its_own_worst_image_at_each_scale():
     report = evaluate(config(PHOTOS, "peers=[bilinear,nearest]", "task.scales=[2,3]"))
     drawn = sorted(path.name for path in Path("outputs/fidelity/fidelity_hog8_worst").iterdir())
-    cosines = report.scores[report.scores.measure == "cosine"]
+    scores = report.scores[report.scores.measure == "detail"]
     worst = [
         f"{arm}_{scale}x_{rows.loc[rows.numerator.idxmin(), 'image']}.png"
         for arm in ("bilinear", "nearest")
         for scale in (2, 3)
-        for rows in [cosines[(cosines.arm == arm) & (cosines.task == f"fidelity/{scale}x")]]
+        for rows in [scores[(scores.arm == arm) & (scores.task == f"fidelity/{scale}x")]]
     ]
     assert drawn == worst
     assert [path.name for path in report.pictures] == worst

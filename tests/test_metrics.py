@@ -11,8 +11,18 @@ from scipy.optimize import minimize, nnls
 import core
 from core.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from experiments.measuring.ceilings import CEILINGS, oracle, whole_image
-from experiments.measuring.metrics import FidelityCase, FidelityError, fidelity, fidelity_case, image_edges
+from experiments.measuring.metrics import (
+    FidelityCase,
+    FidelityError,
+    closeness,
+    fidelity,
+    fidelity_case,
+    image_edges,
+)
+from experiments.measuring.targets import CropSettings
 from experiments.peers import make_peer
+
+SIDE_BY_SIDE = CropSettings(None)
 
 
 class Painter(Backbone):
@@ -64,8 +74,8 @@ def test_each_crop_is_encoded_by_itself_and_put_in_its_place():
             seen.append(image.shape)
             return super().features(image, layer) + image.mean((2, 3), keepdim=True)  # what else the crop holds
 
-    case = fidelity_case(image, Watching(4), scale=3, view=8)
-    assert seen == [(1, 3, 8, 8), (9, 3, 8, 8)]
+    case = fidelity_case(image, Watching(4), scale=3, view=8, crops=SIDE_BY_SIDE)
+    assert seen == [(1, 3, 8, 8), (5, 3, 8, 8), (4, 3, 8, 8)]  # the image; the fields of a chessboard
     for i in range(3):
         for j in range(3):
             crop = image[..., 8 * i : 8 * i + 8, 8 * j : 8 * j + 8]
@@ -76,7 +86,8 @@ def test_each_crop_is_encoded_by_itself_and_put_in_its_place():
 
 def test_many_crops_are_those_of_few():
     image = torch.rand(1, 3, 40, 40)
-    case = fidelity_case(image, Painter(4), scale=5, view=8)  # 25 crops, more than are encoded at once
+    # 81 crops of which 25 lie side by side, more than are encoded at once
+    case = fidelity_case(image, Painter(4), scale=5, view=8, crops=CropSettings(1))
     torch.testing.assert_close(case.target, F.avg_pool2d(image, 4))
 
 
@@ -99,7 +110,7 @@ def test_squeezenet_with_fewer_rows_and_a_network_that_shifts():
         cells = 3 if name == "squeezenet" else 4
         assert case.features.shape[-2:] == (cells, cells)
         assert case.output_size == (2 * cells, 2 * cells)
-        ceiling = CEILINGS["encoder"](case, backbone)
+        ceiling, _ = CEILINGS["encoder"](case, backbone)
         assert ceiling.shape == case.target.shape
         own = backbone(case.image)
         assert own.shape[-1] == (7 if name == "squeezenet" else 8)
@@ -127,7 +138,7 @@ def test_measures_are_those_of_a_slow_loop(channels):
             cosines[i, j] = dot / lengths
             errors[i, j] = sum((t[c, i, j] - u[c, i, j]) ** 2 for c in range(channels)) / variance
     near = edges.numpy()
-    assert fidelity(ours, case_of(target, edges)) == pytest.approx(
+    assert closeness(ours, case_of(target, edges)) == pytest.approx(
         {
             "cosine": cosines.mean(),
             "error": errors.mean(),
@@ -141,11 +152,11 @@ def test_measures_are_those_of_a_slow_loop(channels):
 def test_the_target_itself_is_perfect_and_its_mean_has_error_one():
     target = torch.randn(1, 9, 6, 6)
     edges = torch.eye(6, dtype=torch.bool)
-    perfect = fidelity(target.clone(), case_of(target, edges))
+    perfect = closeness(target.clone(), case_of(target, edges))
     assert perfect == pytest.approx({"cosine": 1, "error": 0, "edge_cosine": 1, "edge_error": 0}, abs=1e-12)
     mean = target.mean((2, 3), keepdim=True).expand_as(target)
-    assert fidelity(mean, case_of(target))["error"] == pytest.approx(1, rel=1e-5)
-    halved = fidelity(target / 2, case_of(target))
+    assert closeness(mean, case_of(target))["error"] == pytest.approx(1, rel=1e-5)
+    halved = closeness(target / 2, case_of(target))
     assert halved["cosine"] == pytest.approx(1)
     assert halved["error"] > 0.1
 
@@ -154,14 +165,14 @@ def test_vectors_without_direction():
     target = torch.ones(1, 2, 2, 2)
     target[..., 0, 0] = 0  # no direction to agree with
     ours = target.clone()
-    assert fidelity(ours, case_of(target))["cosine"] == pytest.approx(1)
+    assert closeness(ours, case_of(target))["cosine"] == pytest.approx(1)
     ours[..., 1, 1] = 0
-    assert fidelity(ours, case_of(target))["cosine"] == pytest.approx(2 / 3)
+    assert closeness(ours, case_of(target))["cosine"] == pytest.approx(2 / 3)
 
 
 def test_only_images_with_edges_have_edge_measures():
     target = torch.randn(1, 4, 3, 3)
-    assert set(fidelity(target, case_of(target))) == {"cosine", "error"}
+    assert set(closeness(target, case_of(target))) == {"cosine", "error"}
     assert not image_edges(torch.full((1, 3, 64, 64), 0.5), (8, 8)).any()
 
 
@@ -189,7 +200,7 @@ def test_what_is_not_finite_is_refused(value):
     ours = target.clone()
     ours[0, 1, 2, 0] = value
     with pytest.raises(FidelityError, match="1 of 36 values of the upsampled features are not finite"):
-        fidelity(ours, case_of(target))
+        closeness(ours, case_of(target))
 
     class Broken(Painter):
         def features(self, image, layer):
@@ -209,7 +220,7 @@ def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(FidelityError, match="is the image blank"):
         fidelity_case(torch.full((1, 3, 16, 16), 0.5), Painter(), 2, 8)
     with pytest.raises(ValueError, match=r"\(1, 3, 4, 5\), the target is \(1, 3, 4, 4\)"):
-        fidelity(torch.rand(1, 3, 4, 5), case_of(torch.rand(1, 3, 4, 4)))
+        closeness(torch.rand(1, 3, 4, 5), case_of(torch.rand(1, 3, 4, 4)))
 
 
 def test_no_gradient_is_kept():
@@ -265,8 +276,8 @@ def test_no_convex_peer_passes_the_oracles(name):
     image = torch.nn.functional.interpolate(torch.rand(1, 3, 9, 9), (64, 64), mode="bicubic").clamp(0, 1)
     case = fidelity_case(image, core.load_backbone("hog8"), 2, 32)
     peer = fidelity(make_peer(name)(case.guidance, case.features, case.output_size), case)
-    assert fidelity(CEILINGS["oracle_cosine"](case, None), case)["cosine"] > peer["cosine"] + 1e-3
-    assert fidelity(CEILINGS["oracle_error"](case, None), case)["error"] < peer["error"] - 1e-3
+    assert fidelity(*CEILINGS["oracle_cosine"](case, None))["cosine"] > peer["cosine"] + 1e-3
+    assert fidelity(*CEILINGS["oracle_error"](case, None))["error"] < peer["error"] - 1e-3
 
 
 def test_oracles_are_convex_combinations_and_find_the_target_among_them():

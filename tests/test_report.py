@@ -1,7 +1,11 @@
 """Reports of sweeps: verdicts from scores, what must not be compared, tables and pictures."""
 
 import io
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,6 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from experiments.cost.arm_cost import measure_costs
+from experiments.measuring.tasks import tasks
 from experiments.peers import make_peer
 from experiments.reports import evaluation as evaluation_report
 from experiments.reports.costs import cost_section
@@ -22,7 +27,7 @@ from experiments.reports.results import Plan, Planned, Results
 from experiments.reports.tables import markdown, rich_tables, write_report
 from experiments.settings import SettingError, check_confidence, check_count, check_name, check_seeds
 from experiments.statistics.intervals import Interval, holm, pseudo_values, spread
-from experiments.statistics.score_files import read_scores
+from experiments.statistics.score_files import read_scores, write_scores
 from experiments.statistics.scores import ScoreError, check, frame, image_rows
 from experiments.statistics.simulation import Scenario, draw_scores, simulate
 from experiments.statistics.verdicts import bases, compare, difference, table
@@ -32,9 +37,10 @@ from experiments.tracking.provenance import Origin
 
 SEEDS, IMAGES = (0, 1, 2), [f"image{i}" for i in range(12)]
 NOISE = np.random.default_rng(0).normal(0, 0.01, (9, 3, 12))
+tasks()  # which say what their measures mean
 
 
-def scores_of(arm, level, seed=0, measure="cosine", noise=1.0, task="fidelity/2x", images=IMAGES):
+def scores_of(arm, level, seed=0, measure="detail", noise=1.0, task="fidelity/2x", images=IMAGES):
     which = sum(arm.encode()) % 9
     values = [level + noise * NOISE[which, seed, i] + 0.1 * (i % 4) for i in range(len(images))]
     rows = [row for name, number in zip(images, values, strict=True) for row in image_rows(name, {measure: number})]
@@ -126,15 +132,15 @@ def test_the_gap_closed_is_between_bilinear_and_encoder():
 
 def test_images_without_the_measure_do_not_count():
     scores = sweep_scores({"baseline": 0.5, "up": 0.6})
-    edges = sweep_scores({"baseline": 0.5, "up": 0.6}, measure="edge_cosine")
+    edges = sweep_scores({"baseline": 0.5, "up": 0.6}, measure="edge_detail")
     edges = edges[~edges["image"].isin(IMAGES[:4])]
     of = {(one.measure, one.arm): one for one in compare(pd.concat([scores, edges]), "baseline", ["up"])}
-    assert (of["cosine", "up"].num_images, of["edge_cosine", "up"].num_images) == (12, 8)
+    assert (of["detail", "up"].num_images, of["edge_detail", "up"].num_images) == (12, 8)
 
 
 def test_a_measure_that_one_arm_lacks_of_an_image_is_refused():
     """All arms have the image, by another measure."""
-    errors = sweep_scores({"baseline": 0.5, "up": 0.6}, measure="error")
+    errors = sweep_scores({"baseline": 0.5, "up": 0.6}, measure="detail_error")
     scores = sweep_scores({"baseline": 0.5, "up": 0.6})
     scores = scores[~((scores["arm"] == "up") & (scores["image"] == IMAGES[2]))]
     with pytest.raises(ScoreError, match=f"arm up, seed 0 lacks 1 images that other arms have, the first: {IMAGES[2]}"):
@@ -162,7 +168,7 @@ def test_what_is_said_is_what_was_simulated():
 
 def test_arms_with_other_seeds_or_without_a_baseline_are_refused():
     scores = pd.concat([sweep_scores({"baseline": 0.5}), sweep_scores({"up": 0.6}, seeds=(0, 1))])
-    with pytest.raises(ScoreError, match=r"d/b, cosine: arm up has seeds \[0, 1\], the baseline \[0, 1, 2\]"):
+    with pytest.raises(ScoreError, match=r"d/b, detail: arm up has seeds \[0, 1\], the baseline \[0, 1, 2\]"):
         compare(scores, "baseline", ["up"])
     with pytest.raises(ScoreError, match="the baseline missing has no scores; there are: baseline, up"):
         compare(sweep_scores({"baseline": 0.5, "up": 0.6}), "missing", ["up"])
@@ -265,7 +271,7 @@ def test_scores_of_earlier_versions_are_read_and_those_of_unknown_origin_refused
 
 
 def test_means_are_of_the_whole_set():
-    assert means(scores_of("up", 0.5, noise=0.0)) == {"fidelity/2x/d/b/cosine": pytest.approx(0.65)}
+    assert means(scores_of("up", 0.5, noise=0.0)) == {"fidelity/2x/d/b/detail": pytest.approx(0.65)}
 
 
 # How tables, numbers and headers look
@@ -426,7 +432,7 @@ def test_an_evaluation_says_over_what_its_intervals_are(seeds, images, said, tmp
     config = composed("evaluate", ["task=fidelity", "backbone=hog8", f"out_dir={tmp_path}", "name=one"])
     files = evaluation_report.write(results, scores, None, config, Origin("c", "d", "", False, "p"))
     text = files[0].read_text()
-    assert f"\n\nIntervals: {said}.\n\n| arm | cosine | gap closed | verdict |\n" in text
+    assert f"\n\nIntervals: {said}.\n\n| arm | detail correlation | gap closed | verdict |\n" in text
     assert text.count("over seeds and images") == (said == "over seeds and images")
     assert ("[" in text.partition("| up |")[2].partition("\n")[0]) == ("no interval" not in said)
     (shown,) = evaluation_report.rich_tables(results)
@@ -459,3 +465,37 @@ def test_the_table_has_a_row_for_each_comparison(results):
     assert list(rows["arm"]) == ["baseline", "up", "bilinear", "encoder"]
     assert rows["bootstrap_low"].isna().all()
     assert rows.loc[0, ["difference", "p_value"]].isna().all()
+
+
+def test_blur_is_no_help():
+    """Of a measure that blur improves: to help is to beat the best blurred baseline too, and to hurt needs no blur."""
+    levels = {"bilinear": 0.45, "baseline": 0.5, "little": 0.6, "more": 0.8, "less": 0.4}
+    blurred = {"bilinear": 0.65, "baseline": 0.55, "little": 0.6, "more": 0.8, "less": 0.4}
+    scores = pd.concat([sweep_scores(levels, measure="cosine"), sweep_scores(blurred, measure="cosine_blurred")])
+    competing = ["little", "more", "less"]
+    of = {one.arm: one for one in compare(scores, "baseline", competing) if one.measure == "cosine"}
+    assert {arm: of[arm].verdict for arm in competing} == {"little": "not shown", "more": "helps", "less": "hurts"}
+    assert of["little"].difference.low > 0, "it is above the baseline, but blurred bilinear is above it"
+    assert of["little"].beyond_blur.value == pytest.approx(-0.05, abs=0.01)
+    assert of["more"].beyond_blur.value == pytest.approx(0.15, abs=0.01)
+    assert of["baseline"].blurred == pytest.approx(0.55, abs=0.2)
+    without = compare(sweep_scores(levels, measure="cosine"), "baseline", competing)
+    assert {one.verdict for one in without if one.arm == "more"} == {"not shown"}, "no control, no claim"
+    plain = compare(sweep_scores(levels, measure="detail"), "baseline", competing)
+    assert {one.arm: one.verdict for one in plain}["little"] == "helps"
+    assert all(one.beyond_blur is None for one in plain)
+
+
+def test_commands_that_only_read_scores_know_their_measures(tmp_path):
+    """Alone in its process, as users start it."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    scores = pd.concat([sweep_scores({"baseline": 0.5, "up": 0.6})])
+    write_scores(tmp_path / "scores.parquet", scores, {})
+    power = ["-m", "experiments.power", "scores=scores.parquet", "measure=detail", "effects=[0.1]", "out_dir=out"]
+    fetch = "import experiments.report as r\ntry: r.fetch()\nexcept r.SettingError: pass\n"
+    report = ["-c", fetch + "from experiments.statistics.scores import MEASURES\nassert 'detail' in MEASURES"]
+    for arguments in (power, report):
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr

@@ -15,9 +15,9 @@ from core.reference import reference_of
 from experiments.data.image_files import BUNDLED, bundled, centre_square, read
 
 SIZE = (40, 40)
-WITHIN = 1.25, 2.0
-"""Times the released algorithm's own float32 error, root mean square and largest, over some photographs: how the
-roundings fall on one photograph is chance, which moves the largest of some thousand errors most."""
+WITHIN = 1.6, 2.5
+"""Times the released algorithm's own float32 error, root mean square and largest, over some photographs. How roundings
+fall is chance and differs between processors (1.27 and 1.1 were seen); a path that loses digits shows as 3 and more."""
 
 
 def photographs(count: int) -> list[tuple[Tensor, Tensor]]:

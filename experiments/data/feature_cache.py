@@ -160,11 +160,15 @@ class CachedBackbone:
     """
 
     def __init__(self, backbone: Backbone, cache: FeatureCache, shown: str):
-        self.name = backbone.name
-        self._backbone, self._cache, self._shown = backbone, cache, shown
+        self.name, self.backbone = backbone.name, backbone
+        self._cache, self._shown = cache, shown
 
     def __call__(self, rgb: Tensor) -> Tensor:
-        return self._cache.encode(self._backbone, rgb, [self._shown] * len(rgb))  # (N,C,h,w)
+        return self._cache.encode(self.backbone, rgb, [self._shown] * len(rgb))  # (N,C,h,w)
+
+    def instead(self, backbone: Backbone) -> "CachedBackbone":
+        """Another backbone with the same cache."""
+        return CachedBackbone(backbone, self._cache, self._shown)
 
 
 def fingerprint(backbone: Backbone) -> str:

@@ -1,12 +1,15 @@
 """Ceilings of feature fidelity: how close to the features of the crops one can come, and by which means.
 
-`encoder`: the encoder run on the whole image at the higher resolution, which costs what upsampling is to save.
-`oracle_cosine`, `oracle_error`: the best convex combination of the 5 x 5 low-resolution cells around each position,
-found with the target known. No upsampler that only mixes these cells (bilinear, joint bilateral, attention in such a
-window) can have a higher cosine than the first, or a lower error than the second.
+`split_half`: the mean over one half of the crops, measured against the mean over the other half: how well the targets
+agree with themselves, which nothing can be expected to pass. `encoder`: the encoder run on the whole image at the
+higher resolution, which costs what upsampling is to save. `oracle_cosine`, `oracle_error`: the best convex combination
+of the 5 x 5 low-resolution cells around each position, found with the target known. No upsampler that only mixes these
+cells (bilinear, joint bilateral, attention in such a window) can have a higher cosine than the first, or a lower error
+than the second.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.backbones import Backbone
-from experiments.measuring.metrics import FidelityCase
+from experiments.measuring.metrics import FidelityCase, FidelityError
 from experiments.peers.windows import nearby
 
 _POSITIONS_AT_ONCE = 4096
@@ -73,12 +76,21 @@ def oracle(features: Tensor, target: Tensor, goal: str = "cosine", window: int =
     return torch.cat(parts).T.unflatten(1, size)[None].to(target.dtype)  # (1,C,Qh,Qw)
 
 
-CEILINGS: Mapping[str, Callable[[FidelityCase, Backbone], Tensor]] = {
-    "encoder": lambda case, backbone: whole_image(backbone, case.image, case.output_size),
-    "oracle_cosine": lambda case, _: oracle(case.features, case.target, "cosine"),
-    "oracle_error": lambda case, _: oracle(case.features, case.target, "error"),
+def _split_half(case: FidelityCase) -> tuple[Tensor, FidelityCase]:
+    if case.halves is None:
+        raise FidelityError(
+            "the ceiling split_half needs crops that overlap: set task.crop_step below the crop's cells"
+        )
+    return case.halves[0], replace(case, target=case.halves[1], counted=case.seen_twice)
+
+
+CEILINGS: Mapping[str, Callable[[FidelityCase, Backbone], tuple[Tensor, FidelityCase]]] = {
+    "split_half": lambda case, _: _split_half(case),
+    "encoder": lambda case, backbone: (whole_image(backbone, case.image, case.output_size), case),
+    "oracle_cosine": lambda case, _: (oracle(case.features, case.target, "cosine"), case),
+    "oracle_error": lambda case, _: (oracle(case.features, case.target, "error"), case),
 }
-"""Name -> (case, its backbone) -> (1,C,s·h,s·w) features."""
+"""Name -> (case, its backbone) -> (1,C,s·h,s·w) features, and the case to measure them with."""
 
 
 def _combined(near: Tensor, target: Tensor, goal: str, num_steps: int) -> Tensor:

@@ -66,19 +66,20 @@ def agreement(ours: Tensor, target: Tensor, where: Tensor | None = None) -> dict
 
 
 def detail_measures(
-    ours: Tensor, target: Tensor, grid: tuple[int, int], edges: Tensor | None = None
+    ours: Tensor, target: Tensor, grid: tuple[int, int], edges: Tensor | None = None, counted: Tensor | None = None
 ) -> Mapping[str, float]:
     """All measures of detail of one image: overall, near image edges, and per octave where there are several.
 
     Args:
-        ours, target: (1,C,H,W). grid: (h,w) of the low-resolution features. edges: (H,W) bool.
+        ours, target: (1,C,H,W). grid: (h,w) of the low-resolution features.
+        edges, counted: (H,W) bool: positions near edges, and positions that count at all; None: all.
 
     Returns:
         detail, detail_error, detail_amplitude; edge_detail; detail_1x-2x, ... (`agreement`'s correlation).
     """
     ours, target = ours.detach().double(), target.detach().double()
     fine, wanted = detail(ours, grid), detail(target, grid)
-    found = agreement(fine, wanted)
+    found = agreement(fine, wanted, counted)
     measured = {
         name: found[key]
         for name, key in (
@@ -88,13 +89,14 @@ def detail_measures(
         )
         if key in found
     }
+    edges = edges if edges is None or counted is None else edges & counted
     if edges is not None and edges.any():
         near = agreement(fine, wanted, edges)
         measured |= {"edge_detail": near["correlation"]} if near else {}
     bands = octaves(ours, grid), octaves(target, grid)
     if len(bands[0]) > 1:
         for name, band in bands[0].items():
-            own = agreement(band, bands[1][name])
+            own = agreement(band, bands[1][name], counted)
             measured |= {f"detail_{name}": own["correlation"]} if own else {}
     return measured
 

@@ -1,14 +1,14 @@
 """Feature fidelity, a measure of quality without labels: upsampled features against those of high-resolution crops.
 
 The setting at scale s and view v: the image is s·v pixels square. The encoder sees it shrunk to v x v, which gives the
-low-resolution features (h,w), and sees each of its s·s crops of v x v at full resolution, whose features laid side by
-side are the target (s·h,s·w). The upsampler gets the former and has to give the latter::
+low-resolution features (h,w), and sees crops of v x v pixels at full resolution. The features of overlapping crops are
+averaged cell by cell (`experiments.measuring.targets`): that is the target (s·h,s·w). The upsampler gets the former and
+has to give the latter::
 
     case = fidelity_case(image, backbone, scale=2)
     fidelity(model(case.guidance, case.features, case.output_size), case)
 
-A crop lacks the context of its surroundings, at its borders most of all, so that nothing reaches a cosine of 1; the
-encoder run on the whole image of s·v pixels and the best combination of low-resolution neighbours
+What counts first is detail (`experiments.measuring.detail`), for blur raises cosine and lowers the error. Ceilings
 (`experiments.measuring.ceilings`) tell how far one can get. No grid is assumed: the features of a backbone tile what it
 sees, whatever h and w are.
 """
@@ -23,10 +23,11 @@ from core.backbones import Backbone, imagenet_normalize
 from experiments.data.feature_cache import CachedBackbone
 from experiments.data.image_files import centre_square, resized
 from experiments.errors import Told
+from experiments.measuring.detail import detail_measures
+from experiments.measuring.targets import AVERAGED, CropSettings, crop_counts, half_targets, mean_of_halves
 
 EDGE_WITHIN = 1.0
 """Distance in cells of the target grid up to which a cell counts as near an edge."""
-_CROPS_AT_ONCE = 16
 _EDGE_QUANTILES = (0.8, 0.9)
 """Canny's thresholds: an edge starts where the gradient is among the steepest 10 %, and goes on within 20 %."""
 
@@ -46,9 +47,16 @@ class FidelityCase:
     features: Tensor
     """(1,C,h,w) features of the image shrunk to v x v."""
     target: Tensor
-    """(1,C,s·h,s·w) features of the s·s crops, side by side."""
+    """(1,C,s·h,s·w) features of the crops, averaged where these overlap."""
     edges: Tensor
     """(s·h,s·w) bool, on the CPU: target cells near an edge of the image."""
+    halves: tuple[Tensor, Tensor] | None = None
+    """(1,C,s·h,s·w) means over either half of the crops, the target where a half shows nothing; None where crops do not
+    overlap."""
+    seen_twice: Tensor | None = None
+    """(s·h,s·w) bool, on the CPU: target cells that crops of both halves show."""
+    counted: Tensor | None = None
+    """(s·h,s·w) bool, on the CPU: target cells that measures look at; None: all."""
 
     @property
     def output_size(self) -> tuple[int, int]:
@@ -58,7 +66,12 @@ class FidelityCase:
 
 @torch.no_grad()
 def fidelity_case(
-    image: Tensor, backbone: Backbone | CachedBackbone, scale: int = 2, view: int = 224, guidance: int | None = None
+    image: Tensor,
+    backbone: Backbone | CachedBackbone,
+    scale: int = 2,
+    view: int = 224,
+    guidance: int | None = None,
+    crops: CropSettings = AVERAGED,
 ) -> FidelityCase:
     """Encodes an image at low resolution, and crop by crop at high resolution.
 
@@ -68,6 +81,7 @@ def fidelity_case(
         scale: s, of the target grid to the grid of the low-resolution features; at least 2.
         view: v, side in pixels of what the encoder sees at once.
         guidance: G, side in pixels of the guidance, at most s·v; None: v.
+        crops: which crops the target is the mean of.
 
     Raises:
         ValueError: a size that does not fit; or as the backbone refuses an image of v pixels.
@@ -84,7 +98,9 @@ def fidelity_case(
         raise ValueError(f"fidelity needs one image, (3,H,W) or (1,3,H,W), got {tuple(image.shape)}")
     image = centre_square(image, scale * view)  # (1,3,s·v,s·v)
     features = backbone(resized(image, (view, view)))  # (1,C,h,w)
-    target = _features_of_crops(image, backbone, scale, view)  # (1,C,s·h,s·w)
+    halves = _halves(image, backbone, tuple(features.shape[-2:]), scale, view, crops)
+    counts = crop_counts(tuple(features.shape[-2:]), scale, crops)  # (2,s·h,s·w)
+    target = mean_of_halves(halves, counts)  # (1,C,s·h,s·w)
     for what, values in (("the image", features), ("crops", target)):
         if not torch.isfinite(values).all():
             raise FidelityError(f"backbone {backbone.name}: the features of {what} are not finite")
@@ -94,11 +110,36 @@ def fidelity_case(
             "the error has no unit"
         )
     edges = image_edges(image, tuple(target.shape[-2:]))  # (s·h,s·w)
-    return FidelityCase(image, imagenet_normalize(resized(image, (guidance, guidance))), features, target, edges)
+    seen_twice = (counts > 0).all(0)  # (s·h,s·w): by crops of both halves
+    filled = tuple(torch.where(seen_twice.to(half.device), half, target) for half in halves)
+    return FidelityCase(
+        image,
+        imagenet_normalize(resized(image, (guidance, guidance))),
+        features,
+        target,
+        edges,
+        filled if seen_twice.any() else None,
+        seen_twice,
+    )
 
 
 def fidelity(upsampled: Tensor, case: FidelityCase) -> dict[str, float]:
     """Compares (1,C,s·h,s·w) upsampled features with the target, in float64.
+
+    Returns:
+        What `detail_measures` says but the amplitude, which has no better or worse, and then what `closeness` says.
+
+    Raises:
+        ValueError, FidelityError: as `closeness`.
+    """
+    smooth = closeness(upsampled, case)
+    grid = tuple(case.features.shape[-2:])
+    found = detail_measures(upsampled, case.target, grid, case.edges, case.counted)
+    return {name: value for name, value in found.items() if name != "detail_amplitude"} | smooth
+
+
+def closeness(upsampled: Tensor, case: FidelityCase) -> dict[str, float]:
+    """How close (1,C,s·h,s·w) upsampled features are to the target, in float64. Blur raises all of these.
 
     Returns:
         cosine: mean over positions of the cosine between upsampled and target vector (0 where the upsampled vector
@@ -117,13 +158,14 @@ def fidelity(upsampled: Tensor, case: FidelityCase) -> dict[str, float]:
     if not torch.isfinite(ours).all():
         bad = (~torch.isfinite(ours)).sum().item()
         raise FidelityError(f"{bad} of {ours.numel()} values of the upsampled features are not finite")
+    counted = torch.ones(ours.shape[-2:], dtype=torch.bool) if case.counted is None else case.counted
     cosine = F.cosine_similarity(ours, target, dim=0)  # (s·h,s·w)
-    directed = target.abs().amax(0) > 0
+    directed = (target.abs().amax(0) > 0) & counted
     error = (ours - target).square().sum(0) / _variance(target[None])  # (s·h,s·w)
-    measured = {"cosine": cosine[directed].mean().item(), "error": error.mean().item()}
+    measured = {"cosine": cosine[directed].mean().item(), "error": error[counted].mean().item()}
     if (case.edges & directed).any():
         measured["edge_cosine"] = cosine[case.edges & directed].mean().item()
-        measured["edge_error"] = error[case.edges].mean().item()
+        measured["edge_error"] = error[case.edges & counted].mean().item()
     return measured
 
 
@@ -147,13 +189,18 @@ def image_edges(image: Tensor, size: tuple[int, int], within: float = EDGE_WITHI
     return torch.from_numpy(distance_transform_edt(~found) <= within)
 
 
-def _features_of_crops(image: Tensor, backbone: Backbone | CachedBackbone, scale: int, view: int) -> Tensor:
-    """(1,3,s·v,s·v) -> (1,C,s·h,s·w): the features of the crops, each in its place."""
-    crops = image.unflatten(-2, (scale, view)).unflatten(-1, (scale, view))  # (1,3,s,v,s,v)
-    crops = crops.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)  # (s·s,3,v,v), row by row
-    features = torch.cat([backbone(some) for some in crops.split(_CROPS_AT_ONCE)])  # (s·s,C,h,w)
-    rows = features.unflatten(0, (scale, scale)).permute(2, 0, 3, 1, 4)  # (C,s,h,s,w)
-    return rows.flatten(3, 4).flatten(1, 2)[None]  # (1,C,s·h,s·w)
+def _halves(
+    image: Tensor,
+    backbone: Backbone | CachedBackbone,
+    grid: tuple[int, int],
+    scale: int,
+    view: int,
+    crops: CropSettings,
+) -> list[Tensor]:
+    """(1,3,s·v,s·v) -> (1,C,s·h,s·w) means over those halves of the crops that have any."""
+    if isinstance(backbone, CachedBackbone):
+        return [backbone.instead(half)(image) for half in half_targets(backbone.backbone, grid, scale, view, crops)]
+    return [half(image) for half in half_targets(backbone, grid, scale, view, crops)]
 
 
 def same_everywhere(features: Tensor) -> bool:

@@ -22,7 +22,9 @@ NOTES = f"""\
   there is no interval.
 - gap closed: (arm - {FLOOR}) / (encoder - {FLOOR}); left out where the encoder at the higher resolution is not clearly
   better than {FLOOR}.
-- verdict: of checkpoints, corrected for their number (Holm).
+- verdict: of checkpoints, corrected for their number (Holm), in the first measure of the table.
+- NAME, blurred: features blurred by the width that is best on the other images. Blur alone improves cosine and error,
+  which say something of an arm only beyond the best blurred one.
 - upsampled: probes trained on the arm's features. transferred: trained on low-resolution features, enlarged
   bilinearly, and applied to the arm's.
 - Scores per image: the .parquet file of the same name."""
@@ -75,7 +77,7 @@ def rich_tables(results: Sequence[Comparison], costs: pd.DataFrame | None = None
         for arm, mine in arms.items():
             main = mine[first]
             gap = "" if main.gap_closed is None else with_interval(main.gap_closed.value, None, None, 2, "+")
-            rest = (_value(mine[other].mean) for other in others[:3])
+            rest = (_value(mine[other].mean) if other in mine else "" for other in others[:3])
             rows.append([arm, _value(main.mean), signed(main.difference), gap, *rest])
         styles = ["dim" if mine[first].verdict == "reference" else "" for mine in arms.values()]
         title, caption = _heading(name, of_task), f"intervals: {bases(of_task)}"
@@ -95,7 +97,8 @@ def _table(of_task: Sequence[Comparison]) -> Table:
     rows = []
     for arm, mine in by_arm(of_task).items():
         first = next(iter(mine.values()))
-        values = [f"{_value(one.mean)} {signed(one.difference)}".strip() for one in mine.values()]
+        known = (mine.get(measure) for measure in measures)  # ceilings are not blurred
+        values = ["" if one is None else f"{_value(one.mean)} {signed(one.difference)}".strip() for one in known]
         verdict = f"{first.verdict} ({first.basis})" if several and first.basis else first.verdict
         rows.append([arm, *values, signed(first.gap_closed, 2), verdict])
     columns = ["arm", *map(short_title, measures), "gap closed", "verdict"]

@@ -14,11 +14,14 @@ from experiments.reports.figures import cost_quality, forest, panels, title_of
 from experiments.reports.markdown import Table, signed
 from experiments.reports.results import Results
 from experiments.statistics.score_files import write_scores
+from experiments.statistics.scores import is_control
 from experiments.statistics.verdicts import Comparison, compare, table
 from experiments.tracking.provenance import Origin
 from experiments.tracking.run import Run
 
 COLUMNS = ("arm", "mean", "difference", "p", "verdict", "gap closed")
+BLUR_COLUMNS = ("blurred", "beyond blur")
+"""Of measures that blur improves."""
 STYLES = {"helps": "green", "hurts": "red", "reference": "dim", "baseline": "bold"}
 NOTES = """\
 - Difference: to the baseline, of the same images and seeds, mean over seeds; the interval holds for other seeds and
@@ -26,6 +29,9 @@ NOTES = """\
   too narrow for few seeds.
 - Verdict: helps or hurts where the difference is shown after Holm's correction for the number of arms compared, within
   this measure on this task; p is the corrected value. "Not shown" says no more than that: not that arms are equal.
+- Blurred: the arm's features blurred by the width that is best on the other images. Beyond blur: the difference to the
+  best blurred baseline (the baseline's or bilinear features, blurred). Blur alone improves these measures, so that an
+  arm helps only where it is better than both.
 - Gap closed: (arm - bilinear) / (encoder - bilinear); left out where the encoder is not clearly better than bilinear.
 - Peers have no training and no verdict; the ceiling is the encoder itself at a higher resolution. What is the same for
   all seeds was measured once, and of a checkpoint the spread over trainings is not known.
@@ -92,7 +98,7 @@ def markdown(results: Results, comparisons: Sequence[Comparison]) -> str:
     for family in panels(comparisons):
         parts.append(f"## {' / '.join(family)}")
         mine = [one for one in comparisons if one.family == family]
-        for measure in dict.fromkeys(one.measure for one in mine):
+        for measure in dict.fromkeys(one.measure for one in mine if not is_control(one.measure)):
             parts.append(f"### {title_of(measure)}, {mine[0].num_images} images")
             parts.append(_table([one for one in mine if one.measure == measure]).markdown())
     if results.costs is not None:
@@ -105,7 +111,8 @@ def rich_tables(report: Report) -> list[rich.table.Table]:
     tables = []
     for family, rows in panels(report.comparisons).items():
         title = f"{' / '.join(family)}: {title_of(rows[0].measure)}, {rows[0].num_images} images"
-        tables.append(_table(rows, title).rich([name for name in COLUMNS if name != "p"]))
+        shown = _table(rows, title)
+        tables.append(shown.rich([name for name in shown.columns if name != "p"]))
     if report.results.costs is not None:
         tables.append(cost_table(report.results.costs).rich())
     return tables
@@ -152,4 +159,9 @@ def _cells(one: Comparison) -> list[str]:
 
 def _table(comparisons: Sequence[Comparison], title: str = "") -> Table:
     styles = [STYLES.get(one.verdict, "") for one in comparisons]
-    return Table(COLUMNS, [_cells(one) for one in comparisons], title, styles=styles)
+    rows, columns = [_cells(one) for one in comparisons], list(COLUMNS)
+    if any(one.blurred is not None for one in comparisons):
+        columns += BLUR_COLUMNS
+        for row, one in zip(rows, comparisons, strict=True):
+            row += ["" if one.blurred is None else f"{one.blurred:.4f}", signed(one.beyond_blur)]
+    return Table(columns, rows, title, styles=styles)

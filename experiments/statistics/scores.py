@@ -31,10 +31,18 @@ class Measure:
     unit: str = ""
     title: str = ""
     """For tables; empty: its name."""
+    blurred: str = ""
+    """The measure that holds the same of blurred features, where blur alone improves this one: an arm then only helps
+    if it is better than the best blurred baseline. Empty: blur gains nothing."""
 
 
 MEASURES: dict[str, Measure] = {}
 """By name; each file of a task registers its own."""
+
+
+def is_control(measure: str) -> bool:
+    """Whether a measure is that of blurred features, which stands beside another and is no result of its own."""
+    return any(known.blurred == measure for known in MEASURES.values())
 
 
 def register_measures(measures: Mapping[str, Measure]) -> None:

@@ -3,7 +3,8 @@
 Differences are paired: of the same images and the same seeds. An interval holds for other seeds and other images
 (`intervals.Spread`), or for what `Comparison.basis` says; a verdict takes into account how many arms were compared
 (Holm over the arms that compete, within one measure of one task; measures and tasks are looked at one by one, so a
-claim over several of them needs more).
+claim over several of them needs more). Of a measure that blur improves (`Measure.blurred`), an arm only helps where it
+also beats the best blurred baseline: the blurred baseline or blurred bilinear upsampling, whichever is better.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -14,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.statistics.intervals import Interval, Spread, holm, pseudo_values, spread, two_way_bootstrap
-from experiments.statistics.scores import MEASURES, ScoreError, check, sums, value
+from experiments.statistics.scores import MEASURES, Measure, ScoreError, check, sums, value
 
 FAMILY = ["task", "data", "backbone"]
 FLOOR, CEILING = "bilinear", "encoder"
@@ -45,6 +46,10 @@ class Comparison:
     """None where encoder and bilinear are not there, or not clearly apart."""
     num_seeds: int
     num_images: int
+    blurred: float | None
+    """The mean of blurred features, of a measure that blur improves: each image at the width that is best on others."""
+    beyond_blur: Interval | None
+    """The difference to the best blurred baseline; None for a measure that blur does not improve, and without one."""
     bootstrap: Interval | None
     """The difference with its two-way percentile bootstrap, to compare with; too narrow for few seeds."""
 
@@ -80,7 +85,9 @@ def compare(
             where = f"{'/'.join(keys)}, {measure}"
             if baseline not in arms:
                 raise ScoreError(f"{where}: the baseline {baseline} has no scores; there are: {', '.join(arms)}")
-            one = _Measured(arms, baseline, MEASURES[measure].better, where)
+            meaning = MEASURES[measure]
+            controls = arrays(rows[rows["measure"] == meaning.blurred])
+            one = _Measured(arms, baseline, meaning, controls, where)
             compared += one.comparisons(
                 dict(zip(FAMILY, keys, strict=True)), measure, competing, confidence, num_resamples
             )
@@ -92,7 +99,7 @@ def table(comparisons: list[Comparison]) -> pd.DataFrame:
     rows = []
     for one in comparisons:
         row = asdict(one)
-        for name in ("difference", "gap_closed", "bootstrap"):
+        for name in ("difference", "gap_closed", "beyond_blur", "bootstrap"):
             interval = row.pop(name) or {"value": None, "low": None, "high": None}
             ends = {f"{name}_low": interval["low"], f"{name}_high": interval["high"]}
             row |= ends if name == "bootstrap" else {name: interval["value"]} | ends
@@ -118,10 +125,21 @@ Sums = tuple[np.ndarray, np.ndarray]
 class _Measured:
     """One measure on one task: all arms."""
 
-    def __init__(self, arms: Mapping[str, tuple[Sums, list[int]]], baseline: str, better: int, where: str):
+    def __init__(
+        self,
+        arms: Mapping[str, tuple[Sums, list[int]]],
+        baseline: str,
+        meaning: Measure,
+        controls: Mapping[str, tuple[Sums, list[int]]],
+        where: str,
+    ):
         self.sums = {name: of_arm for name, (of_arm, _) in arms.items()}
         self.seeds = {name: seeds for name, (_, seeds) in arms.items()}
-        self.baseline, self.better = baseline, better
+        self.baseline, self.better, self.blur_helps = baseline, meaning.better, bool(meaning.blurred)
+        self.blurred = {name: float(np.mean(value(*of_arm))) for name, (of_arm, _) in controls.items()}
+        known = [name for name in (baseline, FLOOR) if name in controls]
+        best = max(known, key=lambda name: self.better * self.blurred[name], default=None)
+        self.control = None if best is None else controls[best][0]
         self.num_images = self.sums[baseline][0].shape[1]
         for name, seeds in self.seeds.items():
             if seeds != self.seeds[baseline] and len(seeds) > 1 and len(self.seeds[baseline]) > 1:
@@ -133,7 +151,9 @@ class _Measured:
         others = [name for name in self.sums if name != self.baseline]
         spreads = {name: self.spread_of(name) for name in others}
         rivals = [name for name in others if name in competing]
-        adjusted = dict(zip(rivals, holm([float(spreads[name].p_value()) for name in rivals]), strict=True))
+        beyond = {name: self._beyond_blur(name) for name in others}
+        raw = [self._p_value(spreads[name], beyond[name]) for name in rivals]
+        adjusted = dict(zip(rivals, holm(raw), strict=True))
         clear = self._gap_is_clear(confidence)
         found = []
         for name in self.sums:
@@ -156,14 +176,28 @@ class _Measured:
                     gap_closed=self._share(name, confidence) if share else None,
                     num_seeds=len(self.seeds[name]),
                     num_images=self.num_images,
+                    blurred=self.blurred.get(name),
+                    beyond_blur=beyond[name].interval(confidence) if beyond.get(name) else None,
                     bootstrap=self._bootstrap(name, confidence, num_resamples) if of_arm and num_resamples else None,
                 )
             )
         return found
 
     def spread_of(self, name: str, other: str | None = None) -> Spread:
-        statistic = partial(difference, self.sums[name], self.sums[other or self.baseline])
-        return spread(pseudo_values(statistic, self.num_images))
+        return self._spread(self.sums[name], self.sums[other or self.baseline])
+
+    def _spread(self, one: Sums, other: Sums) -> Spread:
+        return spread(pseudo_values(partial(difference, one, other), self.num_images))
+
+    def _beyond_blur(self, name: str) -> Spread | None:
+        return self._spread(self.sums[name], self.control) if self.control is not None else None
+
+    def _p_value(self, to_baseline: Spread, beyond: Spread | None) -> float:
+        """Of a difference to the baseline; for the better, where blur gains too, of one to both (the larger of two)."""
+        p = float(to_baseline.p_value())
+        if not self.blur_helps or to_baseline.mean * self.better <= 0:
+            return p
+        return max(p, float(beyond.p_value())) if beyond and beyond.mean * self.better > 0 else 1.0
 
     def _gap_is_clear(self, confidence: float) -> bool:
         if not {FLOOR, CEILING} <= self.sums.keys():

@@ -9,6 +9,7 @@ from core.backbones import Backbone, imagenet_normalize
 from core.batch import Batch, Clip
 from core.streams import generator
 from experiments.data.feature_cache import FeatureCache
+from experiments.measuring.targets import ALL_CROPS, CropSettings, crop_counts, half_targets, mean_of_halves
 from experiments.training.views import ClipViews, StepViews, ViewSettings
 
 
@@ -40,8 +41,7 @@ class Batches:
         backbone, s = self.backbones[views.backbone], self.settings
         whole, crops = views.whole.to(self.device), views.crops.to(self.device)
         features = self.cache.encode(backbone, whole, views.names)  # (B,C,h,w)
-        names = [f"a crop of {name}" for name in views.names for _ in range(max(1, s.crops))]
-        target = self.cache.encode(backbone, crops, names)  # (B·n,C,h,w)
+        target = self._target(backbone, crops, views.names, tuple(features.shape[-2:]))
         augmented, encoder = views.augmented, partial(self._encoded, backbone, views.names)
         return Batch(
             image=imagenet_normalize(views.guidance.to(self.device)),
@@ -57,6 +57,18 @@ class Batches:
             encoder=encoder if "encoder" in self.parts else None,
             clip=None if views.clip is None else self._clip(views.clip, backbone, views.names),
         )
+
+    def _target(self, backbone: Backbone, crops: Tensor, names: list[str], grid: tuple[int, int]) -> Tensor:
+        """(B·n,3,view,view) crops -> (B·n,C,h,w); whole images (B,3,s·view,s·view) -> (B,C,s·h,s·w)."""
+        s = self.settings
+        called = [f"a crop of {name}" for name in names for _ in range(max(1, s.crops))]
+        if not s.average:
+            return self.cache.encode(backbone, crops, called)
+        averaged = CropSettings(s.average, s.crop_pool or ALL_CROPS)
+        halves = [
+            self.cache.encode(half, crops, called) for half in half_targets(backbone, grid, s.scale, s.view, averaged)
+        ]
+        return mean_of_halves(halves, crop_counts(grid, s.scale, averaged))
 
     def _encoded(self, backbone: Backbone, names: list[str], images: Tensor) -> Tensor:
         called = [f"a view of {', '.join(names)}"] * len(images)

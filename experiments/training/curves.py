@@ -123,7 +123,7 @@ def read_run(run_id: str) -> list[Point]:
 
 
 def plot(trainings: Mapping[str, Iterable[Point]], crops_per_step: int | None = None) -> Figure:
-    """Losses (of several encoders, the total of each), and validation: cosine above bilinear upsampling, for each.
+    """Losses (of several encoders, the total of each), and validation: detail above bilinear upsampling, for each.
 
     Args:
         trainings: name -> curves. crops_per_step: counts the horizontal axis in image crops instead of steps.
@@ -154,7 +154,7 @@ def plot(trainings: Mapping[str, Iterable[Point]], crops_per_step: int | None = 
         x, y = curves_of[line]
         losses.plot(x, y, color=line.get_color(), alpha=0.15, linewidth=0.8)
     losses.set_ylim(limits)
-    gains.set(title="validation: cosine above bilinear upsampling's", xlabel=unit, ylabel="difference in cosine")
+    gains.set(title="validation: detail correlation above bilinear upsampling's", xlabel=unit, ylabel="difference")
     for axes in (losses, gains):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:

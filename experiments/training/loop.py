@@ -49,7 +49,7 @@ from experiments.training.setup import (
     warn_of_small_images,
 )
 from experiments.training.state import STATE_NAME, State, load_state, save_batch, save_state
-from experiments.training.validation import Validation
+from experiments.training.validation import PRIMARY, Validation
 from experiments.training.views import StepViews, Views, ViewSettings
 
 log = logging.getLogger(__name__)
@@ -288,7 +288,7 @@ class Training:
             self.curves.add(state.step, state.validation)
             run.metrics(state.validation, state.step)
             log.info("step %d: %s", state.step, ", ".join(f"{k} {v:.4f}" for k, v in sorted(state.validation.items())))
-            result = state.validation["val/cosine"]
+            result = state.validation[f"val/{PRIMARY}"]
             if state.best is None or result > state.best:
                 state.best = result
                 with self._told_how_to_go_on():

@@ -17,6 +17,9 @@ from experiments.settings import SettingError
 from experiments.tracking.store import Run
 from experiments.training.views import ViewSettings
 
+PRIMARY = "detail"
+"""The measure that decides which weights are best: `experiments.measuring.detail`."""
+
 
 class Validation:
     """Held-out cases, encoded once; bilinear upsampling is measured on them once.
@@ -47,26 +50,27 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, model: AnyUp, run: Run, step: int) -> dict[str, float]:
-        """`val/BACKBONE/cosine` and so on, means over images; `val/cosine` is the mean over backbones, and
-        `val/BACKBONE/gain` the cosine above bilinear upsampling's. A tracked run gets pictures of the worst images."""
+        """`val/BACKBONE/detail` and so on, means over images; `val/detail` is the mean over backbones, and
+        `val/BACKBONE/gain` the detail above bilinear upsampling's. A tracked run gets pictures of the worst images."""
         measured = {}
         for name, cases in self.cases.items():
             results = [fidelity(_upsample(model, case), case) for case in cases]
             means = _mean(results)
             measured |= {f"val/{name}/{key}": value for key, value in means.items()}
-            measured[f"val/{name}/gain"] = means["cosine"] - self.bilinear[name]["cosine"]
+            measured[f"val/{name}/gain"] = means[PRIMARY] - self.bilinear[name][PRIMARY]
             if run.run_id:
-                worst = min(range(len(cases)), key=lambda index: results[index]["cosine"])
+                worst = min(range(len(cases)), key=lambda index: results[index][PRIMARY])
                 self._show(
                     model, run, f"validation/{name.replace('/', '_')}/{step:06d}", cases[worst], self.names[worst]
                 )
-        measured["val/cosine"] = sum(measured[f"val/{name}/cosine"] for name in self.cases) / len(self.cases)
+        own = [measured[f"val/{name}/{PRIMARY}"] for name in self.cases]
+        measured[f"val/{PRIMARY}"] = sum(own) / len(own)
         return measured
 
     def _show(self, model: AnyUp, run: Run, path: str, case: FidelityCase, name: str) -> None:
         """The image on which the model does worst, and what each filler shows of itself there."""
         result = _upsample(model, case)
-        run.picture(comparison(case, result, name, f"upsampled {fidelity(result, case)['cosine']:.3f}"), f"{path}.png")
+        run.picture(comparison(case, result, name, f"upsampled {fidelity(result, case)[PRIMARY]:.3f}"), f"{path}.png")
         for hook, learnt in _learnt(model).items():
             run.picture(panel(learnt), f"{path}_{hook}.png")
 

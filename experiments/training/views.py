@@ -2,7 +2,8 @@
 
 An image is brought to `scale * view` pixels square. The whole of it, shrunk to `view`, is what the encoder and the
 upsampler see; crops of `view` pixels are cut where the encoder's cells of the whole would lie at that resolution, and
-their features are what must be reached (the released procedure has 448, 224 and 4 crops; AnyUp, section 3.4).
+their features are what must be reached (the released procedure has 448, 224 and 4 crops; AnyUp, section 3.4). Or what
+must be reached is one target of the whole image, averaged over overlapping crops, which is less noisy.
 """
 
 from collections.abc import Sequence
@@ -27,9 +28,11 @@ class ViewSettings:
         view: side in pixels of what the encoder sees, of the whole image and of each crop.
         guidance: side in pixels of the image that guides; null in the configuration: `view`.
         scale: how many times finer the targets are than the input features; a whole number.
-        crops: crops an image and step; 0: no crops, the target is the whole image at `scale` times the resolution.
+        crops: crops an image and step; 0: none, there is one target of the whole image.
+        average: of crops=0: cells of the fine grid between the crops whose features are averaged to the target; 0: the
+            target is the encoder's at `scale` times the resolution.
         crop_pool: crops are drawn from this many fixed ones for each image, so that their features can be cached;
-            0: from all.
+            with `average` the target is the mean over this many. 0: from all.
         augment: strength of the photometric augmentation of the guidance, 0 to 1.
         clip: frames of the videos that some fillers look at; 0: none do.
     """
@@ -38,18 +41,24 @@ class ViewSettings:
     guidance: int | None
     scale: int
     crops: int
+    average: int
     crop_pool: int
     augment: float
     clip: int
 
     def __post_init__(self):
-        for name, least in (("view", 16), ("scale", 2), ("crops", 0), ("crop_pool", 0), ("clip", 0)):
+        for name, least in (("view", 16), ("scale", 2), ("crops", 0), ("average", 0), ("crop_pool", 0), ("clip", 0)):
             if getattr(self, name) < least:
                 raise SettingError(f"views.{name} must be at least {least}, got {getattr(self, name)}")
         if self.guidance is not None and self.guidance < 8:
             raise SettingError(f"views.guidance must be at least 8 pixels, got {self.guidance}")
         if not 0 <= self.augment <= 1:
             raise SettingError(f"views.augment must lie between 0 and 1, got {self.augment}")
+        if self.average and self.crops:
+            raise SettingError(
+                f"views.average={self.average} makes one target of the whole image, views.crops={self.crops} several: "
+                "set views.crops=0, or views.average=0"
+            )
         if 0 < self.crop_pool < self.crops:
             raise SettingError(f"views.crop_pool={self.crop_pool} has fewer than views.crops={self.crops} crops")
 
