@@ -218,6 +218,16 @@ class AnyUp(nn.Module, Pretrained):
         output = validation.check_filled(self, "attention", output, (len(features), len(weight), *output_size))
         return output if bias is None else output + bias.to(output)[:, None, None]
 
+    @property
+    def linear_in_values(self) -> bool:
+        """Whether `readout` may be asked: every filler after attention is linear in the features."""
+        return all(getattr(self, hook).linear_in_values for hook in AFTER_ATTENTION)
+
+    @property
+    def answers_points(self) -> bool:
+        """Whether `query` may be asked: no filler needs to see the whole output."""
+        return not any(getattr(self, hook).needs_whole_output for hook in AFTER_ATTENTION)
+
     def _at(self, query, key, context):
         points, features = context.coords, context.features
         output = self.attention.at(query, key, features, points)

@@ -16,6 +16,8 @@ from core.fast.windows import Tiles, tiles
 from core.hooks import Attention
 from core.registry import register
 
+FEW_POINTS = 8
+"""Where the grid has so many cells for each point, only the cells around the points are convolved."""
 MAX_LOGITS = {"cpu": 2**20, "cuda": 2**26}  # held at once: on CPU they stay in cache
 
 
@@ -63,8 +65,12 @@ class CrossAttention(Attention):
 
     def at(self, query: Tensor, key: Tensor, value: Tensor, coords: Tensor) -> Tensor:
         """As `Attention.at`, with a window around each point itself."""
-        convolved = self.convolved_rows(query)(slice(0, query.shape[2])).permute(0, 3, 1, 2)  # (B,D,Qh,Qw)
-        queries = self.project_query(normed(self.norm_query, points.sample(convolved, coords)))  # (B,N,D)
+        if len(coords) * FEW_POINTS < query.shape[2] * query.shape[3]:
+            convolved = points.sample_convolved(query, under_autocast(self.conv.weight), coords)  # (B,N,D)
+        else:
+            grid = self.convolved_rows(query)(slice(0, query.shape[2])).permute(0, 3, 1, 2)  # (B,D,Qh,Qw)
+            convolved = points.sample(grid, coords)
+        queries = self.project_query(normed(self.norm_query, convolved))  # (B,N,D)
         values = under_autocast(value).permute(0, 2, 3, 1)  # (B,h,w,C)
         return points.attend(queries, self._keys(key), values, coords, self.window_ratio, self.num_heads)
 

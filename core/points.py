@@ -54,6 +54,30 @@ def sample_rows(band: Tensor, rows: slice, height: int, coords: Tensor) -> Tenso
     return _weighted(band, (cells - rows.start * width).clamp(0, band.shape[-2] * width - 1), weights * within)
 
 
+def sample_convolved(grid: Tensor, weight: Tensor, coords: Tensor) -> Tensor:
+    """`sample` of the zero-padded 3x3 convolution of a grid, which is computed only where the points look.
+
+    Convolution and interpolation are both linear, so that the grid is interpolated first, once for each tap.
+
+    Args:
+        grid: (B,D,h,w). weight: (out,D,3,3). coords: (N,2).
+
+    Returns:
+        (B,N,out).
+    """
+    size = tuple(grid.shape[-2:])
+    cells, weights, _ = nearest_cells(coords, size)  # (N,4)
+    rows, columns = cells // size[1], cells % size[1]
+    taps = []
+    for down in (-1, 0, 1):
+        for right in (-1, 0, 1):
+            row, column = rows + down, columns + right
+            inside = (row >= 0) & (row < size[0]) & (column >= 0) & (column < size[1])
+            shifted = row.clamp(0, size[0] - 1) * size[1] + column.clamp(0, size[1] - 1)
+            taps.append(_weighted(grid, shifted, weights * inside))  # (B,N,D)
+    return torch.cat(taps, -1) @ weight.permute(2, 3, 1, 0).flatten(0, 2)  # (B,N,out)
+
+
 def _weighted(grid: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
     pixels = grid.permute(0, 2, 3, 1).flatten(1, 2)  # (B,h·w,D)
     total = 0

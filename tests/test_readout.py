@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import core
-from core import AnyUp, Context, Decoder
+from core import AnyUp, Context, Decoder, points
 
 SMALL = ["embed_dim=16", "unifier.num_basis=8"]
 
@@ -76,3 +76,33 @@ class Curved(Decoder):
 def test_what_would_not_be_exact_is_refused(fillers, head, error, message):
     with pytest.raises(error, match=message):
         AnyUp(**fillers, embed_dim=16).readout(*inputs(), head)
+
+
+def test_only_the_cells_around_points_are_convolved():
+    """The same as convolving the whole grid, in the corners too, and with gradients."""
+    grid, weight = inputs(5)[1].double(), torch.randn(6, 5, 3, 3, dtype=torch.float64)
+    corners = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.5, 0.0], [0.999, 0.2]])
+    coords = torch.cat([corners, torch.rand(20, 2)]).double()
+    weight.requires_grad_()
+    grads = []
+    for found in (
+        points.sample(nn.functional.conv2d(grid, weight, padding=1), coords),
+        points.sample_convolved(grid, weight, coords),
+    ):
+        grads.append((found.detach(), *torch.autograd.grad(found.square().sum(), weight)))
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("overrides", [[], ["attention=global"], ["unifier.ordering=released"]], ids=str)
+def test_few_points_are_what_all_points_are(perturbed, monkeypatch, overrides):
+    model = perturbed(core.build([*SMALL, *overrides])).double().eval()
+    image, features = inputs(dtype=torch.float64)
+    with torch.no_grad():
+        grid = model(image, features, (12, 16))
+        coords = points.pixel_centres((12, 16), features)[[0, 3, 11], [0, 9, 15]].double()
+        monkeypatch.setattr(core.attention, "FEW_POINTS", 8)
+        few = model.query(image, features, coords, (12, 16))
+        monkeypatch.setattr(core.attention, "FEW_POINTS", 10**9)
+        all_of_them = model.query(image, features, coords, (12, 16))
+    torch.testing.assert_close(few, all_of_them, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(few, grid[:, :, [0, 3, 11], [0, 9, 15]], rtol=1e-5, atol=1e-6)  # coords are float32

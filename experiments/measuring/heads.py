@@ -33,6 +33,10 @@ class Head(nn.Module, ABC):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """[(B,C,h,w)] of its layers -> (B,outputs,h,w)."""
 
+    def affine(self) -> tuple[Tensor, Tensor] | None:
+        """Weight (outputs,C) and bias (outputs,) of a head that is nothing else; None: it is more than that."""
+        return None
+
 
 HEADS: dict[str, type[Head]] = {}
 _T = TypeVar("_T", bound=type[Head])
@@ -77,6 +81,10 @@ class LinearHead(Head):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """[(B,C,h,w)] -> (B,outputs,h,w)."""
         return self.conv(features[0])
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Contract: `Head.affine`."""
+        return self.conv.weight.flatten(1), self.conv.bias
 
 
 @register_head("dpt")

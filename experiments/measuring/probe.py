@@ -136,7 +136,7 @@ class Probe(Task):
             raise EvaluationError(f"task={self.choice}: none of {len(cases)} training images has a known pixel")
         return self._usable
 
-    def predict(self, head: nn.Module, features: list[Tensor], bench: Bench) -> Tensor:
-        """Features as `features_for` gives them -> (B,·,H,W), at the size of the labels."""
-        raw = enlarged(head(features), bench.sizes.output)  # (B,outputs,Qh,Qw)
+    def predict(self, raw: Tensor, bench: Bench) -> Tensor:
+        """(B,outputs,·,·) of a head, on the output's grid or a coarser one -> (B,·,H,W), at the size of the labels."""
+        raw = enlarged(raw, bench.sizes.output)  # (B,outputs,Qh,Qw)
         return enlarged(self.decode(raw), bench.sizes.image)  # (B,·,H,W)

@@ -1,8 +1,9 @@
 """How probes are trained, on whole images or on drawn pixels.
 
 `pixels_per_image=null` is the published protocol: each step upsamples its images, mirrored at random, and all pixels
-count. With a number each training image is upsampled once, that many labelled pixels are drawn from it and kept in half
-precision (in memory only), and the probe is trained on those: as many steps, many times faster, nothing mirrored.
+count. With a number that many labelled pixels are drawn from each training image, upsampled once (AnyUp: at those
+pixels only), and kept in half precision (in memory only). The probe is trained on those: as many steps, many times
+faster, nothing mirrored.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from core.streams import generator, named_stream
 from experiments.measuring.bench import Bench, Case, EvaluationError
 from experiments.measuring.heads import HEADS, at_positions
 from experiments.measuring.probe import Probe, ProbeSettings
+from experiments.measuring.readout import at_pixels
 from experiments.peers.interpolation import Bilinear
 from experiments.progress import Progress
 
@@ -46,7 +48,7 @@ def train_probe(task: Probe, model: nn.Module | None, scale: int, seed: int, ben
     adam = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     for step, (features, target) in enumerate(Progress(batches, f"probe of {task.choice}", "step", num_steps)):
         adam.param_groups[0]["lr"] = settings.rate(step, num_steps)
-        prediction = task.predict(head, features, bench) if enlarge else task.decode(head(features))
+        prediction = task.predict(head(features), bench) if enlarge else task.decode(head(features))
         loss = task.loss(prediction, target)
         if not torch.isfinite(loss):
             raise EvaluationError(f"the loss of the probe became {loss.item()} in step {step} of {num_steps}")
@@ -105,10 +107,13 @@ def _drawn(task: Probe, model: nn.Module, scale: int, seed: int, bench: Bench) -
     features, targets = [], []
     for i in Progress(usable, "pixels", "image"):
         case = bench.train.get(i, scale=scale)
-        (values,) = features_for(direct and settings.commutes, model, [case], bench)
         target = task.target(case)
         positions = _positions(task.known(target)[0], settings.pixels_per_image, (seed, "probe pixels", case.name))
-        features.append(at_positions(values, positions, bench.sizes.image).half())  # (C,P)
+        if direct and settings.commutes and isinstance(model, Bilinear):
+            values = at_positions(case.features[0].float(), positions, bench.sizes.image)  # (C,P)
+        else:
+            values = at_pixels(model, case, positions, bench)
+        features.append(values.half())
         targets.append(at_positions(target, positions, bench.sizes.image))  # (K,P)
         if not torch.isfinite(features[-1]).all():
             raise EvaluationError(f"image {case.name}: upsampled features are too large for half precision (65504)")

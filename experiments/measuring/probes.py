@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from experiments.measuring.bench import Bench, Case, Ceiling
 from experiments.measuring.probe import Probe
-from experiments.measuring.probe_training import features_for, train_probe
+from experiments.measuring.probe_training import train_probe
+from experiments.measuring.readout import raw_outputs
 from experiments.measuring.task import Picture
 from experiments.peers.interpolation import Bilinear
 from experiments.statistics.scores import MEASURES, image_rows
@@ -40,13 +41,11 @@ class ProbeTask(Probe):
         self.worst, unknown = [], []
         for i in range(len(bench.val)):
             case = bench.val.get(i, scale=scale)
-            target, features = (
-                self.target(case),
-                features_for(self.settings.commutes, upsampler, [case], bench),
-            )
-            for kind, head in heads.items():
+            target = self.target(case)
+            raw = raw_outputs(upsampler, case, list(heads.values()), bench)
+            for kind, of_head in zip(heads, raw, strict=True):
                 with torch.no_grad():
-                    prediction = self.predict(head, features, bench)
+                    prediction = self.predict(of_head, bench)
                 measured = self.measures(prediction, target)
                 rows = list(image_rows(case.name, measured))
                 if not rows and case.name not in unknown:

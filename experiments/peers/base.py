@@ -45,6 +45,9 @@ class Peer(nn.Module, ABC):
     """The name it is registered under."""
     channels: int | None = None
     """The number of channels C that it takes, where it was made for one encoder; None: any."""
+    linear_in_values: ClassVar[bool] = False
+    """Whether an output is a sum of features with weights that add up to 1 and do not depend on them: a linear head may
+    then be applied before, to fewer values."""
     factor: int | None = None
     """The only number of times that it enlarges the feature grid; None: any output size."""
 

@@ -10,6 +10,7 @@ class Interpolation(Peer):
     """PyTorch's interpolation, with cell i of h centred at (i + 0.5) / h (`align_corners=False`), not antialiased."""
 
     mode = ""
+    linear_in_values = True
 
     def forward(self, image: Tensor, features: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
         """Contract: `Peer.forward`."""

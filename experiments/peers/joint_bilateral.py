@@ -29,6 +29,8 @@ class JointBilateral(Peer):
         ValueError: a window that is not odd, or a sigma that is not positive.
     """
 
+    linear_in_values = True
+
     def __init__(self, window: int = 5, sigma_space: float = 0.7, sigma_colour: float = 0.2):
         super().__init__()
         if window < 1 or window % 2 == 0 or not (sigma_space > 0 and sigma_colour > 0):
