@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core import validation
+from core import checks
 from core.attention import WindowAttention, empty_output
 from core.batch import Context
 from core.encoder import Encoder
@@ -104,9 +104,9 @@ class AnyUp(nn.Module, Pretrained):
         Raises:
             ValueError: shapes, dtypes or devices that do not fit together; the message says which.
         """
-        output_size = validation.check_inputs(self, image, features, output_size)
+        output_size = checks.check_inputs(self, image, features, output_size)
         if out is not None:
-            validation.check_no_state(state, return_state)
+            checks.check_no_state(state, return_state)
             return self._write(image, features, output_size, out, generator)
         room = self._output_memory(features, output_size)
         buffers = Buffers(None if room is None else room.permute(0, 2, 3, 1))
@@ -119,7 +119,7 @@ class AnyUp(nn.Module, Pretrained):
         return (output, state) if return_state else output
 
     def _write(self, image, features, output_size, out, generator):
-        validation.check_out(out, (*features.shape[:2], *output_size))
+        checks.check_out(out, (*features.shape[:2], *output_size))
         with torch.no_grad():
             for rows, band in self.stream(image, features, output_size, generator):
                 out[:, :, rows] = band
@@ -137,8 +137,8 @@ class AnyUp(nn.Module, Pretrained):
         Raises:
             ValueError: as `forward`; or the refiner or temporal filler needs to see the whole output.
         """
-        output_size = validation.check_inputs(self, image, features, output_size)
-        validation.check_no_whole_output(self, "be streamed or written to out=; call the model without out=")
+        output_size = checks.check_inputs(self, image, features, output_size)
+        checks.check_no_whole_output(self, "be streamed or written to out=; call the model without out=")
         return self._stream(image, features, output_size, generator)
 
     def _stream(self, image, features, output_size, generator):
@@ -173,9 +173,9 @@ class AnyUp(nn.Module, Pretrained):
             ValueError: as `forward`; points outside the image; or the refiner or temporal filler needs to see the
                 whole output.
         """
-        output_size = validation.check_inputs(self, image, features, output_size)
-        coords = validation.check_coords(coords, features)
-        validation.check_no_whole_output(self, "answer single points; call the model on a grid")
+        output_size = checks.check_inputs(self, image, features, output_size)
+        coords = checks.check_coords(coords, features)
+        checks.check_no_whole_output(self, "answer single points; call the model on a grid")
         guidance, query, key = self._guide(image, features, output_size, Buffers())
         context = self._context(image, features, coords, guidance, generator)
         if coords.dim() == 2:
@@ -209,19 +209,19 @@ class AnyUp(nn.Module, Pretrained):
         Raises:
             ValueError: as `forward`; a head that does not fit; or a filler whose output is not linear in the features.
         """
-        output_size = validation.check_inputs(self, image, features, output_size)
-        weight, bias = validation.check_head(head, features)
-        validation.check_linear(self)
+        output_size = checks.check_inputs(self, image, features, output_size)
+        weight, bias = checks.check_head(head, features)
+        checks.check_linear(self)
         values = F.conv2d(features, weight[..., None, None])  # (B,K,h,w)
         _, query, key = self._guide(image, features, output_size, Buffers())
         output = self.attention(query, key, values, *([None] if self.attention.takes_out else []))
-        output = validation.check_filled(self, "attention", output, (len(features), len(weight), *output_size))
+        output = checks.check_filled(self, "attention", output, (len(features), len(weight), *output_size))
         return output if bias is None else output + bias.to(output)[:, None, None]
 
     def _at(self, query, key, context):
         points, features = context.coords, context.features
         output = self.attention.at(query, key, features, points)
-        output = validation.check_filled(self, "attention", output, (*features.shape[:2], len(points)))
+        output = checks.check_filled(self, "attention", output, (*features.shape[:2], len(points)))
         one_row = replace(context, coords=points[None])
         return self._finish(output[:, :, None], one_row)[0][:, :, 0]  # (B,C,N)
 
@@ -233,16 +233,16 @@ class AnyUp(nn.Module, Pretrained):
     def _finish(self, output, context, state=None):
         """Attention's output -> (B,C,rows,Qw) after decoder, refiner and temporal, state."""
         shape = (*context.features.shape[:2], *context.coords.shape[:2])
-        output = validation.check_filled(self, "attention", output, shape)
+        output = checks.check_filled(self, "attention", output, shape)
         output = self.decoder(output, self._seen_by(self.decoder, context))
-        output = validation.check_filled(self, "decoder", output, shape)
+        output = checks.check_filled(self, "decoder", output, shape)
         if not (self.refiner.needs_guidance or self.temporal.needs_guidance):
             context.guidance = None  # frees its memory
         output = self.refiner(output, self._seen_by(self.refiner, context))
-        output = validation.check_filled(self, "refiner", output, shape)
+        output = checks.check_filled(self, "refiner", output, shape)
         answer = self.temporal(output, self._seen_by(self.temporal, context), state)
-        output, state = validation.check_pair(self.temporal, answer)
-        return validation.check_filled(self, "temporal", output, shape), state
+        output, state = checks.check_pair(self.temporal, answer)
+        return checks.check_filled(self, "temporal", output, shape), state
 
     def _seen_by(self, filler, context):
         as_it_is = filler.needs_guidance or context.guidance is None
@@ -260,7 +260,7 @@ class AnyUp(nn.Module, Pretrained):
         grid = tuple(features.shape[-2:])
         guidance = self.rotary(self.image_encoder(image, buffers=buffers))  # (B,D,H,W)
         unified = self.unifier(features, guidance)  # (B,D,h,w)
-        validation.check_filled(self, "unifier", unified, (len(features), self.embed_dim, *grid))
+        checks.check_filled(self, "unifier", unified, (len(features), self.embed_dim, *grid))
         key = self.aggregation(torch.cat([self.key_encoder(guidance, grid, buffers), unified], 1))  # (B,D,h,w)
         query = self.query_encoder(guidance, output_size, buffers)  # (B,D,Qh,Qw)
         return guidance if self._needs_guidance else None, query, key

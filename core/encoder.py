@@ -2,7 +2,7 @@
 
 `Encoder.forward` reads like its definition (UPSTREAM: GroupNorm(8), SiLU, 1x1 convolution, twice, plus identity).
 It runs as plain PyTorch operations where they are wanted (export, compilation, second derivatives) and through
-`core/fast/streamed_encoder.py`, exact, streamed and with little memory, everywhere else.
+`core/fast/encoder.py`, exact, streamed and with little memory, everywhere else.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.fast.norm_act_conv import NUM_GROUPS, Buffers, Step, under_autocast
-from core.fast.streamed_encoder import Weights, encode, refuse_transforms
+from core.fast.encoder import Weights, encode, refuse_transforms
 
 Stem = Callable[[Tensor], Tensor]
 
@@ -73,7 +73,7 @@ class Encoder(nn.Sequential):
         if self.compiles and stem is None:
             return self._compiled_plain()(x, output_size)
         refuse_transforms()
-        return self.streamed(x, output_size, buffers or Buffers(), stem)
+        return self.fast(x, output_size, buffers or Buffers(), stem)
 
     def _compiled_plain(self) -> Stem:
         if self._compiled is None or self._compiled[0] is not self:
@@ -87,7 +87,7 @@ class Encoder(nn.Sequential):
             x = layer(x.contiguous())  # PyTorch's GroupNorm loses digits in channels-last memory
         return x if output_size is None else F.adaptive_avg_pool2d(x, output_size)  # (B,D,h,w)
 
-    def streamed(
+    def fast(
         self, x: Tensor, output_size: tuple[int, int] | None, buffers: Buffers, stem: Stem | None = None
     ) -> Tensor:
         """The same numbers with two image-sized buffers, or (with gradients) by recomputing what is cheap."""

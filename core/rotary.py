@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from core.fast.streamed_encoder import refuse_second_derivatives
+from core.fast.encoder import refuse_second_derivatives
 
 PIXELS_PER_BLOCK = 1024
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from core.batch import Batch, check_parts, crops_of
 from core.hooks import Filler, Learner, Objective
 from core.registry import register
-from core.validation import check_losses
+from core.checks import check_losses
 
 
 class Trainable(nn.Module):

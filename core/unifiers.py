@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from core.encoder import Encoder, Stem
 from core.fast.norm_act_conv import add_product, without_autocast
-from core.fast.streamed_encoder import refuse_second_derivatives
+from core.fast.encoder import refuse_second_derivatives
 from core.hooks import Unifier
 from core.registry import register
 

@@ -2,7 +2,7 @@
 
 Images are pixel-major, (B,H,W,D) contiguous, so that a 1x1 convolution is one matrix product. A step reads each
 pixel once, normalises it with moments that the step before collected while it wrote, and collects the moments of
-what it writes. Everything works in memory that it is given; `core/fast/streamed_encoder.py` gives it, and is what
+what it writes. Everything works in memory that it is given; `core/fast/encoder.py` gives it, and is what
 PyTorch differentiates.
 """
 
