@@ -222,7 +222,7 @@ class DynamicBasis(LearnedBasis):
         for some, codes in zip(patches.split(at_once), code.flatten(0, 1).split(at_once), strict=True):
             responses = some @ self.filters(codes, channels)  # (n,C,M)
             if self.encoder[0].ordering is Ordering.released:
-                responses = responses.flatten(1).unflatten(1, (num_basis, channels)).mT  # what is read as (M,C)
+                responses = responses.flatten(1).unflatten(1, (num_basis, channels)).mT  # read as (M,C)
             parts.append(_mean_of_softmaxes(responses))
         return torch.cat(parts).unflatten(0, inside.shape)
 

@@ -114,7 +114,7 @@ class INRDecoder(Decoder):
             ("num_frequencies", num_frequencies),
         ):
             if number < 1:
-                raise ValueError(f"decoder=inr: {name} must be at least 1, got {number}; decoder=none is no decoder")
+                raise ValueError(f"decoder=inr: {name} must be at least 1, got {number}; decoder=none leaves it out")
         self.num_units = num_units
         self.project_point = nn.Linear(embed_dim, hidden_dim)
         self.project_cell = nn.Linear(embed_dim, hidden_dim, bias=False)
