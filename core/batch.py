@@ -109,8 +109,8 @@ def crops_of(output: Tensor, batch: Batch) -> Tensor:
     if corners is None:
         if target.shape != output.shape:
             raise ValueError(
-                f"target without corners must have the output's shape {tuple(output.shape)}, got "
-                f"{tuple(target.shape)}: give the corners of the crops"
+                f"without corners, target {tuple(target.shape)} must have the output's shape {tuple(output.shape)}: "
+                "give the corners of the crops"
             )
         return output
     if target.dim() != 4 or target.shape[1] != output.shape[1]:
