@@ -484,7 +484,7 @@ def test_a_timm_model_of_one_size_says_so():
     [
         ("timm", "vit_tiny_patch16_225", "has no model 'vit_tiny_patch16_225'; close: vit_tiny_patch16_224"),
         ("timm", "resnet50.no_such_tag", "has no model 'resnet50.no_such_tag'"),
-        ("timm", None, "only backbone=timm takes `model`, and it needs one .*; got None"),
+        ("timm", None, "`model` is for backbone=timm only, which needs one .*; got None"),
         ("hog8", "resnet50", "backbone hog8: `model` .* got 'resnet50'"),
     ],
 )
@@ -509,7 +509,7 @@ def test_backbone_from_config():
     backbone = backbone_from_config(OmegaConf.merge(node, {"weights": "random"}))
     assert backbone.name == "mobilenetv2"
     assert backbone_from_config({"name": "hog16"}).name == "hog16"
-    with pytest.raises(ValueError, match="only backbone=timm takes `model`, and it needs one"):
+    with pytest.raises(ValueError, match="`model` is for backbone=timm only, which needs one"):
         backbone_from_config(ConfigStore.instance().load("backbone/timm.yaml").node)
     with pytest.raises(ValueError, match="can have the keys name, weights, model; got name, wieghts"):
         backbone_from_config({"name": "hog16", "wieghts": None})

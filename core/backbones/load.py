@@ -37,7 +37,7 @@ def load_backbone(name: str, weights: str | Path | None = None, model: str | Non
         raise ValueError(f"no backbone is called {name!r}; there are: {', '.join(CHOICES)}")
     if (model is not None) != (name == "timm"):
         raise ValueError(
-            f"backbone {name}: only backbone=timm takes `model`, and it needs one (a timm id such as "
+            f"backbone {name}: `model` is for backbone=timm only, which needs one (a timm id such as "
             f"vit_base_patch16_224.augreg_in21k); got {model!r}"
         )
     with named_stream(0, f"backbone/{name}"):  # building draws random weights, even if they are overwritten
