@@ -11,7 +11,7 @@ if not hasattr(core, "AnyUp"):
     _found = getattr(core, "__file__", None) or ", ".join(getattr(core, "__path__", []))
     raise ImportError(
         f"another module called core is in the way: {_found}; AnyUp's is {Path(__file__).resolve().parent / 'core'}. "
-        "Load AnyUp before that module is imported, or in a process (and a folder) of its own"
+        "Load AnyUp before that module is imported, or in a separate process and folder"
     )
 
 SCRATCH = "scratch"
@@ -21,28 +21,27 @@ def anyup(checkpoint: str | None = None, overrides: list[str] | None = None) -> 
     """AnyUp in eval mode: the trained baseline of this package, a variant that starts from it, or a checkpoint.
 
     Args:
-        checkpoint: a file (ours, or a published one) or a name that `core.load` takes; "scratch": fresh weights.
-            None: the trained baseline.
-        overrides: of Hydra. The variant takes over the trained baseline's weights; a warning names those that it
-            does not have. With "scratch" all are fresh.
+        checkpoint: a file or a name that `core.load` takes. None: the trained baseline. "scratch": untrained weights.
+        overrides: Hydra overrides that define a variant. It starts from the trained baseline's weights; a warning names
+            the weights that the baseline does not have. With "scratch" all weights are untrained.
 
     Raises:
-        ValueError: overrides beside a checkpoint, which carries its own configuration; or the trained baseline's
-            weights do not fit the variant.
+        ValueError: overrides together with a checkpoint, which has its own configuration; or the trained baseline's
+            weights do not fit the variant. Otherwise as `core.load` or `core.build`.
     """
     if checkpoint == SCRATCH:
         return core.build(overrides).eval()
     if not overrides:
         return core.AnyUp.from_pretrained() if checkpoint is None else core.load(checkpoint)
     if checkpoint is not None:
-        raise ValueError("give a checkpoint or overrides, not both; core.warm_start puts weights into another variant")
+        raise ValueError("give a checkpoint or overrides, not both; core.warm_start copies weights to another variant")
     model = core.build(overrides)
     try:
         new = core.warm_start(model, core.checkpoint.bundled_like(model))
     except core.WeightsError as error:
-        raise ValueError(f'{error}. checkpoint="{SCRATCH}" gives fresh weights') from error
+        raise ValueError(f'{error}. checkpoint="{SCRATCH}" gives untrained weights') from error
     if new:
-        warnings.warn(f"{', '.join(new)} are untrained: the trained baseline has none", stacklevel=2)
+        warnings.warn(f"untrained weights, because the trained baseline has none: {', '.join(new)}", stacklevel=2)
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""AnyUp with hook points. Start reading at `core/anyup.py`, and at `core/hooks.py` to add an idea."""
+"""AnyUp with hook points. Read `core/anyup.py` first; to add an idea, read `core/hooks.py`."""
 
 from core import training  # noqa: F401  registers the baseline objective and learner
 from core.anyup import AnyUp

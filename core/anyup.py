@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core import validation
+from core import checks
 from core.attention import WindowAttention, empty_output
 from core.batch import Context
 from core.encoder import Encoder
@@ -25,18 +25,23 @@ from core.unifiers import BasisConvolution, LearnedBasis
 
 
 class AnyUp(nn.Module, Pretrained):
-    """(image, features of any width) -> the features at any resolution.
+    """Upsamples features with any number of channels to any resolution, guided by the image.
 
-    Every idea enters as a filler of a hook point: a registered class, or a `functools.partial` of one with
-    its settings, which the model calls with its own sizes. See `core/hooks.py` for what each may do.
+    Each hook point has a filler: a registered class, or a `functools.partial` of one with its settings. The model
+    calls it with `embed_dim`. `core/hooks.py` says what each filler may do.
 
     Args:
         unifier, attention, decoder, refiner, temporal: the fillers; the defaults are the published model.
         embed_dim: D, width of guidance, queries and keys; a multiple of 8.
-        seed: of the initial weights. Each child draws from its own stream, so that changing one filler
-            changes no other child's initial weights.
-        compile: run the encoders through `torch.compile` (needs a C++ compiler on CPU; slow first call).
+        seed: seed of the initial weights, and of the default `generator` of a call. Each child module has its own
+            random stream, so changing one filler changes no other child's initial weights.
+        compile: run the image-sized encoders through `torch.compile`. It needs a C++ compiler on CPU, and the first
+            call is slow.
         check_finite: refuse images and features with NaN or infinite values (one more pass over the inputs).
+
+    Raises:
+        ValueError: `embed_dim` is not a positive multiple of 8, or a filler refuses its settings.
+        RuntimeError: `compile` on CPU without a C++ compiler.
     """
 
     def __init__(
@@ -72,7 +77,7 @@ class AnyUp(nn.Module, Pretrained):
         if compile:
             self.compile_encoders()
         keep_temporaries()
-        self._hub_mixin_config = None  # the weights' file carries the configuration: no config.json beside it
+        self._hub_mixin_config = None  # no config.json: the weight file contains the configuration
 
     def forward(
         self,
@@ -88,25 +93,26 @@ class AnyUp(nn.Module, Pretrained):
         """Upsamples features to `output_size`.
 
         Args:
-            image: (B,3,H,W), normalised with ImageNet's mean and deviation (`core.imagenet_normalize`).
-            features: (B,C,h,w), any C, h and w at least 2, of the same images.
-            output_size: (Qh,Qw); the image's size if None.
-            out: (B,C,Qh,Qw) tensor to write into, band by band (a memory-mapped one, say), instead of a new one;
-                no gradient is recorded then.
-            generator: for fillers that draw random numbers, on the CPU. By default each call draws the same ones, so
-                that an evaluation repeats itself; give one to get different samples.
-            state: of a video, what the call for the frame before returned; None at the first frame.
-            return_state: return (output, state) and not the output alone.
+            image: (B,3,H,W), normalised with ImageNet mean and standard deviation (`core.imagenet_normalize`).
+            features: (B,C,h,w) of the same images; any C; h and w at least 2.
+            output_size: (Qh,Qw); None: the image's size.
+            out: (B,C,Qh,Qw) tensor, for example a memory map. The output is written into it band by band, and no
+                gradient is recorded.
+            generator: random numbers for fillers that draw them, on the CPU. By default every call draws the same
+                numbers, so evaluations are repeatable; give a generator to get different samples.
+            state: for video: the state that the call for the previous frame returned; None at the first frame.
+            return_state: return (output, state) instead of the output alone.
 
         Returns:
             (B,C,Qh,Qw); `out` if it was given. With `return_state` also the state for the next frame.
 
         Raises:
-            ValueError: shapes, dtypes or devices that do not fit together; the message says which.
+            TypeError, ValueError: an input has the wrong type, shape, dtype or device; the message names it.
+            RuntimeError: under `torch.jit.trace`, or under `torch.func` without `twice_differentiable()`.
         """
-        output_size = validation.check_inputs(self, image, features, output_size)
+        output_size = checks.check_inputs(self, image, features, output_size)
         if out is not None:
-            validation.check_no_state(state, return_state)
+            checks.check_no_state(state, return_state)
             return self._write(image, features, output_size, out, generator)
         room = self._output_memory(features, output_size)
         buffers = Buffers(None if room is None else room.permute(0, 2, 3, 1))
@@ -119,7 +125,7 @@ class AnyUp(nn.Module, Pretrained):
         return (output, state) if return_state else output
 
     def _write(self, image, features, output_size, out, generator):
-        validation.check_out(out, (*features.shape[:2], *output_size))
+        checks.check_out(out, (*features.shape[:2], *output_size))
         with torch.no_grad():
             for rows, band in self.stream(image, features, output_size, generator):
                 out[:, :, rows] = band
@@ -135,10 +141,10 @@ class AnyUp(nn.Module, Pretrained):
         """Yields the output in bands of rows, top to bottom, for outputs larger than memory: (rows, (B,C,rows,Qw)).
 
         Raises:
-            ValueError: as `forward`; or the refiner or temporal filler needs to see the whole output.
+            ValueError: the refiner or temporal filler needs the whole output. Otherwise as `forward`.
         """
-        output_size = validation.check_inputs(self, image, features, output_size)
-        validation.check_no_whole_output(self, "be streamed or written to out=; call the model without out=")
+        output_size = checks.check_inputs(self, image, features, output_size)
+        checks.check_no_whole_output(self, "be streamed or written to out=; call the model without out=")
         return self._stream(image, features, output_size, generator)
 
     def _stream(self, image, features, output_size, generator):
@@ -156,26 +162,27 @@ class AnyUp(nn.Module, Pretrained):
         output_size: tuple[int, int] | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Upsampled features at arbitrary points: of a rotated crop, say, or at a zoom that is no whole number.
+        """Upsamples the features at arbitrary points, for example of a rotated crop or a non-integer zoom.
 
-        Queries are encoded, pooled and convolved on the grid of `output_size`, then interpolated bilinearly at the
-        points; windows lie around the points themselves, and the decoder sees their exact coordinates. So at that
-        grid's pixel centres, (i + 0.5)/n along each axis, the answer is `forward`'s.
+        At the pixel centres of the `output_size` grid, (i + 0.5)/n along each axis, the result equals `forward`'s.
+        With the baseline's attention, queries are encoded on that grid and interpolated bilinearly at the points, and
+        each window is centred on its point. Other attentions may interpolate their output instead (`Attention.at`).
+        The decoder gets the exact coordinates.
 
         Args:
             image, features, output_size, generator: as for `forward`.
-            coords: (N,2), or (B,N,2) where each image has its own: (row, column) in the unit square of the image.
+            coords: (N,2), or (B,N,2) if each image has its own points: (row, column) in the unit square of the image.
 
         Returns:
             (B,C,N).
 
         Raises:
-            ValueError: as `forward`; points outside the image; or the refiner or temporal filler needs to see the
-                whole output.
+            ValueError: a point is outside the image, or the refiner or temporal filler needs the whole output.
+                Otherwise as `forward`.
         """
-        output_size = validation.check_inputs(self, image, features, output_size)
-        coords = validation.check_coords(coords, features)
-        validation.check_no_whole_output(self, "answer single points; call the model on a grid")
+        output_size = checks.check_inputs(self, image, features, output_size)
+        coords = checks.check_coords(coords, features)
+        checks.check_no_whole_output(self, "answer single points; call the model on a grid")
         guidance, query, key = self._guide(image, features, output_size, Buffers())
         context = self._context(image, features, coords, guidance, generator)
         if coords.dim() == 2:
@@ -194,10 +201,10 @@ class AnyUp(nn.Module, Pretrained):
         head: nn.Linear | nn.Conv2d | tuple[Tensor, Tensor | None],
         output_size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """What a linear head gives on the upsampled features, without making them: `head(model(image, features))`.
+        """Returns `head(model(image, features))` for a linear head, without computing the upsampled features.
 
-        Attention applies one weight per cell to all channels, so a linear head commutes with it: W·up(F) = up(W·F).
-        With 21 classes instead of 384 channels the values take 18 times less memory and time.
+        Attention gives a cell the same weight in all channels, so the head can be applied first: W·up(F) = up(W·F).
+        With 21 classes instead of 384 channels, the values take 18 times less memory and time.
 
         Args:
             image, features, output_size: as for `forward`.
@@ -207,15 +214,16 @@ class AnyUp(nn.Module, Pretrained):
             (B,K,Qh,Qw): equal to the head on `forward`'s output, up to rounding.
 
         Raises:
-            ValueError: as `forward`; a head that does not fit; or a filler whose output is not linear in the features.
+            TypeError, ValueError: the head does not fit, or a filler's output is not linear in the features. Otherwise
+                as `forward`.
         """
-        output_size = validation.check_inputs(self, image, features, output_size)
-        weight, bias = validation.check_head(head, features)
-        validation.check_linear(self)
+        output_size = checks.check_inputs(self, image, features, output_size)
+        weight, bias = checks.check_head(head, features)
+        checks.check_linear(self)
         values = F.conv2d(features, weight[..., None, None])  # (B,K,h,w)
         _, query, key = self._guide(image, features, output_size, Buffers())
         output = self.attention(query, key, values, *([None] if self.attention.takes_out else []))
-        output = validation.check_filled(self, "attention", output, (len(features), len(weight), *output_size))
+        output = checks.check_filled(self, "attention", output, (len(features), len(weight), *output_size))
         return output if bias is None else output + bias.to(output)[:, None, None]
 
     @property
@@ -231,7 +239,7 @@ class AnyUp(nn.Module, Pretrained):
     def _at(self, query, key, context):
         points, features = context.coords, context.features
         output = self.attention.at(query, key, features, points)
-        output = validation.check_filled(self, "attention", output, (*features.shape[:2], len(points)))
+        output = checks.check_filled(self, "attention", output, (*features.shape[:2], len(points)))
         one_row = replace(context, coords=points[None])
         return self._finish(output[:, :, None], one_row)[0][:, :, 0]  # (B,C,N)
 
@@ -241,36 +249,39 @@ class AnyUp(nn.Module, Pretrained):
         return Context(image, features, coords, guidance, generator)
 
     def _finish(self, output, context, state=None):
-        """Attention's output -> (B,C,rows,Qw) after decoder, refiner and temporal, state."""
+        """Runs decoder, refiner and temporal on attention's output -> (B,C,rows,Qw), state."""
         shape = (*context.features.shape[:2], *context.coords.shape[:2])
-        output = validation.check_filled(self, "attention", output, shape)
+        output = checks.check_filled(self, "attention", output, shape)
         output = self.decoder(output, self._seen_by(self.decoder, context))
-        output = validation.check_filled(self, "decoder", output, shape)
+        output = checks.check_filled(self, "decoder", output, shape)
         if not (self.refiner.needs_guidance or self.temporal.needs_guidance):
             context.guidance = None  # frees its memory
         output = self.refiner(output, self._seen_by(self.refiner, context))
-        output = validation.check_filled(self, "refiner", output, shape)
+        output = checks.check_filled(self, "refiner", output, shape)
         answer = self.temporal(output, self._seen_by(self.temporal, context), state)
-        output, state = validation.check_pair(self.temporal, answer)
-        return validation.check_filled(self, "temporal", output, shape), state
+        output, state = checks.check_pair(self.temporal, answer)
+        return checks.check_filled(self, "temporal", output, shape), state
 
     def _seen_by(self, filler, context):
         as_it_is = filler.needs_guidance or context.guidance is None
         return context if as_it_is else replace(context, guidance=None)
 
     def _output_memory(self, features, output_size):
-        """Memory for attention's output, which the encoders may use before; None where that cannot be."""
+        """Memory for attention's output, used by the encoders before attention; None if they cannot share it."""
         needed_as_is = torch.is_grad_enabled() or torch.compiler.is_compiling() or autocast_dtype(features) is not None
         if needed_as_is or self._needs_guidance or not self.attention.takes_out:
             return None
         return empty_output(features, output_size)
 
     def _guide(self, image, features, output_size, buffers):
-        """Guidance (None if no filler needs it), query and key; only the guidance lies in the buffers' room."""
+        """Guidance (None if no filler needs it), query and key.
+
+        Only the guidance may lie in `buffers.room`, which attention overwrites.
+        """
         grid = tuple(features.shape[-2:])
         guidance = self.rotary(self.image_encoder(image, buffers=buffers))  # (B,D,H,W)
         unified = self.unifier(features, guidance)  # (B,D,h,w)
-        validation.check_filled(self, "unifier", unified, (len(features), self.embed_dim, *grid))
+        checks.check_filled(self, "unifier", unified, (len(features), self.embed_dim, *grid))
         key = self.aggregation(torch.cat([self.key_encoder(guidance, grid, buffers), unified], 1))  # (B,D,h,w)
         query = self.query_encoder(guidance, output_size, buffers)  # (B,D,Qh,Qw)
         return guidance if self._needs_guidance else None, query, key
@@ -291,7 +302,7 @@ class AnyUp(nn.Module, Pretrained):
         }
 
     def twice_differentiable(self, on: bool = True) -> "AnyUp":
-        """Chooses plain operations, which differentiate any number of times (second-order MAML), over fast ones."""
+        """Uses plain operations, differentiable any number of times (second-order MAML); `on=False`: the fast ones."""
         for module in self.modules():
             if isinstance(module, (Encoder, Rotary, BasisConvolution)):
                 module.twice_differentiable = on

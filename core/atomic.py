@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place first, then renamed."""
+"""Atomic writing: a file gets a temporary name until it is complete, so it is either whole or absent."""
 
 import os
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ class CannotWrite(OSError):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path` to write to; it takes the place of `path` when the block succeeds.
+    """Yields a temporary path beside `path`; the file written there replaces `path` when the block succeeds.
 
     Raises:
-        CannotWrite: the system refused; names the file and the reason. What was at `path` before is untouched.
+        CannotWrite: the system refused; names the file and the reason. An earlier file at `path` is untouched.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -25,7 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield part
         part.chmod(0o644)  # safetensors makes files that only their owner can read
         with part.open("rb") as file:
-            os.fsync(file.fileno())  # some file systems tell only now that the disk is full
+            os.fsync(file.fileno())  # some file systems report a full disk only here
         part.replace(path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)

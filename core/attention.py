@@ -17,19 +17,19 @@ from core.hooks import Attention
 from core.registry import register
 
 FEW_POINTS = 8
-"""Where the grid has so many cells for each point, only the cells around the points are convolved."""
-MAX_LOGITS = {"cpu": 2**20, "cuda": 2**26}  # held at once: on CPU they stay in cache
+"""If the grid has more than this many cells per point, only the cells around the points are convolved."""
+MAX_LOGITS = {"cpu": 2**20, "cuda": 2**26}  # logits held at once; on CPU this many stay in cache
 
 
 class CrossAttention(Attention):
-    """Query-key attention that averages its heads' weights and applies them once, to the raw features.
+    """Query-key attention; the heads' weights are averaged and applied once, to the raw features.
 
     query -> 3x3 convolution -> RMSNorm -> projection; key -> RMSNorm -> projection; softmax per head over the keys
     in the query's window (AnyUp, sections 3.3 and 3.4; JAFAR applies the averaged weights the same way). There is
     no value or output projection and no key bias: none of them would change the result.
 
-    Queries are worked on in tiles that share a run of keys (`core/fast/windows.py`), a band of rows at a time: neither
-    a mask nor the logits of all queries ever exist.
+    Queries are processed one band of rows at a time, in tiles that share a run of keys (`core/fast/windows.py`). So
+    memory never holds a full mask, or the logits of all queries.
     """
 
     takes_out = True
@@ -46,7 +46,7 @@ class CrossAttention(Attention):
         self.project_query = nn.Linear(embed_dim, embed_dim)
         self.project_key = nn.Linear(embed_dim, embed_dim, bias=False)
         for projection in (self.project_query, self.project_key):
-            # as nn.MultiheadAttention draws its stacked query, key and value projections
+            # the initialisation of nn.MultiheadAttention's stacked query, key and value projections
             nn.init.uniform_(projection.weight, -math.sqrt(1.5 / embed_dim), math.sqrt(1.5 / embed_dim))
         nn.init.zeros_(self.project_query.bias)
 
@@ -64,7 +64,7 @@ class CrossAttention(Attention):
         return self._bands(query, key, value, None)
 
     def at(self, query: Tensor, key: Tensor, value: Tensor, coords: Tensor) -> Tensor:
-        """As `Attention.at`, with a window around each point itself."""
+        """As `Attention.at`, with each window centred on its point."""
         if len(coords) * FEW_POINTS < query.shape[2] * query.shape[3]:
             convolved = points.sample_convolved(query, under_autocast(self.conv.weight), coords)  # (B,N,D)
         else:
@@ -75,7 +75,7 @@ class CrossAttention(Attention):
         return points.attend(queries, self._keys(key), values, coords, self.window_ratio, self.num_heads)
 
     def _keys(self, key: Tensor) -> Tensor:
-        """(B,D,h,w) -> (B,h,w,D), projected, and scaled so that a head's logits are plain products."""
+        """(B,D,h,w) -> (B,h,w,D): projected keys, scaled so that a head's logits are plain products."""
         head_scale = (self.num_heads / key.shape[1]) ** 0.5
         return self.project_key(normed(self.norm_key, key.permute(0, 2, 3, 1))) * head_scale
 
@@ -100,13 +100,13 @@ class CrossAttention(Attention):
             yield rows, band.permute(0, 3, 1, 2)  # (B,C,rows,Qw)
 
     def convolved_rows(self, query: Tensor) -> Callable[[slice], Tensor]:
-        """A function of rows -> (B,rows,Qw,D) of the convolved query."""
+        """Returns a function: slice of rows -> (B,rows,Qw,D), the convolved query there."""
         if winograd.usable(query):
             return winograd.Winograd(self.conv.weight, query.permute(0, 2, 3, 1).contiguous()).rows
         return partial(winograd.direct_rows, self.conv.weight, query)
 
     def _band(self, convolve, rows, keys, values, key_rows, rows_visible, across: Tiles, at_once, target):
-        """Rows of queries, m tiles of them -> (B,rows,Qw,C), written to `target` if there is one."""
+        """Attention for the rows of m tiles -> (B,rows,Qw,C), written into `target` if there is one."""
         query = normed(self.norm_query, convolve(rows))  # (B,rows,Qw,D)
         query = query.unflatten(1, rows_visible.shape[:2])  # (B,m,R,Qw,D)
         keys, values = (grid[:, key_rows].transpose(2, 3).contiguous() for grid in (keys, values))  # (B,m,w,Kh,·)
@@ -151,13 +151,13 @@ def empty_output(value: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """The norm in the dtype of x, which under autocast is not the weight's."""
+    """Applies the norm in the dtype of x, which differs from the weight's under autocast."""
     return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 
 @register("window")
 class WindowAttention(CrossAttention):
-    """AnyUp's local attention.
+    """AnyUp's local attention (section 3.3).
 
     Args:
         num_heads: heads of the query-key similarity.
@@ -176,7 +176,7 @@ class WindowAttention(CrossAttention):
 
 @register("global")
 class GlobalAttention(CrossAttention):
-    """The ablation without a window, which is JAFAR's attention: every query sees every key."""
+    """The ablation without a window, as in JAFAR: every query sees every key."""
 
     def __init__(self, embed_dim: int, num_heads: int = 4):
         super().__init__(embed_dim, num_heads)

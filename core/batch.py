@@ -1,4 +1,4 @@
-"""What filters through the hook points besides features: `Context` after attention, `Batch` and `Clip` in training.
+"""The data that fillers see beside the features: `Context` after attention, `Batch` and `Clip` in training.
 
 Shape letters as in `core/hooks.py`.
 """
@@ -15,25 +15,28 @@ class Context:
     """What a filler after attention may look at. Read only."""
 
     image: Tensor
-    """(B,3,H,W), ImageNet-normalised: of this frame, when the images are a video."""
+    """(B,3,H,W), ImageNet-normalised; for video, the current frame."""
     features: Tensor
-    """(B,C,h,w), as the backbone gave them."""
+    """(B,C,h,w) raw backbone features."""
     coords: Tensor
-    """(Qh,Qw,2) centres of the output pixels at hand, (row, column), in the unit square of the whole image."""
+    """(Qh,Qw,2) centres of the output pixels that the filler gets: (row, column) in the unit square of the image.
+    A band of the output has fewer rows than Qh."""
     guidance: Tensor | None = None
     """(B,D,H,W) encoded image, for fillers with `needs_guidance`; None for all others."""
     generator: torch.Generator | None = None
-    """For all random numbers, on the CPU: the stream that the caller gave, or else the same fixed one in every call.
-    None under a compiler, which cannot follow it."""
+    """Source of all random numbers, on the CPU: the caller's generator, or else one with the same seed in every call.
+    None under a compiler if the caller gave none."""
 
     def noise_like(self, x: Tensor) -> Tensor:
-        """Standard normal numbers of the shape, dtype and device of `x`, the same ones on every device.
+        """Standard normal noise with the shape, dtype and device of `x`; the values are the same on every device.
 
         Raises:
-            RuntimeError: under a compiler, where there is no generator.
+            RuntimeError: there is no generator, as under a compiler.
         """
         if self.generator is None:
-            raise RuntimeError("random numbers cannot be drawn under torch.compile or torch.export: call the model")
+            raise RuntimeError(
+                "random numbers cannot be drawn under torch.compile or torch.export: call the model without them"
+            )
         return torch.randn(x.shape, generator=self.generator).to(x)
 
 
@@ -46,17 +49,17 @@ class Clip:
     features: Tensor
     """(B,T,C,h,w) encoder features of each frame."""
     flow: Tensor | None
-    """(B,T-1,2,H,W) displacement (x, y) to the next frame in pixels of the guidance, NaN where hidden there; None where
-    the data do not know it."""
+    """(B,T-1,2,H,W) displacement (x, y) to the next frame, in pixels of the guidance; NaN where the point is hidden in
+    the next frame. None if the data set has no flow."""
 
 
 OPTIONAL_PARTS = ("augmented_image", "whole", "crops", "encoder", "clip")
-"""Of a `Batch`: there for fillers that name them in `batch_parts`, and for nobody else."""
+"""Parts of a `Batch` that exist only if a filler names them in `batch_parts`."""
 
 
 @dataclass
 class Batch:
-    """What one training step sees of one backbone. Targets are encoder features of high-resolution crops."""
+    """The data of one training step for one backbone. Targets are encoder features of high-resolution crops."""
 
     image: Tensor
     """(B,3,H,W) guidance, ImageNet-normalised."""
@@ -67,56 +70,59 @@ class Batch:
     output_size: tuple[int, int]
     """(Qh,Qw): the grid of the whole image at the resolution of the targets."""
     corners: Tensor | None = None
-    """(N,2) integer (row, column) of each crop's first vector in the output grid; None: targets are the whole."""
+    """(N,2) integer (row, column) of each crop's first vector in the output grid; None: the targets are not cropped."""
     backbone: str = ""
     """Name of the encoder."""
     generator: torch.Generator | None = None
-    """For the random numbers of this step, on the CPU; None: the fixed stream of an evaluation."""
+    """Source of this step's random numbers, on the CPU; None: the default generator of a model call."""
     augmented_image: Tensor | None = None
     """(B,3,H,W) photometrically augmented guidance, for self-consistency."""
     whole: Tensor | None = None
-    """(B,3,s,s) RGB in [0,1]: what `features` are of."""
+    """(B,3,s,s) RGB in [0,1]: the images that `features` were computed from."""
     crops: Tensor | None = None
-    """(N,3,s,s) RGB in [0,1]: what `target` is of."""
+    """(N,3,s,s) RGB in [0,1]: the images that `target` was computed from."""
     encoder: Callable[[Tensor], Tensor] | None = None
-    """The frozen encoder, (b,3,H,W) RGB in [0,1] -> (b,C,h,w); what it has seen before comes from the cache."""
+    """The frozen encoder, (b,3,H,W) RGB in [0,1] -> (b,C,h,w). Features of images seen before come from a cache."""
     clip: Clip | None = None
-    """Frames that follow one another, with the first of them in `image`."""
+    """Consecutive frames of each video. `image` is one of them: the first, unless the video ends too soon after it."""
 
     def part(self, name: str, who: object) -> object:
-        """The optional part `name`.
+        """The optional part `name`, for the filler `who`.
 
         Raises:
-            ValueError: it is not there; says that `who` must ask for it.
+            ValueError: the batch does not have it; the message says how `who` must ask for it.
         """
         found = getattr(self, name)
         if found is None:
             kind = type(who).__name__
-            raise ValueError(f"{kind} needs batch.{name}: name it in {kind}.batch_parts, or give it with the batch")
+            raise ValueError(f"{kind} needs batch.{name}: name it in {kind}.batch_parts, or add it to the batch")
         return found
 
 
 def crops_of(output: Tensor, batch: Batch) -> Tensor:
-    """(B,C,Qh,Qw) -> (N,C,th,tw): the regions that `batch.target` shows.
+    """Cuts the regions of `batch.target` out of the output: (B,C,Qh,Qw) -> (N,C,th,tw).
 
     Raises:
-        ValueError: the targets are not that many regions of the output.
+        ValueError: targets, corners and output do not fit together.
     """
     target, corners = batch.target, batch.corners
     if corners is None:
         if target.shape != output.shape:
             raise ValueError(
-                f"target {tuple(target.shape)} is not the whole output {tuple(output.shape)}: give corners of crops"
+                f"without corners, target {tuple(target.shape)} must have the output's shape {tuple(output.shape)}: "
+                "give the corners of the crops"
             )
         return output
     if target.dim() != 4 or target.shape[1] != output.shape[1]:
-        raise ValueError(f"target must be (N, {output.shape[1]}, th, tw) as the features, got {tuple(target.shape)}")
+        raise ValueError(
+            f"target must be (N, {output.shape[1]}, th, tw), with the features' channels, got {tuple(target.shape)}"
+        )
     height, width = target.shape[-2:]
     per_image = len(corners) // len(output)
     if per_image * len(output) != len(target) or len(corners) != len(target):
         raise ValueError(
-            f"{len(target)} targets and {len(corners)} corners are no equal number of crops for each of "
-            f"{len(output)} images"
+            f"got {len(target)} targets and {len(corners)} corners for {len(output)} images: give one corner for each "
+            "target, and the same number of crops for each image"
         )
     last = corners.new_tensor(output.shape[-2:]) - corners.new_tensor([height, width])
     if (corners < 0).any() or (corners > last).any():
@@ -133,10 +139,10 @@ def crops_of(output: Tensor, batch: Batch) -> Tensor:
 
 
 def check_parts(asked: Iterable[tuple[object, Iterable[str]]]) -> frozenset[str]:
-    """All optional parts that fillers ask for: (filler, its `batch_parts`) each.
+    """The set of optional parts in `asked`, which are pairs (filler, its `batch_parts`).
 
     Raises:
-        ValueError: one asks for something that a batch cannot have; names it.
+        ValueError: a filler asks for a part that no batch has; the message names both.
     """
     parts = [(who, name) for who, names in asked for name in names]
     for who, name in parts:

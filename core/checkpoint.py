@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors with the configuration that rebuilds the model. Published files are read as well."""
+"""Checkpoints: safetensors files with the configuration that rebuilds the model. Reads AnyUp's published files too."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -19,30 +19,31 @@ from core.weight_files import WeightsError, read_weights
 
 WEIGHTS_NAME = "model.safetensors"
 BUNDLED = {name: Path(__file__).parent / "weights" / f"{name}.safetensors" for name in ("bundled", "bundled_released")}
-"""The trained baselines that come with the package: `ordering` paper, and released (docs/weights.md)."""
+"""Trained baselines that come with the package: with `ordering=paper`, and with `ordering=released`
+(docs/weights.md)."""
 FORMAT = "anyup_lab/1"
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def save(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Writes weights and configuration to `path` (.safetensors), atomically; weights in `dtype` if one is given.
+    """Writes weights and configuration to `path` (.safetensors), atomically; casts the weights to `dtype` if given.
 
-    Of a model that is wrapped (`torch.compile`, DataParallel, DistributedDataParallel, AveragedModel), the AnyUp
-    inside is written.
+    For a wrapped model (`torch.compile`, DataParallel, DistributedDataParallel, AveragedModel), writes the AnyUp
+    inside.
 
     Raises:
         ValueError: `path` does not end in .safetensors.
-        TypeError: no AnyUp; or a filler is not registered, so that no configuration could rebuild the model.
+        TypeError: `model` is no AnyUp; or a filler is not registered, so no configuration could rebuild the model.
         CannotWrite: the file cannot be written; an earlier file at `path` is untouched.
     """
     model = unwrapped(model)
     metadata = {"format": FORMAT, "config": json.dumps(model.config)}
     state = {
-        name.replace("_orig_mod.", ""): tensor.detach().to("cpu", dtype).contiguous()  # of a part that was compiled
+        name.replace("_orig_mod.", ""): tensor.detach().to("cpu", dtype).contiguous()  # the prefix of compiled modules
         for name, tensor in model.state_dict().items()
     }
     if Path(path).suffix != ".safetensors":
-        raise ValueError(f"{path}: checkpoints are written as .safetensors")
+        raise ValueError(f"{path}: the name of a checkpoint must end in .safetensors")
     with replacing(Path(path)) as part:
         save_file(state, part, metadata)
 
@@ -51,13 +52,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The AnyUp inside `torch.compile`, DataParallel, DistributedDataParallel or AveragedModel.
 
     Raises:
-        TypeError: there is none.
+        TypeError: `model` is neither an AnyUp nor one of these wrappers.
     """
     inner = model
     while True:
         if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
             inner = inner.module
-        elif "_orig_mod" in getattr(inner, "_modules", {}):  # torch's class of compiled modules is private
+        elif "_orig_mod" in getattr(inner, "_modules", {}):  # the class of compiled modules is private in torch
             inner = inner._orig_mod
         else:
             break
@@ -67,15 +68,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def find(source: str | Path) -> Path:
-    """The file of a checkpoint: given by its path, by the folder that `save_pretrained` made, or by a name.
+    """Finds a checkpoint file by its path, by a folder that `save_pretrained` wrote, or by a name.
 
-    Names are `bundled` and `bundled_released` (trained here, docs/weights.md), and those of the weights that AnyUp's
-    authors published, `anyup_paper` and `anyup_multi_backbone` (CC-BY-4.0), which are downloaded once. A folder of
-    such a name is "./bundled".
+    `bundled` and `bundled_released` were trained here (docs/weights.md). `anyup_paper` and `anyup_multi_backbone` are
+    the weights that AnyUp's authors published (CC-BY-4.0); they are downloaded once. For a folder with one of these
+    names, write "./bundled".
 
     Raises:
-        FileNotFoundError: no such file or name, or a folder without a checkpoint. OSError, WeightsError: as
-            `core.published.fetch`.
+        FileNotFoundError: no such file or name, or a folder without a checkpoint.
+        OSError, WeightsError: as `core.published.fetch`.
     """
     if str(source) in BUNDLED:
         return BUNDLED[str(source)]
@@ -85,28 +86,28 @@ def find(source: str | Path) -> Path:
     if path.is_dir():
         if not (path / WEIGHTS_NAME).is_file():
             raise FileNotFoundError(
-                f"{path} is a folder without {WEIGHTS_NAME}, which save_pretrained writes: give a checkpoint's file"
+                f"{path} is a folder without {WEIGHTS_NAME} (save_pretrained writes one): give the path of a checkpoint"
             )
         return path / WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(
-            f"checkpoint {path}: there is no such file; by name there are {', '.join([*BUNDLED, *PUBLISHED])}"
+            f"checkpoint {path}: there is no such file; known names are {', '.join([*BUNDLED, *PUBLISHED])}"
         )
     return path
 
 
 def bundled_like(model: nn.Module) -> str:
-    """Name of the trained baseline that comes with the package for the feature ordering of `model`."""
+    """Name of the bundled baseline that has the same feature ordering as `model`."""
     return "bundled_released" if model.config["unifier"].get("ordering") == "released" else "bundled"
 
 
 def rebuild(
     make: Callable[..., _Model], state: dict[str, Tensor], config: dict[str, Any], source: str | Path
 ) -> _Model:
-    """The model of a state dict and its configuration, in eval mode on the CPU; `make` is the class AnyUp.
+    """Builds a model from a state dict and its configuration, in eval mode on the CPU; `make` is the class AnyUp.
 
     Raises:
-        WeightsError: the configuration makes no model, or the weights are of another one; names `source`.
+        WeightsError: the configuration is not valid, or the weights do not fit it; the message names `source`.
     """
     try:
         model = make(**arguments(config))
@@ -117,39 +118,45 @@ def rebuild(
 
 
 def changed(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint's configuration with other values for settings that may change after training.
+    """Copies a checkpoint's configuration, with new values for settings that may change after training.
+
+    `changes` has keys "hook.setting".
 
     Raises:
-        ValueError: a setting that may not; lists those that may.
+        ValueError: a setting that may not change; the message lists those that may.
     """
     free = [key for hook in MODEL_HOOKS for key in changeable(hook, config[hook]["name"])]
     config = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
     for key, value in changes.items():
         if key not in free:
-            raise ValueError(f"{key} cannot be changed after training; there are: {', '.join(free) or 'none'}")
+            raise ValueError(f"{key} cannot be changed after training; these can: {', '.join(free) or 'none'}")
         hook, _, setting = key.partition(".")
         config[hook][setting] = value
     return config
 
 
 def _fixed(hook: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a filler that the weights belong to."""
+    """The settings of a filler that must stay as in training."""
     free = changeable(hook, settings["name"])
     return {key: value for key, value in settings.items() if f"{hook}.{key}" not in free}
 
 
 def warm_start(model: nn.Module, source: str | Path) -> list[str]:
-    """Copies a checkpoint's weights into a model whose fillers may differ; returns the weights left as they were.
+    """Copies a checkpoint's weights into a model whose fillers may differ.
 
-    Only hook points whose filler or settings differ from the checkpoint's may miss weights or ignore some.
+    Weights may be missing or unused only in hook points whose filler or settings differ from the checkpoint's.
     `source` is a path or a name, as for `core.load`.
 
+    Returns:
+        Names of the weights that the checkpoint does not have; they keep their values.
+
     Raises:
-        FileNotFoundError, WeightsError: as `core.load`; or another weight is missing, left over or of another shape.
+        TypeError: as `unwrapped`. FileNotFoundError, OSError: as `core.load`.
+        WeightsError: as `core.load`; or another weight is missing, unexpected or of another shape.
     """
     model = unwrapped(model)
     state, config = read(source)
-    mine = json.loads(json.dumps(model.config))  # as it would come back from a file: lists for tuples
+    mine = json.loads(json.dumps(model.config))  # as read from a file: tuples become lists
     differs = [hook for hook in model.factories if _fixed(hook, mine[hook]) != _fixed(hook, mine[hook] | config[hook])]
     switched = tuple(f"{hook}." for hook in differs)
     own = model.state_dict()
@@ -164,7 +171,7 @@ def warm_start(model: nn.Module, source: str | Path) -> list[str]:
 
 
 def read(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict of a checkpoint, in this project's names, and its configuration.
+    """Reads a checkpoint -> state dict with this project's parameter names, configuration.
 
     Raises:
         FileNotFoundError, OSError, WeightsError: as `core.load`.
@@ -178,19 +185,21 @@ def read(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         try:
             return state, json.loads(metadata["config"])
         except (KeyError, ValueError) as error:
-            raise WeightsError(f"{path} is damaged: it has no configuration that could be read") from error
+            raise WeightsError(
+                f"{path} is damaged: its configuration cannot be read; copy or download the file again"
+            ) from error
     if not is_published(state) and {"rotary.freqs", "image_encoder.0.weight"} <= state.keys():
         reader = "safetensors.torch.load_file(FILE)" if path.suffix == ".safetensors" else "torch.load(FILE)"
         raise WeightsError(
-            f"{path} is a bare state dict of this project's AnyUp: it does not say of which variant. Build that one, "
-            f"model = core.build([OVERRIDE, ...]), and model.load_state_dict({reader}); core.save(model, "
-            '"NAME.safetensors") then writes a file that core.load takes'
+            f"{path} is a bare state dict of this project's AnyUp, without its configuration. Build that variant, "
+            f"model = core.build([OVERRIDE, ...]), and call model.load_state_dict({reader}). Then core.save(model, "
+            '"NAME.safetensors") writes a file that core.load can read'
         )
     return rename_published(state, path)
 
 
 def _omegaconf_classes() -> list:
-    """What the released training script's checkpoints hold beside tensors: its configuration."""
+    """Classes in the configuration that checkpoints of the released training script contain beside tensors."""
     import collections
     import typing
 

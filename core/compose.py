@@ -1,4 +1,4 @@
-"""From Hydra overrides to a configuration, and from that to fillers: `compose(["attention=global", "seed=3"])`."""
+"""From Hydra overrides to a configuration, and from a configuration to fillers: `compose(["attention=global"])`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,10 +23,12 @@ registry.add_root("anyup", MODEL_KEYS, BASELINE)
 
 
 def compose(overrides: list[str] | None = None) -> DictConfig:
-    """The resolved configuration of a model and its training fillers.
+    """The configuration of a model and its training fillers, from Hydra overrides such as "seed=3".
 
     Raises:
-        ValueError: an override names no known choice or key, or has the wrong type; the message lists what there is.
+        ValueError: an override has an unknown choice or key, or a value of the wrong type; the message lists what
+            there is.
+        TypeError: `overrides` is one string.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize
@@ -48,18 +50,19 @@ def compose(overrides: list[str] | None = None) -> DictConfig:
 
 
 def arguments(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """What the class AnyUp is called with for a configuration; keys that belong to experiments are left alone.
+    """The arguments of the class AnyUp, from a configuration; keys that belong to experiments are ignored.
 
     Raises:
-        ValueError: a hook point is missing, or a name, setting or value cannot be; says which, and what there is.
+        ValueError: a hook point is missing, or a name, setting or value is not valid; the message says which, and
+            lists what there is.
     """
     if not isinstance(config, (DictConfig, Mapping)):
-        raise _refused(f"a model's configuration is a mapping with a key for each hook point, got {config!r}")
+        raise _refused(f"a model's configuration must be a mapping with a key for each hook point, got {config!r}")
     missing = [hook for hook in MODEL_HOOKS if hook not in config]
     if missing:
         raise _refused(
-            f"the configuration has no {', '.join(missing)}: core.compose([OVERRIDE, ...]) gives a whole one; for one "
-            "hook point it is {name: NAME, SETTING: VALUE}"
+            f"the configuration has no {', '.join(missing)}: core.compose([OVERRIDE, ...]) makes a complete one; the "
+            "value of each hook point is {name: NAME, SETTING: VALUE}"
         )
     fillers = {hook: _factory(hook, config[hook]) for hook in MODEL_HOOKS}
     return fillers | {key: _typed(key, config.get(key, default)) for key, default in MODEL_KEYS.items()}
@@ -69,13 +72,13 @@ def build_filler(hook: str, config: DictConfig | Mapping[str, Any]) -> Filler:
     """Builds a filler that takes no sizes from the core: an `objective` or a `learner`.
 
     Raises:
-        ValueError: a name, setting or value cannot be; says which, and what there is.
+        ValueError: a name, setting or value is not valid; the message says which, and lists what there is.
     """
     return _factory(hook, config)()
 
 
 def available() -> str:
-    """All hook points with their choices and settings, one choice a line."""
+    """A text that lists all hook points with their choices and settings, one choice per line."""
     lines = ["  " + ", ".join(MODEL_KEYS)]
     for hook in HOOK_POINTS:
         for name, cls in sorted(registry.choices(hook).items()):

@@ -1,8 +1,7 @@
-"""The residual encoder that AnyUp uses five times: a convolution and residual blocks of 1x1 convolutions.
+"""The residual encoder that AnyUp uses five times: a convolution, then residual blocks of 1x1 convolutions.
 
-`Encoder.forward` reads like its definition (UPSTREAM: GroupNorm(8), SiLU, 1x1 convolution, twice, plus identity).
-It runs as plain PyTorch operations where they are wanted (export, compilation, second derivatives) and through
-`core/fast/streamed_encoder.py`, exact, streamed and with little memory, everywhere else.
+`Encoder.plain` is the definition, in plain PyTorch operations; it runs for export, compilation and second derivatives.
+Otherwise `core/fast/encoder.py` computes the same result to rounding, with little memory.
 """
 
 from collections.abc import Callable
@@ -11,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.fast.encoder import Weights, encode, refuse_transforms
 from core.fast.norm_act_conv import NUM_GROUPS, Buffers, Step, under_autocast
-from core.fast.streamed_encoder import Weights, encode, refuse_transforms
 
 Stem = Callable[[Tensor], Tensor]
 
 
 class ResBlock(nn.Module):
-    """(B,in,H,W) -> (B,out,H,W): GroupNorm, SiLU, 1x1 convolution, twice, plus the input (AnyUp, section 3)."""
+    """(B,in,H,W) -> (B,out,H,W): twice GroupNorm(8), SiLU, 1x1 convolution; plus the input (AnyUp, section 3)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -41,8 +40,8 @@ class Encoder(nn.Sequential):
     """(B,in,H,W) -> (B,D,H,W), or pooled to (B,D,h,w): `stem`, then two residual blocks.
 
     Args:
-        stem: what produces the blocks' input: a convolution, or a feature-agnostic layer.
-        stem_channels: how many channels the stem returns.
+        stem: the first layer: a convolution, or the feature-agnostic layer.
+        stem_channels: number of channels that the stem returns.
         embed_dim: D, a multiple of 8.
     """
 
@@ -50,11 +49,11 @@ class Encoder(nn.Sequential):
         super().__init__(stem, ResBlock(stem_channels, embed_dim), ResBlock(embed_dim, embed_dim))
         self.twice_differentiable = False
         self.compiles = False
-        """Whether `plain` goes through `torch.compile`."""
-        self._compiled: tuple[Encoder, Stem] | None = None  # of whom, for copies have other weights
+        """True: `forward` runs `plain` through `torch.compile`."""
+        self._compiled: tuple[Encoder, Stem] | None = None  # with its owner, because copies have other weights
 
     def __getstate__(self) -> dict:
-        """Without the compiled function: a copy, in this process or another, compiles its own."""
+        """Leaves the compiled function out: a copy, in this process or another, compiles its own."""
         return {**self.__dict__, "_compiled": None}
 
     def forward(
@@ -64,33 +63,36 @@ class Encoder(nn.Sequential):
         buffers: Buffers | None = None,
         stem: Stem | None = None,
     ) -> Tensor:
-        """Encodes, then averages over the cells of `output_size` (adaptive average pooling) if one is given.
+        """Encodes; with `output_size`, then averages over its cells (adaptive average pooling).
 
-        `stem` runs in place of the first layer: that layer with more inputs bound to it than x, say.
+        `stem` replaces the first layer, for example by the same layer with further inputs bound to it.
+
+        Raises:
+            RuntimeError: under `torch.func`, unless `twice_differentiable` is set.
         """
         if self.twice_differentiable or torch.compiler.is_compiling():
             return self.plain(x, output_size, stem)
         if self.compiles and stem is None:
             return self._compiled_plain()(x, output_size)
         refuse_transforms()
-        return self.streamed(x, output_size, buffers or Buffers(), stem)
+        return self.fast(x, output_size, buffers or Buffers(), stem)
 
     def _compiled_plain(self) -> Stem:
         if self._compiled is None or self._compiled[0] is not self:
             compiled = torch.compile(self.plain, dynamic=False, recompile_limit=64, isolate_recompiles=True)
-            object.__setattr__(self, "_compiled", (self, compiled))  # no child of itself
+            object.__setattr__(self, "_compiled", (self, compiled))  # not registered as a child
         return self._compiled[1]
 
     def plain(self, x: Tensor, output_size: tuple[int, int] | None = None, stem: Stem | None = None) -> Tensor:
-        """The definition, in operations that differentiate any number of times."""
+        """The definition, in operations that can be differentiated any number of times."""
         for layer in (stem or self[0], self[1], self[2]):
             x = layer(x.contiguous())  # PyTorch's GroupNorm loses digits in channels-last memory
         return x if output_size is None else F.adaptive_avg_pool2d(x, output_size)  # (B,D,h,w)
 
-    def streamed(
+    def fast(
         self, x: Tensor, output_size: tuple[int, int] | None, buffers: Buffers, stem: Stem | None = None
     ) -> Tensor:
-        """The same numbers with two image-sized buffers, or (with gradients) by recomputing what is cheap."""
+        """As `plain`, in two image-sized buffers. With gradients, `backward` recomputes what is cheap."""
         stem = stem or self[0]
         weights = Weights(_matrix(stem), _matrix(self[1].shortcut), (*_steps(self[1]), *_steps(self[2])))
         pixels = x if weights.stem is not None else stem(x)

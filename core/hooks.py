@@ -14,22 +14,23 @@ Shape letters, used everywhere in this project: B batch, C feature channels (ANY
     output   -> refiner(output, context)                            # (B, C, Qh, Qw)
     output   -> temporal(output, context, state)                    # (B, C, Qh, Qw), next state
 
-`context` is one object: image, features, coords, a random generator, and the guidance for who asks (core/batch.py).
+`context` is one object: image, features, coords, a random generator, and the guidance if a filler asks for it
+(core/batch.py).
 
-One training step, `tasks` being one batch for each backbone of the step (core/training.py)::
+One training step (core/training.py); `tasks` has one batch for each backbone of the step::
 
-    learner.step(trainable, tasks, optimizer)                       # backward and update, around:
-    losses   -> learner(model, objective, tasks)                    # by default, of each batch:
+    learner.step(trainable, tasks, optimizer)                       # backward and update; it calls:
+    losses   -> learner(model, objective, tasks)                    # by default, for each batch:
                     output = model(image, features, output_size)    # the batch's own forward
-                    filler.auxiliary_loss(output, batch)            # right after it, of every filler that has one
+                    filler.auxiliary_loss(output, batch)            # right after it, for every filler that has one
                  -> objective(model, batch, output)                 # dict of scalars
 
 An idea is one class in one file: subclass the hook point, decorate it with `@register("name")`, and give its
-settings as typed keyword arguments of `__init__`. Rules that every filler keeps:
+settings as typed keyword arguments of `__init__`. Every filler keeps these rules:
 
-- the same weights serve any number of feature channels C;
+- its weights do not depend on the number of feature channels C;
 - it starts as the baseline (zero gate, one scale, zero steps), or has a setting that makes it the baseline;
-- it never falls back silently: what it cannot do, it refuses, and says what to do instead.
+- it never falls back silently: it raises an error for what it cannot do, and the message says what to do instead.
 """
 
 from abc import ABC, abstractmethod
@@ -43,8 +44,8 @@ from core.batch import Batch, Context
 from core.points import sample_rows
 
 GATE_LR_SCALE = 10.0
-"""For `lr_scales` of a gate that starts closed: Adam's steps are as large as the learning rate, whatever the gradient,
-and so open it within hundreds of steps and not thousands."""
+"""For `lr_scales` of a gate that starts closed. Adam's steps are about as large as the learning rate, whatever the
+gradient. With this factor a gate opens within hundreds of steps instead of thousands."""
 
 
 class Filler(nn.Module, ABC):
@@ -55,35 +56,37 @@ class Filler(nn.Module, ABC):
     supplied: ClassVar[tuple[str, ...]] = ()
     """Constructor arguments that the core gives; all others are the filler's configuration."""
     changeable: ClassVar[tuple[str, ...]] = ()
-    """Settings without weights that may be others after training than in it, such as a sampler's number of steps."""
+    """Settings that may change after training because no weights depend on them, such as a sampler's step count."""
     lr_scales: ClassVar[Mapping[str, float]] = {}
-    """Parameters by name, as in `named_parameters`, or the first part of it -> times the learning rate."""
+    """Factors on the learning rate. Key: a parameter's name as in `named_parameters`, or the first part of it."""
     batch_parts: frozenset[str] = frozenset()
-    """Optional parts of `Batch` that it looks at in training (core/batch.py); may be set in `__init__`."""
+    """Optional parts of `Batch` that the filler needs in training (core/batch.py); may be set in `__init__`."""
 
     def auxiliary_loss(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Scalar losses of the filler's own, named `*_loss`; they are added to the objective's.
+        """The filler's own scalar losses, named `*_loss`; they are added to the objective's.
 
-        Called once per training step and batch, right after the batch's own forward: what the filler kept of its
-        latest forward is of this batch, whatever forwards the objective makes later.
+        Called once per training step and batch, right after the batch's own forward. So anything that the filler
+        stored in its latest forward belongs to this batch, whatever forwards the objective makes later.
 
         Args:
-            output: (B,C,Qh,Qw), what the model made of the batch.
-            batch: with the target; `core.batch.crops_of(x, batch)` are the regions of a (B,C,Qh,Qw) that it shows.
+            output: (B,C,Qh,Qw), the model's output for the batch.
+            batch: the batch with its target. `core.batch.crops_of(x, batch)` cuts the target's regions out of a
+                (B,C,Qh,Qw) tensor.
         """
         return {}
 
     def pictures(self) -> dict[str, Tensor]:
-        """What the filler learnt, of the first image of its latest forward: title -> (3,height,width) RGB in [0,1].
+        """Pictures of what the filler did to the first image of its latest forward: title -> (3,height,width) RGB.
 
-        A forward with gradients or under a compiler need keep nothing for it. Training logs the pictures with each
-        validation's own; in a notebook: `model(image, features)` without gradients, then `model.unifier.pictures()`.
+        RGB is in [0,1]. A forward with gradients or under a compiler need not store anything for pictures. Training
+        logs them at each validation. In a notebook, call `model(image, features)` without gradients, then
+        `model.unifier.pictures()`.
         """
         return {}
 
 
 class Unifier(Filler):
-    """Turns features of any width into the D channels that the keys are made of.
+    """Maps features with any number of channels to D channels, from which the keys are computed.
 
     Called once per forward, before the keys are aggregated.
     """
@@ -93,11 +96,11 @@ class Unifier(Filler):
 
     @abstractmethod
     def forward(self, features: Tensor, guidance: Tensor) -> Tensor:
-        """(B,C,h,w) features as the backbone gave them, (B,D,H,W) encoded image -> (B,D,h,w)."""
+        """(B,C,h,w) raw backbone features, (B,D,H,W) encoded image -> (B,D,h,w)."""
 
 
 class Attention(Filler):
-    """Looks up the features: every output vector is made of `value` vectors, weighted by query-key similarity.
+    """Every output vector is a sum of `value` vectors, weighted by query-key similarity.
 
     Called once per forward with all queries, or band by band when the output is streamed.
     """
@@ -105,25 +108,25 @@ class Attention(Filler):
     hook = "attention"
     supplied = ("embed_dim",)
     takes_out: ClassVar[bool] = False
-    """True: `forward` has a fourth argument, `out`: None, or memory of the result's size and dtype to write it to."""
+    """True: `forward` has a fourth argument `out`: None, or a tensor for the result, of its shape and dtype."""
 
     @abstractmethod
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(B,D,Qh,Qw) query, (B,D,h,w) key, (B,C,h,w) value (the raw features) -> (B,C,Qh,Qw)."""
 
     def bands(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yields the same output as `forward` in bands of rows, top to bottom: (rows, (B,C,rows,Qw)).
+        """Yields `forward`'s output in bands of rows, top to bottom: (rows, (B,C,rows,Qw)).
 
-        An attention that can work in bounded memory overrides this; by default there is one band.
+        By default there is one band. An attention that can work in bounded memory overrides this.
         """
         yield slice(0, query.shape[-2]), self(query, key, value)
 
     def at(self, query: Tensor, key: Tensor, value: Tensor, coords: Tensor) -> Tensor:
-        """(N,2) points in the unit square of the image, (row, column), the same for all images -> (B,C,N).
+        """Attention at (N,2) points of the image, the same for all images -> (B,C,N); used by `AnyUp.query`.
 
-        For `AnyUp.query`. At the centres of the query grid's pixels it must be what `forward` gives there. By default
-        the output of that grid is interpolated bilinearly; an attention that can look from a point itself overrides
-        this.
+        Points are (row, column) in the unit square. At the pixel centres of the query grid, the result must equal
+        `forward`'s. By default the output on that grid is interpolated bilinearly. An attention that can work at any
+        point overrides this.
         """
         height = query.shape[-2]
         shares = (sample_rows(band, rows, height, coords) for rows, band in self.bands(query, key, value))
@@ -135,16 +138,16 @@ class AfterAttention(Filler):
 
     supplied = ("embed_dim",)
     needs_guidance: ClassVar[bool] = False
-    """True: `context.guidance` is the encoded image. It is freed before attention when nobody needs it."""
+    """True: `context.guidance` is the encoded image. If no filler needs it, it is freed before attention."""
     needs_whole_output: ClassVar[bool] = True
-    """False only when `forward` may be called on bands of rows; otherwise a streamed output is refused."""
+    """False only if `forward` may be called on bands of rows. True: the model refuses to stream its output."""
     linear_in_values: ClassVar[bool] = False
-    """True only when the output is the same linear map of `output` for every channel, so that a linear head may come
-    first (`AnyUp.readout`)."""
+    """True only if the result is a linear map of `output`, the same one for every channel. Then a linear head may be
+    applied first (`AnyUp.readout`)."""
 
 
 class Decoder(AfterAttention):
-    """Corrects the explicit output at query coordinates, pointwise: no output pixel depends on another.
+    """Corrects attention's output (the explicit output) at each point: no output pixel depends on another.
 
     Called after attention, on the whole output or on a band of its rows.
     """
@@ -158,13 +161,13 @@ class Decoder(AfterAttention):
 
 
 class Refiner(AfterAttention):
-    """Improves a finished output, looking at all of it. Called after the decoder."""
+    """Improves the decoder's output, with the whole of it in view. Called after the decoder."""
 
     hook = "refiner"
 
     @abstractmethod
     def forward(self, output: Tensor, context: Context) -> Tensor:
-        """(B,C,Qh,Qw) -> (B,C,Qh,Qw). Random numbers come from `context.generator` and from nowhere else."""
+        """(B,C,Qh,Qw) -> (B,C,Qh,Qw). All random numbers must come from `context.generator`."""
 
 
 class Temporal(AfterAttention):
@@ -174,44 +177,44 @@ class Temporal(AfterAttention):
 
     @abstractmethod
     def forward(self, output: Tensor, context: Context, state: object | None) -> tuple[Tensor, object | None]:
-        """(B,C,Qh,Qw), state after the last frame (None at the first) -> output, state for the next frame.
+        """(B,C,Qh,Qw), state of the previous frame (None at the first frame) -> output, state for the next frame.
 
-        The state may be anything. Frames of another size, or of another number of channels, begin a new video: the
-        filler compares with what it kept, and refuses or starts again, as it says.
+        The state may be any object. A frame with another size or number of channels begins a new video. The filler
+        must detect this, and either raise an error or start again; its docstring says which.
         """
 
 
 class Objective(Filler):
-    """Computes what training minimises. Its own parameters are trained and saved like the model's."""
+    """Computes the training losses. Its own parameters are trained and saved like the model's."""
 
     hook = "objective"
     needs_output: ClassVar[bool] = True
-    """False: it makes its own forwards, and `output` is None unless some filler's auxiliary loss asked for it."""
+    """False: it makes its own forwards, and `output` is None unless a filler's auxiliary loss needs it."""
 
     @abstractmethod
     def forward(self, model: nn.Module, batch: Batch, output: Tensor | None) -> dict[str, Tensor]:
         """-> named scalar losses (`*_loss`), already weighted; their sum is minimised.
 
         Args:
-            model: for forwards of its own; under mixed precision they give half precision.
-            output: (B,C,Qh,Qw) of the batch's own forward, at least in single precision.
+            model: for further forwards; under mixed precision they return half precision.
+            output: (B,C,Qh,Qw) from the batch's own forward, at least in single precision.
         """
 
 
 class Learner(Filler):
-    """Owns one optimisation step over the tasks of a step, and adaptation at test time.
+    """Makes one optimisation step over several tasks, and adapts the model at test time.
 
-    Its own parameters (learned rates, say) are trained and saved like the model's.
+    Its own parameters (for example learned learning rates) are trained and saved like the model's.
     """
 
     hook = "learner"
 
     @abstractmethod
     def forward(self, model: nn.Module, objective: Objective, tasks: Sequence[Batch]) -> list[dict[str, Tensor]]:
-        """The losses of each task, whose sums are minimised: all that is differentiated in a step.
+        """The losses of each task; their sums are minimised. Everything that a step differentiates happens here.
 
-        `model` is the bare module, whatever precision and however many processes it is trained with: functional
-        copies of it (`learn2learn.clone_module`) run their own weights. Under mixed precision autocast is on.
+        `model` is never wrapped for precision or several processes. So functional copies of it
+        (`learn2learn.clone_module`) use their own weights. Under mixed precision autocast is on.
         """
 
     @abstractmethod
@@ -221,15 +224,15 @@ class Learner(Filler):
         """Updates the weights once -> the detached losses of each task, in order.
 
         Args:
-            trainable: `core.training.Trainable`, maybe wrapped for several processes; `trainable(tasks)` is this
-                learner's `forward`. Losses to differentiate come from there, so that all processes see them.
+            trainable: a `core.training.Trainable`, possibly wrapped for several processes. `trainable(tasks)` calls
+                this learner's `forward`. Take the losses to differentiate from there, so that all processes see them.
             tasks: one batch for each backbone of the step.
-            optimizer: call `core.training.backward(loss, optimizer)` for the gradients that the update uses, so that
-                half precision, accumulation over steps and several processes work without the learner knowing of them.
+            optimizer: compute the update's gradients with `core.training.backward(loss, optimizer)`. It takes care of
+                half precision, accumulation over steps and several processes.
         """
 
     def adapt(self, model: nn.Module, objective: Objective, support: Sequence[Batch]) -> nn.Module:
-        """The model for the tasks that `support` shows; the given one stays as it is. By default they are the same."""
+        """Returns the model adapted to `support`; the given one stays unchanged. By default, returns `model` itself."""
         return model
 
 

@@ -1,4 +1,4 @@
-"""One file of the Hugging Face hub: asked for once, then taken from the hub's cache."""
+"""Gets one file of the Hugging Face hub with a single request, or from the local cache if the hub does not answer."""
 
 from pathlib import Path
 
@@ -15,13 +15,13 @@ def hub_file(
     force_download: bool = False,
     local_files_only: bool = False,
 ) -> str:
-    """Path of a file of the hub, in its cache. The arguments are those of `huggingface_hub.hf_hub_download`.
+    """Path of a hub file in the local cache. The arguments are those of `huggingface_hub.hf_hub_download`.
 
-    That function asks an unreachable hub five times over half a minute and logs a line each time; here it is asked
-    once, for at most HF_HUB_ETAG_TIMEOUT seconds, and what lies in the cache serves where it gives no answer.
+    `hf_hub_download` asks an unreachable hub five times over half a minute, and logs a line each time. This function
+    asks once, for at most HF_HUB_ETAG_TIMEOUT seconds. If there is no answer, it returns the cached file.
 
     Raises:
-        OSError, huggingface_hub.errors.HTTPError: neither from the hub nor in the cache.
+        OSError, huggingface_hub.errors.HTTPError: neither the hub nor the cache gives the file.
     """
 
     def get(only_local: bool) -> str:

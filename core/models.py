@@ -19,16 +19,17 @@ def build(overrides: list[str] | None = None) -> AnyUp:
     `build()` is the baseline; `build(["attention=global", "unifier.ordering=released", "seed=3"])` changes it.
 
     Raises:
-        ValueError: as `compose`.
+        TypeError, ValueError: as `compose` and `from_config`.
     """
     return from_config(compose(overrides))
 
 
 def from_config(config: DictConfig | dict[str, Any]) -> AnyUp:
-    """Builds the model of a configuration; keys that belong to experiments are left alone.
+    """Builds the model of a configuration; keys that belong to experiments are ignored.
 
     Raises:
-        ValueError: a hook point is missing, or a name, setting or value cannot be; says which, and what there is.
+        ValueError: a hook point is missing, or a name, setting or value is not valid; the message says which, and
+            lists what there is.
     """
     return AnyUp(**arguments(config))
 
@@ -36,26 +37,27 @@ def from_config(config: DictConfig | dict[str, Any]) -> AnyUp:
 def load(source: str | Path, changes: Mapping[str, Any] | None = None) -> AnyUp:
     """Rebuilds the model of a checkpoint, in eval mode on the CPU.
 
-    Takes files of `save`, folders of `save_pretrained`, the names that `core.checkpoint.find` lists, and published
-    AnyUp checkpoints (`.pth`, read without unpickling objects, or `.safetensors`; bare, or as the released training
-    script nests them), which get `ordering: released`. The prefixes `module.` and `_orig_mod.` are taken off.
-
-    `changes`: settings that may be others after training (`Filler.changeable`), such as
-    `{"attention.window_ratio": 0.2}`.
+    Args:
+        source: a file that `save` wrote, a folder that `save_pretrained` wrote, a name (`core.checkpoint.find` lists
+            them), or a published AnyUp checkpoint. The last may be `.pth` (no code in it is run) or `.safetensors`, a
+            bare state dict or nested as in the released training script; it gets `ordering: released`. The prefixes
+            `module.` and `_orig_mod.` are removed.
+        changes: new values for settings that may change after training (`Filler.changeable`), such as
+            `{"attention.window_ratio": 0.2}`.
 
     Raises:
-        FileNotFoundError: no such file. OSError: published weights that cannot be downloaded.
-        WeightsError: truncated, of another architecture, or a pickle that would run code.
-        ValueError: `changes` names a setting that may not be changed; lists those that may.
+        FileNotFoundError: no such file. OSError: published weights cannot be downloaded.
+        WeightsError: the file is truncated, of another architecture, or a pickle that would run code.
+        ValueError: `changes` names a setting that may not change; the message lists those that may.
     """
     state, config = checkpoint.read(source)
     return checkpoint.rebuild(AnyUp, state, checkpoint.changed(config, changes) if changes else config, source)
 
 
 def from_published(state: dict[str, Tensor]) -> AnyUp:
-    """The model of a published AnyUp state dict, in eval mode; its feature layer has `ordering: released`.
+    """Builds the model of a published AnyUp state dict, in eval mode, with `ordering: released`.
 
     Raises:
-        WeightsError: not a state dict of AnyUp.
+        WeightsError: it is not a published state dict of AnyUp.
     """
     return checkpoint.rebuild(AnyUp, *rename_published(state), "the state dict")

@@ -1,4 +1,4 @@
-"""The hook points that the baseline leaves empty: `decoder=none`, `refiner=none`, `temporal=none`."""
+"""Fillers of the hook points that the baseline does not use: `decoder=none`, `refiner=none`, `temporal=none`."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from core.registry import register
 
 @register("none")
 class NoDecoder(Decoder):
-    """Keeps the explicit output."""
+    """Returns attention's output unchanged."""
 
     linear_in_values = True
 
@@ -22,7 +22,7 @@ class NoDecoder(Decoder):
 
 @register("none")
 class NoRefiner(Refiner):
-    """Keeps the decoded output."""
+    """Returns the decoder's output unchanged."""
 
     needs_whole_output = False
     linear_in_values = True
@@ -36,7 +36,7 @@ class NoRefiner(Refiner):
 
 @register("none")
 class NoTemporal(Temporal):
-    """Treats every frame as if it were alone."""
+    """Treats every frame on its own: returns output and state unchanged."""
 
     needs_whole_output = False
     linear_in_values = True

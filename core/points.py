@@ -1,7 +1,6 @@
-"""Points anywhere in the image: what a grid holds there, and attention for them, one window around each.
+"""Arbitrary points of the image: sampling a grid there, and attention with one window around each point.
 
-Coordinates are (row, column) in the unit square of the image, as `pixel_centres` gives them for a grid: pixel i of n
-lies at (i + 0.5)/n.
+Coordinates are (row, column) in the unit square of the image: the centre of pixel i of n is at (i + 0.5)/n.
 """
 
 from functools import partial
@@ -14,7 +13,7 @@ MAX_GATHERED = {"cpu": 2**20, "cuda": 2**26}  # values of gathered keys and feat
 
 
 def pixel_centres(size: tuple[int, int], like: Tensor) -> Tensor:
-    """(Qh,Qw,2): (row, column) of each output pixel's centre in the unit square; float32 where `like` has less."""
+    """Centres of a grid's pixels: (Qh,Qw,2) of (row, column), on the device of `like`, at least in float32."""
     axes = [(torch.arange(n, device=like.device, dtype=torch.float32) + 0.5) / n for n in size]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).to(torch.promote_types(like.dtype, torch.float32))
 
@@ -22,13 +21,17 @@ def pixel_centres(size: tuple[int, int], like: Tensor) -> Tensor:
 def nearest_cells(coords: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """The four cells of an (h,w) grid whose centres surround each point, in order (0,0), (0,1), (1,0), (1,1).
 
+    Beyond the outermost centres, cells at the border replace the missing ones.
+
     Args:
         coords: (N,2).
+        size: (h,w).
 
     Returns:
-        (N,4) cells, numbered row by row; (N,4) area weights, each the area of the rectangle between the point and
-        the diagonally opposite centre, which sum to 1 (LIIF, section 3); (N,4,2) from each centre to the point, in
-        cells. Beyond the outermost centres the border's cells stand in for those that are not there.
+        (N,4): numbers of the cells, row by row.
+        (N,4): area weights, which sum to 1 (LIIF, section 3). Each is the area of the rectangle between the point and
+        the diagonally opposite centre.
+        (N,4,2): offset from each centre to the point, in cells.
     """
     extent = coords.new_tensor(size)
     position = coords * extent - 0.5  # (N,2)
@@ -41,13 +44,18 @@ def nearest_cells(coords: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor
 
 
 def sample(grid: Tensor, coords: Tensor) -> Tensor:
-    """(B,D,h,w) grid, (N,2) coords -> (B,N,D) by bilinear interpolation between cell centres; constant beyond them."""
+    """Bilinear interpolation: (B,D,h,w) grid, (N,2) coords -> (B,N,D); constant beyond the outermost cell centres."""
     cells, weights, _ = nearest_cells(coords, tuple(grid.shape[-2:]))
     return _weighted(grid, cells, weights)
 
 
 def sample_rows(band: Tensor, rows: slice, height: int, coords: Tensor) -> Tensor:
-    """The share of `sample` that those rows of a grid of `height` rows have in it: over all bands it sums to it."""
+    """The part of `sample` that a band of rows contributes; the parts of all bands sum to the whole.
+
+    Args:
+        band: (B,D,rows,w): these rows of a grid with `height` rows.
+        coords: (N,2).
+    """
     width = band.shape[-1]
     cells, weights, _ = nearest_cells(coords, (height, width))
     within = (cells >= rows.start * width) & (cells < rows.stop * width)
@@ -87,9 +95,10 @@ def _weighted(grid: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
 
 
 def visible_keys(centre: Tensor, num_keys: int, window_ratio: float) -> tuple[Tensor, Tensor]:
-    """Along one axis, the keys around each of N points: (N,K) keys, and (N,K) bool: which of them the point sees.
+    """The keys around each of N points along one axis: (N,K) keys; (N,K) bool: whether the point sees them.
 
-    The same window as a pixel's with its centre there (`core.fast.windows.window_bounds`), K being that of the widest.
+    The window is that of a pixel with its centre there (`core.fast.windows.window_bounds`). K is the number of keys in
+    the widest window.
 
     Raises:
         ValueError: the window is so narrow that a point sees nothing.
@@ -111,9 +120,9 @@ def visible_keys(centre: Tensor, num_keys: int, window_ratio: float) -> tuple[Te
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, coords: Tensor, window_ratio: float, num_heads: int) -> Tensor:
-    """(B,N,D) projected queries, (B,h,w,D) projected and scaled keys, (B,h,w,C) values, (N,2) -> (B,C,N).
+    """(B,N,D) projected queries, (B,h,w,D) projected and scaled keys, (B,h,w,C) values, (N,2) coords -> (B,C,N).
 
-    In blocks of points: for each its window's keys and values are gathered, unless it sees them all.
+    Works on blocks of points. The keys and values of each window are gathered, unless every point sees all of them.
     """
     rows, rows_visible = visible_keys(coords[:, 0], key.shape[1], window_ratio)
     columns, columns_visible = visible_keys(coords[:, 1], key.shape[2], window_ratio)

@@ -1,4 +1,4 @@
-"""AnyUp's published weights: where they are, their hashes, and how their names correspond to ours.
+"""AnyUp's published weights: their URLs and hashes, and the mapping of their parameter names to ours.
 
 Wimmer et al., AnyUp: Universal Feature Upsampling, arXiv 2510.12764. The weights are theirs, under CC-BY-4.0.
 """
@@ -39,8 +39,8 @@ PUBLISHED = {
 }
 """Name -> weights; each file has 3.5 MB."""
 
-# Published name -> ours. The value and output projections and the key bias of the published attention do not
-# change its result, and have no counterpart here.
+# Published parameter name -> ours. The value and output projections and the key bias of the published attention do
+# not change its result, and have no counterpart here.
 _RENAMES = {
     "rope.": "rotary.",
     "key_features_encoder.": "unifier.encoder.",
@@ -53,11 +53,11 @@ _OUT_PROJECTION = "cross_decode.cross_attn.attention.out_proj."
 
 
 def fetch(name: str) -> Path:
-    """The file of the published weights `name`: from torch.hub's cache, or the first time from the authors' release.
+    """Path of the published weights `name` in torch.hub's cache; downloads them from the authors' release once.
 
     Raises:
-        OSError: not in the cache, and the release cannot be reached; says how to use a file of one's own.
-        WeightsError: what was downloaded, or lies in the cache, is not the published file. A download is not kept.
+        OSError: they are not in the cache and cannot be downloaded; the message says how to use your own file.
+        WeightsError: the downloaded or cached file is not the published one. A wrong download is deleted.
     """
     known = PUBLISHED[name]
     path = Path(torch.hub.get_dir(), "checkpoints", Path(known.url).name)
@@ -67,8 +67,8 @@ def fetch(name: str) -> Path:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != known.sha256:
         raise WeightsError(
-            f"{path} is not the published {name} (sha256 {found[:12]}..., not {known.sha256[:12]}...): delete it, and "
-            "it is downloaded again"
+            f"{path} is not the published {name} (sha256 {found[:12]}..., not {known.sha256[:12]}...): delete it, then "
+            "it will be downloaded again"
         )
     return path
 
@@ -79,30 +79,30 @@ def _download(name: str, known: Published, path: Path) -> None:
         torch.hub.download_url_to_file(known.url, str(path), hash_prefix=known.sha256, progress=False)
     except (OSError, HTTPException) as error:
         raise OSError(
-            f"{name}: {known.url} could not be had ({type(error).__name__}): go online, put the file at {path}, or "
+            f"{name}: {known.url} cannot be downloaded ({type(error).__name__}): go online, put the file at {path}, or "
             "give its path instead of the name"
         ) from error
-    except RuntimeError as error:  # torch's refusal of a wrong hash; it has removed what it downloaded
+    except RuntimeError as error:  # torch found a wrong hash, and has deleted what it downloaded
         raise WeightsError(
-            f"{name}: what {known.url} gave is not the published file (its sha256 must begin with "
-            f"{known.sha256[:12]}): nothing was kept. Try again, or give the path of a file that you have"
+            f"{name}: the file from {known.url} is not the published one (its sha256 must begin with "
+            f"{known.sha256[:12]}), and was deleted. Try again, or give the path of a file that you have"
         ) from error
 
 
 def is_published(state: dict[str, Tensor]) -> bool:
-    """Whether a state dict has the published names."""
+    """Whether a state dict has the published parameter names."""
     return _IN_PROJECTION + "weight" in state and "key_features_encoder.0.basis" in state
 
 
 def rename_published(
     state: dict[str, Tensor], path: str | Path = "the state dict"
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A published state dict in this project's names, and the configuration it belongs to.
+    """Converts a published state dict -> state dict with this project's parameter names, configuration.
 
-    Window ratio and number of heads are not in the weights; the published values (0.1, 4) are assumed.
+    Window ratio and number of heads cannot be read from the weights; the published values (0.1, 4) are assumed.
 
     Raises:
-        WeightsError: not a published state dict.
+        WeightsError: it is not a published state dict; the message names `path`.
     """
     if not is_published(state):
         found = ", ".join(list(state)[:3])
@@ -146,7 +146,7 @@ def _config(state: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our baseline state dict under the published names; what has no counterpart here becomes zeros."""
+    """Converts our baseline state dict to the published names; weights without a counterpart here become zeros."""
     published = {}
     for name, tensor in state.items():
         prefix = next((new for new in _RENAMES.values() if name.startswith(new)), "")

@@ -1,8 +1,8 @@
-"""AnyUp as published, dense and slow: what every fast path is compared with, in results and in cost.
+"""AnyUp as published, dense and slow: the reference for the results and the cost of every fast path.
 
-One class, the published algorithm step by step (arXiv 2510.12764; layouts as in the released state dicts, which it
-loads as they are): all queries attend to all keys under a full mask, and `nn.MultiheadAttention` computes the value
-and output projections that nobody reads. It works in any floating dtype and differentiates any number of times.
+One class follows the published algorithm step by step (arXiv 2510.12764), and loads released state dicts as they are.
+All queries attend to all keys under a full mask, and `nn.MultiheadAttention` also computes value and output projections
+that are not used. The class works in any floating dtype and can be differentiated any number of times.
 """
 
 import torch
@@ -15,7 +15,7 @@ from core.published import to_published
 
 
 class ReferenceAnyUp(nn.Module):
-    """(image, features) -> (B,C,Qh,Qw), as `AnyUp` with its baseline fillers.
+    """(image, features) -> (B,C,Qh,Qw), like `AnyUp` with its baseline fillers.
 
     Args:
         embed_dim, num_heads, window_ratio, num_basis, kernel_size: as in `AnyUp`'s fillers.
@@ -61,9 +61,11 @@ class ReferenceAnyUp(nn.Module):
         queries_at_once: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Upsamples; `queries_at_once` bounds the logits held, as the released code's option does.
+        """Upsamples (B,C,h,w) features, as `AnyUp.forward`.
 
-        `generator` is there to be called as `AnyUp` is in training: nothing here is random.
+        Args:
+            queries_at_once: limits the logits held at once, like the option of the released code.
+            generator: ignored, as nothing here is random; training gives one to every model.
         """
         guidance = self._rotate(self.image_encoder(image))  # (B,D,H,W)
         query = F.adaptive_avg_pool2d(self.query_encoder(guidance), output_size or image.shape[-2:])
@@ -122,7 +124,7 @@ def _encoder(first: nn.Module, first_channels: int, embed_dim: int) -> nn.Sequen
 
 
 def _window_mask(size: tuple[int, int], grid: tuple[int, int], window_ratio: float) -> Tensor:
-    """(queries, keys) bool, True where a query must not look."""
+    """(queries, keys) bool: True where a query must not see a key."""
     seen = []
     for num_queries, num_keys in zip(size, grid, strict=True):
         first, last = map(torch.from_numpy, window_bounds(num_queries, num_keys, window_ratio))
@@ -133,16 +135,19 @@ def _window_mask(size: tuple[int, int], grid: tuple[int, int], window_ratio: flo
 
 
 def reference_of(model: nn.Module) -> ReferenceAnyUp:
-    """The reference with the weights of an `AnyUp` whose fillers are the baseline's.
+    """Builds the reference with the weights of a baseline `AnyUp`, with attention `window` or `global`.
+
+    Decoder, refiner and temporal filler must be `none`; this is not checked.
 
     Raises:
-        ValueError: a filler is not the baseline's.
+        ValueError: another unifier or attention.
     """
     config = model.config
     unifier, attention = config["unifier"], config["attention"]
     if (unifier["name"], attention["name"]) not in (("learned_basis", "window"), ("learned_basis", "global")):
         raise ValueError(
-            f"the reference is the baseline only, not unifier={unifier['name']}, attention={attention['name']}"
+            "the reference is the baseline only (unifier=learned_basis, attention=window or global), got "
+            f"unifier={unifier['name']}, attention={attention['name']}"
         )
     reference = ReferenceAnyUp(
         config["embed_dim"],

@@ -1,7 +1,7 @@
-"""Registration: classes that are chosen by name, with their `__init__` signature as typed configuration.
+"""Registration: classes are chosen by name, and their `__init__` signature is their typed configuration.
 
-`Choices` is one group of them: the fillers of a hook point here; data sets, tasks and peers in `experiments/`.
-The only file of the core that touches Hydra at import time.
+`Choices` is one group of such classes: here the fillers of one hook point; in `experiments/` data sets, tasks or peers.
+This is the only file of the core that imports Hydra at import time.
 """
 
 import dataclasses
@@ -23,20 +23,20 @@ from core.hooks import HOOK_POINTS, Filler
 
 ENTRY_POINT_GROUP = "anyup_lab.fillers"
 _groups: list["Choices[Any]"] = []
-"""All of this process, for `discover`."""
+"""All groups of this process, for `discover`."""
 _C = TypeVar("_C")
 _T = TypeVar("_T", bound=type)
 
 
 class Choices(Generic[_C]):
-    """Classes of one kind under names, which Hydra offers as `GROUP=NAME`.
+    """A group of named classes, which Hydra offers as `GROUP=NAME`.
 
     Args:
-        group: of Hydra.
-        base: what each of them must subclass.
-        package: full name of the package whose modules register them. All of it is imported before a look-up, so that
-            dropping a file in is all it takes. Empty: whoever registers a class is imported by others.
-        error: what `make` raises.
+        group: name of the Hydra group.
+        base: the class that each of them must subclass.
+        package: full name of the package whose modules register the classes. All its modules are imported before a
+            look-up, so a new file needs no further change. Empty: the modules are imported elsewhere.
+        error: the exception that `bind`, `settings` and `make` raise.
     """
 
     def __init__(self, group: str, base: type[_C], package: str = "", error: type[ValueError] = ValueError):
@@ -48,7 +48,7 @@ class Choices(Generic[_C]):
         """Offers a class under `name`; running the same definition again (a notebook cell) replaces the earlier one.
 
         Raises:
-            TypeError: the class is none of this kind, or an argument of its `__init__` has no type.
+            TypeError: the class does not subclass `base`, or its `__init__` is not typed (`signature_fields`).
             ValueError: another class has that name.
         """
 
@@ -69,21 +69,22 @@ class Choices(Generic[_C]):
         return add
 
     def load(self) -> None:
-        """Imports all modules of the package: those that are imported already cost nothing, new ones are found."""
+        """Imports all modules of the package, so that new ones are found; those already imported cost nothing."""
         if self.package:
             for found in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
                 importlib.import_module(f"{self.package}.{found.name}")
 
     def all(self) -> dict[str, type[_C]]:
-        """All classes by name: in the order of their files' names, those of one file as they stand there."""
+        """All classes by name, sorted by the names of their modules; within a module, in the order of registration."""
         self.load()
         return dict(sorted(self.known.items(), key=lambda item: item[1].__module__))
 
     def bind(self, name: object, settings: Mapping[str, Any]) -> "partial[_C]":
-        """The class `name` with its settings, still to be called.
+        """A `partial` of the class `name` with its settings.
 
         Raises:
-            error: unknown name, an unknown setting, one without a value, or of another type; says what there is.
+            error: an unknown name, an unknown setting, or a setting without a value or of another type; the message
+                lists what there is.
         """
         known, owner = self.all(), f"{self.group}={name}"
         if name not in known:
@@ -103,20 +104,20 @@ class Choices(Generic[_C]):
         return partial(known[name], **typed)
 
     def settings(self, node: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-        """The configuration `{name, ...settings}` checked: each setting of its declared type, defaults filled in.
+        """Checks a configuration `{name, ...settings}` -> the same with declared types, and defaults filled in.
 
         Raises:
-            error: as `bind`, or a setting that refers to one without a value.
+            error: as `bind`, or a setting refers to one without a value.
         """
         bound = self._bound(node)
         defaults = {key: default for key, (_, default) in signature_fields(bound.func).items()}
         return {"name": bound.func.choice, **defaults, **bound.keywords}
 
     def make(self, node: DictConfig | Mapping[str, Any]) -> _C:
-        """Builds what a configuration `{name, ...settings}` describes.
+        """Builds the object of a configuration `{name, ...settings}`.
 
         Raises:
-            error: as `settings`; and what the class refuses.
+            error: as `settings`. The class may raise its own errors.
         """
         return self._bound(node)()
 
@@ -137,15 +138,15 @@ def register(name: str) -> Callable[[_T], _T]:
     Running the same definition again (a notebook cell) replaces the earlier one.
 
     Raises:
-        TypeError: the class fills no hook point, an argument of its `__init__` has no type, or `changeable` names
-            what is no argument.
-        ValueError: the hook point already has another filler of that name.
+        TypeError: the class fills no hook point, its `__init__` is not typed (`signature_fields`), or `changeable`
+            names something that is no argument.
+        ValueError: the hook point already has another filler with that name.
     """
 
     def add(cls: _T) -> _T:
         hook = _hook_of(cls)
         if wrong := sorted(set(cls.changeable) - set(signature_fields(cls))):
-            raise TypeError(f"{cls.__qualname__}.changeable names {', '.join(wrong)}, which its __init__ has not")
+            raise TypeError(f"{cls.__qualname__}.changeable names {', '.join(wrong)}: no setting of its __init__")
         return _fillers[hook].register(name)(cls)
 
     return add
@@ -165,21 +166,22 @@ def add_choice(group: str, name: str, fields: dict[str, tuple[type, Any]]) -> No
 
 
 def add_root(name: str, keys: dict[str, Any], choices: dict[str, str]) -> None:
-    """Offers a primary config: top-level `keys` with their defaults, and a default choice for each group."""
+    """Offers a primary configuration to Hydra: top-level `keys` with defaults, and a default choice for each group."""
     defaults = [{group: choice} for group, choice in choices.items()]
     ConfigStore.instance().store(name=name, node={"defaults": [*defaults, "_self_"], **keys})
 
 
 def choices(hook: str) -> dict[str, type[Filler]]:
-    """All registered fillers of a hook point by name, those of installed extensions included."""
+    """All registered fillers of a hook point by name, including those of installed extensions."""
     return _group(hook).all()
 
 
 def factory(hook: str, name: str, settings: dict[str, Any]) -> Callable[..., Filler]:
-    """The filler `hook=name` with its settings bound, still to be called with the sizes the core supplies.
+    """A `partial` of the filler `hook=name` with its settings; the core calls it with its own sizes.
 
     Raises:
-        ValueError: unknown hook point or name, or a setting the filler does not have; lists what there is.
+        ValueError: unknown hook point or name, or a setting that the filler does not have; the message lists what
+            there is.
     """
     return _group(hook).bind(name, settings)
 
@@ -188,7 +190,7 @@ def describe(filler: Callable[..., Filler]) -> dict[str, Any]:
     """The configuration of a factory (a registered class, or a `partial` of one): its name and every setting.
 
     Raises:
-        TypeError: `filler` is neither; such a model cannot be written to a checkpoint that rebuilds it.
+        TypeError: `filler` is neither, so no checkpoint could rebuild its model.
     """
     cls, bound = (filler.func, filler.keywords) if isinstance(filler, partial) else (filler, {})
     if not inspect.isclass(cls) or "choice" not in vars(cls) or (isinstance(filler, partial) and filler.args):
@@ -202,13 +204,17 @@ def describe(filler: Callable[..., Filler]) -> dict[str, Any]:
 
 
 def changeable(hook: str, name: str) -> tuple[str, ...]:
-    """The settings of `hook=name` that may be others after training, as "hook.setting"; none of an unknown filler."""
+    """The settings of `hook=name` that may change after training, as "hook.setting"; none for an unknown filler."""
     cls = choices(hook).get(name)
     return () if cls is None else tuple(f"{hook}.{setting}" for setting in cls.changeable)
 
 
 def signature_fields(cls: type) -> dict[str, tuple[type, Any]]:
-    """The settings of a class: argument of `__init__` -> (type, default), without those the core supplies."""
+    """The settings of a class: argument of `__init__` -> (type, default), without those that the core supplies.
+
+    Raises:
+        TypeError: an argument has no type annotation, is called `name`, or is *args or **kwargs.
+    """
     hints = get_type_hints(cls.__init__)
     fields = {}
     for parameter in list(inspect.signature(cls.__init__).parameters.values())[1:]:
@@ -220,7 +226,7 @@ def signature_fields(cls: type) -> dict[str, tuple[type, Any]]:
             continue
         if parameter.name == "name":
             raise TypeError(
-                f"{cls.__qualname__}.__init__: argument name stands for the choice's name: call it otherwise"
+                f"{cls.__qualname__}.__init__: argument `name` is reserved for the name of the choice: rename it"
             )
         if parameter.name not in hints:
             raise TypeError(f"{cls.__qualname__}.__init__: argument {parameter.name} needs a type annotation")
@@ -230,10 +236,10 @@ def signature_fields(cls: type) -> dict[str, tuple[type, Any]]:
 
 
 def _as_declared(owner: str, key: str, kind: type, value: Any) -> Any:
-    """The value of a setting in its declared type, as Hydra takes it: members of an Enum by name, tuples as lists.
+    """Converts a setting's value to its declared type, as Hydra does: Enum members by name, lists for tuples.
 
     Raises:
-        ValueError: it cannot be; names the filler, the setting, the value and what it may be.
+        ValueError: it cannot be converted; the message names the filler, the setting, the value and what it may be.
     """
     try:
         node = OmegaConf.structured(dataclasses.make_dataclass("Settings", [(key, kind)]))
@@ -251,10 +257,10 @@ def _described(kind: type) -> str:
 
 
 def discover() -> None:
-    """Imports all that registers choices, so that Hydra knows them before it composes.
+    """Imports every module that registers choices, so that Hydra knows them before it composes.
 
-    That is every installed package that offers fillers through the entry point group `anyup_lab.fillers`, and the
-    package of every `Choices` of this process: of data sets once `experiments.data` is imported, and so on.
+    These are the installed packages with an entry point in the group `anyup_lab.fillers`, and the packages of all
+    `Choices` of this process. The data sets, for example, are among them once `experiments.data` is imported.
     """
     _load_extensions()
     for group in _groups:

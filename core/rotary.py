@@ -1,4 +1,7 @@
-"""Rotary position code of the encoded image (AnyUp, section 3; RoFormer, Su et al. 2021), with learned frequencies."""
+"""Rotary position embedding of the encoded image, with learned frequencies.
+
+AnyUp, section 3; RoFormer, Su et al. 2021.
+"""
 
 import math
 from collections.abc import Iterator
@@ -6,29 +9,30 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from core.fast.streamed_encoder import refuse_second_derivatives
+from core.fast.encoder import refuse_second_derivatives
 
 PIXELS_PER_BLOCK = 1024
 
 
 class Rotary(nn.Module):
-    """(B,D,H,W) -> (B,D,H,W): channels i and i + D/2 turn against each other by angles linear in the pixel's position.
+    """(B,D,H,W) -> (B,D,H,W): mixes channels i and i + D/2 by angles that are linear in the pixel's position.
 
-    Positions run from 0 to 1, ends included, rows first; angle = position @ freqs with `freqs` (2,D) learned. At
-    the start the first half of the channels turns with rows and the second with columns, at 2π·100^(-t).
+    A position is (row, column), each from 0 to 1, ends included. angle = position @ freqs; `freqs` (2,D) is learned. At
+    the start, the angles of the first half of the channels depend on the row, and those of the second half on the
+    column. Both have the frequencies 2π·100^(-t), with t from 0 to 1.
     """
 
     def __init__(self, embed_dim: int, base: float = 100.0):
         super().__init__()
         if embed_dim % 4:
-            raise ValueError(f"embed_dim must be a multiple of 4 for the rotary code, got {embed_dim}")
+            raise ValueError(f"embed_dim must be a multiple of 4 for the rotary embedding, got {embed_dim}")
         per_axis = 2 * math.pi * base ** torch.linspace(0, -1, embed_dim // 4)
         axis = torch.cat([per_axis, per_axis])  # (D/2,)
         self.freqs = nn.Parameter(torch.block_diag(axis[None], axis[None]))  # (2,D)
         self.twice_differentiable = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """Without gradients x is overwritten: it belongs to the caller's image encoder and nothing else reads it."""
+        """Without gradients x is overwritten: it is the image encoder's result, and nothing else reads it."""
         if self.twice_differentiable or torch.compiler.is_compiling():
             return self.plain(x, self.freqs)
         if torch.is_grad_enabled():
@@ -46,7 +50,7 @@ class Rotary(nn.Module):
 
 
 def _rotate(x: Tensor, freqs: Tensor, out: Tensor) -> Tensor:
-    """`Rotary.plain` in blocks of rows, into `out`, which may be x; both (B,D,H,W)."""
+    """`Rotary.plain` in blocks of rows, written into `out`, which may be x; both (B,D,H,W)."""
     half = x.shape[1] // 2
     for rows, cos, sin in _angles(x, freqs):
         for image, target in zip(*(t.permute(0, 2, 3, 1)[:, rows] for t in (x, out)), strict=True):  # (rows,W,D)
@@ -86,9 +90,9 @@ class _Rotate(torch.autograd.Function):
 
 
 def _angles(x: Tensor, freqs: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows of pixels, with cosine and sine of their angles, (rows,W,D), in the dtype of x.
+    """Yields blocks of rows, with cosine and sine of their angles, (rows,W,D), in the dtype of x.
 
-    By cos(a + b) and sin(a + b), so that only rows and columns need a cosine.
+    Uses the formulas for cos(a + b) and sin(a + b), so cosines are computed once per row and once per column.
     """
     rows, columns = _positions(x, freqs)
     by_row = (rows[:, None] * freqs[0])[:, None]  # (H,1,D)
@@ -103,6 +107,6 @@ def _angles(x: Tensor, freqs: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
 
 
 def _positions(x: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
-    """Of rows (H,) and columns (W,)."""
-    wide = torch.promote_types(freqs.dtype, torch.float32)  # half precision would move pixels by several of them
+    """Positions of the rows (H,) and of the columns (W,)."""
+    wide = torch.promote_types(freqs.dtype, torch.float32)  # in half precision positions are off by several pixels
     return tuple(torch.linspace(0, 1, n, device=x.device, dtype=wide) for n in x.shape[-2:])

@@ -1,4 +1,4 @@
-"""Named random streams: what one child of the model draws never depends on what another one drew."""
+"""Named random streams: the random numbers of one child of the model never depend on those of another."""
 
 import hashlib
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ import torch
 
 @contextmanager
 def named_stream(seed: int, name: str) -> Iterator[None]:
-    """Within the block torch's CPU generator is the stream (seed, name); afterwards it is as it was before.
+    """A context in which torch's CPU generator is seeded with (seed, name); afterwards its old state is restored.
 
-    Generators of GPUs are left alone: make weights and draw numbers on the CPU, then move them.
+    GPU generators are not changed: create weights and draw numbers on the CPU, then move them.
     """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     before = torch.get_rng_state()
@@ -23,6 +23,6 @@ def named_stream(seed: int, name: str) -> Iterator[None]:
 
 
 def generator(*key: object) -> torch.Generator:
-    """The random numbers of that name, on the CPU: independent of all others, and of what was drawn before."""
+    """A CPU generator seeded with `key`: independent of other keys, and of what was drawn before."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.batch import Batch, check_parts, crops_of
+from core.checks import check_losses
 from core.hooks import Filler, Learner, Objective
 from core.registry import register
-from core.validation import check_losses
 
 
 class Trainable(nn.Module):
-    """Model, objective and learner as one module: what is moved, prepared for several processes, averaged and saved.
+    """Model, objective and learner as one module, to be moved, wrapped for several processes, averaged and saved.
 
-    Its forward is all that is differentiated in a step, so mixed precision and several processes see all of it.
+    Everything that a step differentiates happens in its forward. So mixed precision and several processes cover it all.
     """
 
     def __init__(self, model: nn.Module, objective: Objective, learner: Learner):
@@ -28,16 +28,16 @@ class Trainable(nn.Module):
 
     @property
     def batch_parts(self) -> frozenset[str]:
-        """The optional parts of a `Batch` that some filler looks at.
+        """The optional parts of a `Batch` that at least one filler needs.
 
         Raises:
-            ValueError: a filler asks for something that a batch cannot have.
+            ValueError: a filler asks for a part that no batch has.
         """
         return check_parts((filler, filler.batch_parts) for filler in fillers_of(self))
 
 
 def lr_scale(module: nn.Module, name: str) -> float:
-    """How many times the learning rate the parameter `name` of a module is trained with: `Filler.lr_scales`."""
+    """Factor on the learning rate of the parameter `name` of a module, from `Filler.lr_scales`; 1 by default."""
     for prefix, filler in module.named_modules():
         if isinstance(filler, Filler) and name.startswith(f"{prefix}." if prefix else ""):
             own = name.removeprefix(f"{prefix}.")
@@ -63,10 +63,10 @@ class CosineMSE(Objective):
     """AnyUp's training objective (section 3.4).
 
     Args:
-        self_consistency: weight of the agreement between guidance with and without photometric augmentation, at
-            `self_consistency_size`; 0 leaves it out, and nothing is computed for it.
-        input_consistency: weight of the agreement of the area-downsampled output with the input features.
-        self_consistency_size: side of the square output on which self-consistency is measured, in pixels.
+        self_consistency: weight of the loss between the outputs for guidance with and without photometric
+            augmentation. 0: nothing is computed for it.
+        input_consistency: weight of the loss between the area-downsampled output and the input features.
+        self_consistency_size: side of the square output for the self-consistency loss, in pixels.
     """
 
     def __init__(self, self_consistency: float = 0.1, input_consistency: float = 0.1, self_consistency_size: int = 224):
@@ -83,7 +83,10 @@ class CosineMSE(Objective):
             losses["input_consistency_loss"] = self.input_consistency * cosine_mse(pooled, batch.features)
         if self.self_consistency > 0:
             if batch.augmented_image is None:
-                raise ValueError("objective.self_consistency > 0 needs batch.augmented_image; give it, or set it to 0")
+                raise ValueError(
+                    "objective.self_consistency > 0 needs batch.augmented_image: add it to the batch, or set "
+                    "objective.self_consistency=0"
+                )
             size = (self.self_consistency_size,) * 2
             with torch.no_grad():
                 clean = widened(model(batch.image, batch.features, size))
@@ -113,15 +116,15 @@ class PlainStep(Learner):
 
 
 def backward(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Computes gradients; through `optimizer.backward` where it has one, to scale losses and gather from processes."""
+    """Computes gradients, by `optimizer.backward` if it exists: that one averages over processes too."""
     getattr(optimizer, "backward", Tensor.backward)(loss)
 
 
 def all_losses(model: nn.Module, objective: Objective, batch: Batch) -> dict[str, Tensor]:
-    """The losses of an objective and the auxiliary ones of the model's fillers; their sum is to be minimised.
+    """The losses of the objective and the auxiliary losses of the model's fillers; their sum is minimised.
 
     Raises:
-        TypeError, ValueError: what is no dict of scalars, no loss at all, or two losses of one name.
+        TypeError, ValueError: losses are not a dict of scalars, there are none, or two have the same name.
     """
     asking = [filler for filler in fillers_of(model) if type(filler).auxiliary_loss is not Filler.auxiliary_loss]
     output, auxiliary = None, []
@@ -135,7 +138,9 @@ def all_losses(model: nn.Module, objective: Objective, batch: Batch) -> dict[str
     for filler, more in auxiliary:
         for name, loss in more.items():
             if name in losses:
-                raise ValueError(f"{filler.hook} {type(filler).__name__}: there is another loss called {name}")
+                raise ValueError(
+                    f"{filler.hook} {type(filler).__name__}: there is already a loss called {name}: rename this one"
+                )
             losses[name] = loss
     return losses
 
@@ -146,5 +151,5 @@ def fillers_of(module: nn.Module) -> list[Filler]:
 
 
 def widened(x: Tensor) -> Tensor:
-    """At least in single precision: what mixed precision gave is compared there."""
+    """Casts to at least single precision, in which outputs of mixed precision are compared."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from core.encoder import Encoder, Stem
+from core.fast.encoder import refuse_second_derivatives
 from core.fast.norm_act_conv import add_product, without_autocast
-from core.fast.streamed_encoder import refuse_second_derivatives
 from core.hooks import Unifier
 from core.registry import register
 
-MAX_RESPONSES = {"cpu": 2**18, "cuda": 2**26}  # filter responses held at once: on CPU they stay in cache
+MAX_RESPONSES = {"cpu": 2**18, "cuda": 2**26}  # filter responses held at once; on CPU this many stay in cache
 
 
 class Ordering(Enum):
-    """Which reading of AnyUp's feature-agnostic layer: see `BasisConvolution`."""
+    """Order in which AnyUp's feature-agnostic layer reads its responses: see `BasisConvolution`."""
 
     paper = "paper"
     released = "released"
@@ -28,10 +28,10 @@ class Ordering(Enum):
 class BasisConvolution(nn.Module):
     """(B,C,h,w) -> (B,num_basis,h,w): every channel is convolved with the same learned filters.
 
-    The filters are normalised by how many of their taps lie inside the feature grid. With `paper` (AnyUp, eq. 1) a
-    softmax over the filters and a mean over the channels follow, so the order of channels does not matter. The
-    released code reads the responses, laid out (channel, filter), as (filter, channel) instead, and its
-    checkpoints were trained that way: `released`.
+    The responses are divided by the number of filter taps inside the feature grid. Then follow a softmax over the
+    filters and a mean over the channels. With ordering `paper` (AnyUp, eq. 1) the order of channels does not matter.
+    With `released`, the responses, laid out (channel, filter), are read as (filter, channel). The released code does
+    this, and its checkpoints were trained that way.
     """
 
     def __init__(self, num_basis: int, kernel_size: int, ordering: Ordering):
@@ -41,7 +41,7 @@ class BasisConvolution(nn.Module):
         self.twice_differentiable = False
 
     def forward(self, features: Tensor, basis: Tensor | None = None) -> Tensor:
-        """`basis`: filters for this call, (num_basis,1,k,k), in place of the learned ones."""
+        """(B,C,h,w) -> (B,M,h,w). `basis`: (M,1,k,k) filters for this call, instead of the learned ones."""
         basis = self.basis if basis is None else basis
         kernel_size, (height, width) = basis.shape[-1], features.shape[-2:]
         padding = kernel_size // 2
@@ -62,7 +62,7 @@ class BasisConvolution(nn.Module):
 
 
 class _Unify(torch.autograd.Function):
-    """`BasisConvolution.plain`, in float32 under autocast; keeps nothing and computes the responses again."""
+    """`BasisConvolution.plain` with autocast off; keeps no responses, and recomputes them in `backward`."""
 
     @staticmethod
     def forward(ctx, padded, inside, basis, ordering):
@@ -71,7 +71,7 @@ class _Unify(torch.autograd.Function):
         bands = []
         with torch.autocast(padded.device.type, enabled=False):
             for _, blocks in _bands(padded, inside, basis):
-                # a mean and no matrix product: that adds up all channels one after another, and loses a digit
+                # not a matrix product, which would sum the channels one after another and lose a digit
                 means = (_softmax(_responses(patches, basis, ordering)).mean(2) for patches in blocks)
                 bands.append(torch.cat(list(means)))
         return _as_grid(bands, padded, inside)
@@ -98,7 +98,7 @@ class _Unify(torch.autograd.Function):
 
 
 def _bands(padded: Tensor, inside: Tensor, basis: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-    """Rows of cells, and the patches around them, (cells,C,k²), in blocks whose responses stay in cache."""
+    """Yields rows of cells, and the patches around the cells, (cells,C,k²), in blocks whose responses stay in cache."""
     (batch, channels), (num_basis, _, size, _), (height, width) = padded.shape[:2], basis.shape, inside.shape[-2:]
     budget = MAX_RESPONSES.get(padded.device.type, 2**18)
     step = max(1, budget // (batch * width * channels * num_basis))
@@ -120,16 +120,20 @@ def _responses(patches: Tensor, basis: Tensor, ordering: Ordering) -> Tensor:
 
 
 def _softmax(responses: Tensor) -> Tensor:
-    """The softmax over the filters of (cells,M,C), in the same memory.
+    """Softmax over the filters of (cells,M,C), in place.
 
-    Several times faster than PyTorch's softmax where that runs slowly (see `core/fast/silu.py`), never slower.
+    It is never slower than PyTorch's softmax, and several times faster on machines where that is slow (see
+    `core/fast/silu.py`).
     """
     exps = responses.sub_(responses.amax(1, keepdim=True)).exp_()
     return exps.mul_(exps.sum(1, keepdim=True).reciprocal_())
 
 
 def _responses_gradient(patches: Tensor, grad: Tensor, basis: Tensor, ordering: Ordering) -> Tensor:
-    """(cells,C,k²), (cells,M) gradient of the mean over the C channels -> (cells·C,M), still to be divided by C."""
+    """Gradient of the responses, (cells·C,M), still to be divided by C.
+
+    From (cells,C,k²) patches and the (cells,M) gradient of the mean over channels.
+    """
     shares = _softmax(_responses(patches, basis, ordering))  # (cells,M,C)
     along = grad[:, None] @ shares  # (cells,1,C): mean of grad under each softmax
     slope = torch.sub(grad[..., None], along, out=torch.empty_like(shares))  # (cells,M,C)
@@ -138,7 +142,7 @@ def _responses_gradient(patches: Tensor, grad: Tensor, basis: Tensor, ordering: 
 
 
 def _add_patches(grad: Tensor, inside: Tensor, rows: slice, grad_padded: Tensor) -> None:
-    """Adds the gradient of the patches around rows of cells, (cells·C,k²), to that of the padded features."""
+    """Adds the gradient of the patches around some rows of cells, (cells·C,k²), to that of the padded features."""
     (batch, channels), width = grad_padded.shape[:2], inside.shape[-1]
     size = grad_padded.shape[-1] - width + 1
     grad = grad.view(batch, -1, width, channels, size, size).permute(4, 5, 0, 3, 1, 2)  # (k,k,B,C,rows,w)
@@ -148,7 +152,7 @@ def _add_patches(grad: Tensor, inside: Tensor, rows: slice, grad_padded: Tensor)
 
 
 def _as_grid(bands: list[Tensor], padded: Tensor, inside: Tensor) -> Tensor:
-    """The values of the cells of each band, (cells,M) -> (B,M,h,w)."""
+    """Joins bands of cells, (cells,M) each -> (B,M,h,w)."""
     num_basis, width = bands[0].shape[1], inside.shape[-1]
     return torch.cat([band.view(len(padded), -1, width, num_basis) for band in bands], 1).permute(0, 3, 1, 2)
 
@@ -159,8 +163,8 @@ class LearnedBasis(Unifier):
 
     Args:
         num_basis: number M of filters; a multiple of 8.
-        kernel_size: of the filters, in cells of the feature grid; odd.
-        ordering: `paper` (eq. 1, indifferent to the order of channels) or `released` (what published weights need).
+        kernel_size: side of the filters in cells of the feature grid; odd.
+        ordering: `paper` (eq. 1, independent of the order of channels) or `released` (for published weights).
     """
 
     def __init__(self, embed_dim: int, num_basis: int = 128, kernel_size: int = 5, ordering: Ordering = Ordering.paper):
@@ -177,10 +181,10 @@ class LearnedBasis(Unifier):
         return self._encoded(features, self.encoder[0]).to(guidance.dtype)
 
     def _encoded(self, features: Tensor, stem: Stem) -> Tensor:
-        """(B,C,h,w) -> (B,D,h,w), at least in single precision, as the weights of the encoder are for `stem`.
+        """Encodes (B,C,h,w) -> (B,D,h,w), with features and weights in at least single precision, also for `stem`.
 
-        The means of softmaxes are all about 1/M, and what they say lies in their differences, which half precision
-        does not hold. Of published weights most of a bfloat16 error comes from here (docs/performance.md).
+        The responses, means of softmaxes, are all about 1/M. Half precision cannot represent their differences, which
+        carry the information. With published weights, most of the bfloat16 error arises here (docs/performance.md).
         """
         wide = torch.promote_types(self.encoder[0].basis.dtype, torch.float32)
         with without_autocast(features):

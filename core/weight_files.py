@@ -1,4 +1,4 @@
-"""Reading weight files safely: safetensors, or pickles of which only tensors are taken."""
+"""Reads weight files safely: safetensors, or pickles from which only tensors are taken."""
 
 import hashlib
 import pickle
@@ -25,10 +25,10 @@ DAMAGED = (
     AssertionError,
     struct.error,
 )
-"""What torch's reader raises for cut or altered files, found by cutting and altering them."""
+"""What torch's reader raises for truncated or altered files, found by experiment."""
 WRAPPERS = ("module.", "_orig_mod.")
-"""What DataParallel and `torch.compile` put before each name."""
-_ANEW = "copy or download it again, or save it anew"
+"""Prefixes that DataParallel and `torch.compile` add to each name."""
+_ANEW = "copy or download it again, or save it again"
 _TICK_NS = 2 * 10**9
 """No file system's clock is coarser."""
 
@@ -38,7 +38,7 @@ class WeightsError(ValueError):
 
 
 def content_digest(path: Path) -> str:
-    """Hexadecimal digest of what a file holds; read again only when it was changed."""
+    """SHA-256 of a file's content, in hexadecimal; the file is read again only if its time or size changed."""
     stat = path.stat()
     recent = abs(time.time_ns() - stat.st_mtime_ns) < _TICK_NS  # changed once more, it may have the same time
     read = _content.__wrapped__ if recent else _content
@@ -54,16 +54,17 @@ def _content(path: Path, _changed: int, _size: int) -> str:
 def read_weights(
     path: str | Path, nests: Sequence[str] = ("state_dict", "model"), trusted: Sequence[type] = ()
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a weight file by name, on the CPU, and (safetensors) its metadata.
+    """Reads a weight file -> tensors by name, on the CPU, and the metadata of a safetensors file (else empty).
 
-    Prefixes that all names have from DataParallel or `torch.compile` are taken off.
+    Prefixes of DataParallel and `torch.compile` are removed if all names have them.
 
     Args:
-        nests: keys under which a pickle may hold the state dict, instead of being one.
-        trusted: classes that a pickle may hold beside tensors. Nothing else in it is ever executed.
+        nests: keys under which a pickle may contain the state dict, if it is not one itself.
+        trusted: classes that a pickle may contain beside tensors. Nothing else in it is ever executed.
 
     Raises:
-        FileNotFoundError: no such file. WeightsError: damaged, unsafe, no state dict, or of unknown kind.
+        FileNotFoundError: no such file.
+        WeightsError: the file is damaged or unsafe, has no state dict, or is of an unknown kind.
     """
     path = Path(path)
     if not path.is_file():
@@ -79,12 +80,12 @@ def read_weights(
         raise WeightsError(f"weights {path}: cannot read {path.suffix!r}, only .safetensors, {', '.join(PICKLED)}")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(list(trusted)):
-            warnings.simplefilter("ignore")  # torch's remarks on odd files: what is wrong is said below
+            warnings.simplefilter("ignore")  # torch warns about odd files; the errors below say what is wrong
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"weights {path}: refused, it holds more than tensors (loading it would run code) or is damaged; nothing "
-            "was executed. Where it was made, save the tensors alone: torch.save(model.state_dict(), FILE)"
+            "was executed. Save only the tensors where the file was made: torch.save(model.state_dict(), FILE)"
         ) from error
     except DAMAGED as error:
         raise WeightsError(f"weights {path}: truncated or damaged ({type(error).__name__}): {_ANEW}") from error
@@ -92,10 +93,10 @@ def read_weights(
 
 
 def outer_names(state: Iterable[str], wanted: Iterable[str]) -> str:
-    """The way out of a refusal, where all of `wanted` is in a state dict under another name, such as `teacher.`.
+    """Advice for an error message, if a state dict has all `wanted` names under a prefix such as `teacher.`.
 
     Returns:
-        The end of an error's message; empty where that is not so.
+        The end of the message; empty if there is no such prefix.
     """
     names, wanted = set(state), list(wanted)
     if not wanted:
@@ -105,7 +106,7 @@ def outer_names(state: Iterable[str], wanted: Iterable[str]) -> str:
     if not found:
         return ""
     return (
-        f". What is asked for is there under {', '.join(found)}: save that alone, without the prefix: "
+        f". The file has these weights under {', '.join(found)}: save them alone, without the prefix: "
         f"torch.save({{name.removeprefix({found[0]!r}): tensor for name, tensor in STATE.items() if "
         f'name.startswith({found[0]!r})}}, "FILE.pth")'
     )
@@ -128,7 +129,7 @@ def _state_dict(state: object, nests: Sequence[str], path: Path) -> dict[str, Te
     inner = [key for key, value in state.items() if _is_state_dict(value)] if isinstance(state, dict) else []
     if inner:
         reason += (
-            f"; it has one under {', '.join(map(str, inner))}, and which is meant is not guessed: save that alone, "
+            f"; it has one under each of {', '.join(map(str, inner))}: save the one that you want alone, "
             f'torch.save(torch.load({path.name!r}, weights_only=True)[{inner[0]!r}], "FILE.pth")'
         )
     raise WeightsError(reason)

@@ -1,7 +1,7 @@
-"""One idea per file. Importing this package registers them all: dropping a file in is all it takes.
+"""One idea per file. Importing this package registers all of them, so a new file needs no further change.
 
-A file needs nothing but `core`. What it needs beyond that it imports where it uses it, so that a missing package
-stops that idea alone.
+A file imports only `core` at its top. It imports further packages where it uses them, so that a missing package
+disables only that idea.
 """
 
 import importlib

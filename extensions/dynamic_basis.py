@@ -1,13 +1,12 @@
-"""Filters made for each image: AnyUp's feature-agnostic layer with an input-conditioned basis.
+"""`unifier=dynamic_basis`: AnyUp's feature-agnostic layer, with filters that depend on the image.
 
 AnyUp's filters are the same for every image and every encoder, and their number hardly matters (from 8 to 256 filters
-the paper's mIoU goes from 61.97 to 62.19). Here an ultra-light meta network looks at statistics of the features and of
-the guidance and changes each filter: a mixture of a small filter bank is added to it, and it is made more or less
-sensitive.
+the paper's mIoU goes from 61.97 to 62.19). Here a small meta network sees statistics of the features and of the
+guidance, and changes each filter. It adds a mixture of a small filter bank, and scales the filter up or down.
 
-Papers: dynamic filter networks (De Brabandere et al., arXiv 1605.09673) generate filters from the input; CondConv
-(Yang et al., arXiv 1904.04971) mixes them from a bank, one mixture per image; the network sees the channels as a set
-(Zaheer et al., arXiv 1703.06114), so that any number of them, in any order, will do.
+Papers: dynamic filter networks (De Brabandere et al., arXiv 1605.09673) generate filters from the input. CondConv
+(Yang et al., arXiv 1904.04971) mixes them from a bank, with one mixture per image. The network treats the channels as
+a set (Zaheer et al., arXiv 1703.06114), so their number and order do not matter.
 
 Status: measured (docs/extensions.md): no help shown.
 """
@@ -29,8 +28,8 @@ from core.unifiers import LearnedBasis, Ordering
 
 MAX_RESPONSES = {"cpu": 2**18, "cuda": 2**26}  # filter responses held at once, with filters per location
 NUM_MOMENTS = 5
-CHANNEL_DIM = 16  # width in which single channels are described, before their mean is taken
-EPSILON = 1e-6  # below the mean squares of features whose mean square is 1: keeps the slope of a root finite
+CHANNEL_DIM = 16  # width of the code of a single channel, before the mean over channels
+EPSILON = 1e-6  # added to mean squares, which are about 1, so that the gradient of their root is finite
 
 
 class Conditioning(Enum):
@@ -42,10 +41,12 @@ class Conditioning(Enum):
 
 
 class MetaNetwork(nn.Module):
-    """Moments of features and guidance -> a code from which filters are made.
+    """Maps moments of features and guidance to a code, from which filters are computed.
 
     Args:
-        conditioning: what it sees. embed_dim: D, width of the guidance. hidden_dim: width of the code.
+        conditioning: what the network sees.
+        embed_dim: D, width of the guidance.
+        hidden_dim: width of the code.
     """
 
     def __init__(self, conditioning: Conditioning, embed_dim: int, hidden_dim: int):
@@ -60,7 +61,7 @@ class MetaNetwork(nn.Module):
         self.mix = nn.Linear(hidden_dim, hidden_dim)
 
     def forward(self, features: Tensor, guidance: Tensor, radius: int | None) -> Tensor:
-        """(B,C,h,w), (B,D,H,W) -> (B,h,w,hidden), of neighbourhoods of that radius; None: (B,1,1,hidden), of it all."""
+        """(B,C,h,w), (B,D,H,W) -> (B,h,w,hidden) codes of neighbourhoods; radius None: (B,1,1,hidden), of the image."""
         seen = []
         if self.of_features is not None:
             moments = feature_moments(features, radius).to(self.mix.weight.dtype)  # (B,h',w',C,5)
@@ -74,8 +75,8 @@ class MetaNetwork(nn.Module):
 def feature_moments(features: Tensor, radius: int | None) -> Tensor:
     """Moments of each channel over the image or around each cell: (B,C,h,w) -> (B,h',w',C,5).
 
-    With the features of an image scaled to a mean square of 1: mean, mean magnitude, and the roots of the mean squares
-    of the values and of their differences down and across.
+    The features of each image are first scaled to a mean square of 1. The moments are the mean, the mean magnitude,
+    and the root mean squares of the values, of their vertical differences and of their horizontal differences.
     """
     exact = features.to(torch.promote_types(features.dtype, torch.float32))
     x = (F.normalize(exact.flatten(1), dim=1) * math.sqrt(exact[0].numel())).view_as(exact)
@@ -87,7 +88,7 @@ def feature_moments(features: Tensor, radius: int | None) -> Tensor:
 
 
 def guidance_moments(pooled: Tensor, radius: int | None) -> Tensor:
-    """Mean and deviation of each guidance channel over the image or around each cell: (B,D,h,w) -> (B,h',w',2·D)."""
+    """Mean and standard deviation of each guidance channel, over the image or around each cell -> (B,h',w',2·D)."""
     exact = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
     mean, square = _averages(torch.cat([exact, exact.square()], 1), radius).chunk(2, 1)
     deviation = ((square - mean.square()).clamp(min=0) + EPSILON).sqrt()
@@ -95,7 +96,7 @@ def guidance_moments(pooled: Tensor, radius: int | None) -> Tensor:
 
 
 def _averages(x: Tensor, radius: int | None) -> Tensor:
-    """(B,N,h,w) -> means over the image, (B,N,1,1), or over the part of a neighbourhood that lies inside it."""
+    """(B,N,h,w) -> means over the image, (B,N,1,1), or over the part of each neighbourhood inside it, (B,N,h,w)."""
     if radius is None:
         return x.mean((2, 3), keepdim=True)
     return F.avg_pool2d(x, 2 * radius + 1, stride=1, padding=radius, count_include_pad=False)
@@ -103,31 +104,32 @@ def _averages(x: Tensor, radius: int | None) -> Tensor:
 
 @register("dynamic_basis")
 class DynamicBasis(LearnedBasis):
-    """The learned basis, changed for each image (or each cell) by what the features and the guidance look like.
+    """The learned basis, changed for each image (or each cell) according to its features and guidance.
 
-    Filter m of an image is `exp(g_m·(log(C)/2 + s_m)) · (basis_m + g_m·Σ_r a_mr·bank_r)`, with mixture a and
-    sensitivity s from the meta network, and a gate g_m. Features come with unit length, so their entries shrink with
-    C^(-1/2): log(C)/2 undoes that, and an open gate is as sensitive to wide features as to narrow ones.
+    Filter m of an image is `exp(g_m·(log(C)/2 + s_m)) · (basis_m + g_m·Σ_r a_mr·bank_r)`. The meta network gives the
+    mixture a and the sensitivity s; g_m is a gate. Feature vectors have unit length, so their entries shrink with
+    C^(-1/2). log(C)/2 compensates for this: with an open gate, the sensitivity does not depend on C.
 
-    The responses, 1/M on average, differ from that by so little that the GroupNorm that follows adds more to their
-    variance (1e-5) than they have (3e-11 with this package's trained weights and features of its embedded backbone):
-    the baseline hardly hears its filters. `contrast` is a second gate that enlarges the differences, up to M times.
+    `contrast` is a second gate. The responses are all close to their mean 1/M. Their variance is 3e-11 (with this
+    package's trained weights and features of its embedded backbone), and the GroupNorm that follows adds 1e-5 to it.
+    So the filters have little effect in the baseline. The gate enlarges the differences from 1/M, up to M times.
 
-    All gates are 0 at the start, where everything is `learned_basis` (without gradients bit for bit), weights and their
-    names included.
+    All gates are 0 at the start. Then the filler equals `learned_basis` (without gradients, bit for bit), with the same
+    weights under the same names.
 
     Args:
         num_basis, kernel_size, ordering: as for `learned_basis`.
         conditioning: the meta network sees `features`, `guidance` or `both`.
-        per_location: filters for each cell, from its neighbourhood of the filters' size, instead of for each image;
-            the unifier then takes twice as long (a few per cent of a forward).
+        per_location: True: filters for each cell, from a neighbourhood of the filters' size. False: for each image.
+            With True the unifier takes twice as long (a few per cent of a forward).
         bank_size: number R of filters in the bank.
         hidden_dim: width of the meta network.
-        contrast: False leaves the responses as they are.
-        open_at_start: how far the gates are open at the start, from 0 to below 1: not the baseline then.
+        contrast: False: without the second gate.
+        open_at_start: how far the gates are open at the start, from 0 to below 1. Above 0, the filler does not start
+            as the baseline.
 
     Raises:
-        ValueError: one of them is out of its range.
+        ValueError: a setting is out of its range.
     """
 
     lr_scales: ClassVar[Mapping[str, float]] = {"gates": GATE_LR_SCALE, "contrast_gates": GATE_LR_SCALE}
@@ -167,7 +169,7 @@ class DynamicBasis(LearnedBasis):
         return self._encoded(features, partial(self._responses, code)).to(guidance.dtype)
 
     def filters(self, code: Tensor, channels: int) -> Tensor:
-        """(…,hidden) -> (…,k²,M), the filters for features of that many channels."""
+        """The filters for features of that many channels: (…,hidden) -> (…,k²,M)."""
         made = self.head(code).unflatten(-1, (-1, len(self.gates)))  # (…,R+1,M)
         mixture, sensitivity = made[..., :-1, :], made[..., -1:, :]
         gate = self.gates.tanh()  # (M,)
@@ -191,11 +193,11 @@ class DynamicBasis(LearnedBasis):
         return responses + (responses - 1 / len(self.contrast_gates)) * log_factor.expm1()[:, None, None]
 
     def _closed(self) -> bool:
-        """Whether all filters are the learned ones; never with gradients or under a compiler: they may open."""
+        """Whether all gates are closed; False with gradients or under a compiler, where a gate may open."""
         return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self.gates.any())
 
     def _local_responses(self, code: Tensor, features: Tensor) -> Tensor:
-        """As `BasisConvolution`, with filters of each cell: a few rows at a time, so that few of them exist at once."""
+        """As `BasisConvolution`, with filters of each cell; works on a few rows at a time, to hold few filters."""
         stem, size = self.encoder[0], 2 * self.radius + 1
         channels, height, width = features.shape[1:]
         taps = features.new_ones(1, 1, size, size)
@@ -220,16 +222,16 @@ class DynamicBasis(LearnedBasis):
         for some, codes in zip(patches.split(at_once), code.flatten(0, 1).split(at_once), strict=True):
             responses = some @ self.filters(codes, channels)  # (n,C,M)
             if self.encoder[0].ordering is Ordering.released:
-                responses = responses.flatten(1).unflatten(1, (num_basis, channels)).mT  # what is read as (M,C)
+                responses = responses.flatten(1).unflatten(1, (num_basis, channels)).mT  # read as (M,C)
             parts.append(_mean_of_softmaxes(responses))
         return torch.cat(parts).unflatten(0, inside.shape)
 
     @torch.no_grad()
     def pictures(self) -> dict[str, Tensor]:
-        """The filters: learned, made for the image (for its central cell), and by how much they were changed there.
+        """Learned filters, generated filters (of the image or of its central cell), and their difference.
 
-        One scale of colours for all: red positive, blue negative. With filters per location also a map of the cells:
-        how much their filters were changed.
+        All share one colour scale: red positive, blue negative. With `per_location`, also a map of how much the filters
+        of each cell were changed.
         """
         if self._seen is None:
             return {}
@@ -247,7 +249,7 @@ class DynamicBasis(LearnedBasis):
 
 
 def _mean_of_softmaxes(responses: Tensor) -> Tensor:
-    """(n,C,M) -> (n,M), as `responses.softmax(2).mean(1)`, where PyTorch's softmax is slow several times faster."""
+    """`responses.softmax(2).mean(1)`, (n,C,M) -> (n,M); several times faster where PyTorch's softmax is slow."""
     exps = (responses - responses.detach().amax(2, keepdim=True)).exp()
     return (exps / exps.sum(2, keepdim=True)).mean(1)
 

@@ -1,24 +1,24 @@
-"""`decoder=inr`: an implicit decoder that corrects the explicit output beyond what a weighted mean can reach.
+"""`decoder=inr`: an implicit decoder that corrects attention's output (the explicit output) at every point.
 
-Attention returns convex combinations of feature vectors, with the same weights for all channels: no output leaves the
-hull of its neighbours, and no channel may be sharper than another. This decoder adds, to every channel of every point,
-a correction by one small network.
+Attention returns convex combinations of feature vectors, with the same weights for all channels. So no output leaves
+the convex hull of its neighbours, and no channel can be sharper than another. This decoder adds a correction to every
+channel of every point.
 
-- Any C: the correction is made by one small network, shared by all channels. It sees one channel at a time, in units
-  of that channel's mean and deviation in the image: the explicit output, and of each of the four nearest cells of the
-  feature grid the value and the mean around it.
-- Local ensemble (LIIF, Chen et al., arXiv 2012.09161, section 3): the four cells count by their area weights, so that
-  the correction is continuous in the coordinates. They are averaged in front of the network's one nonlinearity, which
-  takes a quarter of the time of four predictions.
-- What the network does is said by a second one, which writes its weights for each point and cell (hypernetwork, Ha et
-  al., arXiv 1609.09106) and knows no single channel: it sees the guidance at the point (as JIIF does, Tang et al.,
-  arXiv 2107.08717), the mean guidance of the cell, a Fourier code of the point's place in the cell with learned
-  frequencies (LTE, Lee and Jin, arXiv 2111.08918), the cell's size in guidance pixels, and how explicit output, value
-  and mean agree over all channels.
-- The correction is blended in by a weight per point, which is zero everywhere at the start: pure explicit.
+- Any C: one small network, shared by all channels, makes the correction. It sees one channel at a time, normalised by
+  that channel's mean and standard deviation in the image. Its inputs are the explicit output and, for each of the four
+  nearest cells of the feature grid, the value and the mean around the cell.
+- Local ensemble (LIIF, Chen et al., arXiv 2012.09161, section 3): the four cells have area weights, so the correction
+  is continuous in the coordinates. They are averaged before the network's only nonlinearity, which takes a quarter of
+  the time of four predictions.
+- Hypernetwork (Ha et al., arXiv 1609.09106): a second network writes the weights of the first for each point and cell.
+  It sees no single channel. Its inputs are the guidance at the point (as in JIIF, Tang et al., arXiv 2107.08717), the
+  mean guidance of the cell, a Fourier code of the point's position in the cell with learned frequencies (LTE, Lee and
+  Jin, arXiv 2111.08918), the cell's size in guidance pixels, and how well explicit output, value and mean agree over
+  all channels.
+- Each point has a blending weight for the correction. It is zero at the start: then the output is the explicit one.
 
-The output follows the features when they are scaled, shifted or their channels permuted. The size of an output pixel
-(LIIF's cell decoding) is no input: points have none, and bands of rows do not tell.
+If the features are scaled or shifted, or their channels permuted, so is the output. The size of an output pixel (LIIF's
+cell decoding) is not an input: single points have no size, and it is unknown in a band of rows.
 
 Status: measured (docs/extensions.md): helps feature fidelity, hurts probes on CamVid.
 """
@@ -40,22 +40,22 @@ from core.points import nearest_cells, pixel_centres, sample
 from core.registry import register
 
 MAX_HIDDEN = {"cpu": 2**18, "cuda": 2**26}
-"""Values of the hidden layer held at once, of all channels: on CPU they stay in cache."""
+"""Values of the hidden layer held at once, over all channels; on CPU this many stay in cache."""
 MAX_EXPORTED = 2**26
-"""The same under a compiler, which unrolls the blocks."""
+"""The same under a compiler, which unrolls the loop over blocks."""
 MAX_POINTS = 2048
-"""Points whose context is held at once."""
+"""Points whose inputs of the hypernetwork are held at once."""
 PER_CELL = 2
-"""What the shared network sees of a channel in a cell: its value, and the mean around the cell."""
+"""Inputs of the shared network for each channel and cell: the value, and the mean around the cell."""
 NUM_PRODUCTS = 6
-"""Mean products over the channels of explicit output, value and mean around the cell, each with each."""
+"""Products, averaged over the channels, of all pairs of explicit output, value and mean around the cell."""
 SAMPLES_PER_CELL = 4
-"""Along each axis, to average the guidance of a cell."""
+"""Samples along each axis, to average the guidance of a cell."""
 PICTURE_SIDE = 256
 
 
 class Channels(NamedTuple):
-    """The unit in which each channel of an image is seen, and the features in it."""
+    """The normalised channels of an image, and their statistics."""
 
     mean: Tensor
     """(B,1,C)."""
@@ -70,7 +70,7 @@ class Channels(NamedTuple):
 
 
 class Cells(NamedTuple):
-    """What is known of each cell of the feature grid without looking at single channels."""
+    """Inputs of the hypernetwork for each cell of the feature grid."""
 
     guidance: Tensor
     """(B,h·w,H): projected mean guidance."""
@@ -81,14 +81,14 @@ class Cells(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where n points lie, and what is known there of the guidance."""
+    """Positions of n points, and inputs of the hypernetwork there."""
 
     near: Tensor
     """(n,4): the nearest cells."""
     weights: Tensor
     """(n,4): their area weights."""
-    context: Tensor
-    """(B,n,4,H)."""
+    inputs: Tensor
+    """(B,n,4,H): projected guidance and positions, for each point and cell."""
 
 
 @register("inr")
@@ -96,12 +96,12 @@ class INRDecoder(Decoder):
     """Adds blend · correction to the explicit output; see the module's docstring.
 
     Args:
-        hidden_dim: H, width of the network that looks at guidance and coordinates.
-        num_units: K, hidden units of the network that is shared by all channels.
-        num_frequencies: of the Fourier code, each along one learned direction.
+        hidden_dim: H, width of the hypernetwork, which sees guidance and coordinates.
+        num_units: K, hidden units of the network that all channels share.
+        num_frequencies: number of frequencies of the Fourier code, each with a learned direction.
 
     Raises:
-        ValueError: one of them is below 1.
+        ValueError: a setting is below 1.
     """
 
     needs_guidance = True
@@ -114,7 +114,7 @@ class INRDecoder(Decoder):
             ("num_frequencies", num_frequencies),
         ):
             if number < 1:
-                raise ValueError(f"decoder=inr: {name} must be at least 1, got {number}; decoder=none is no decoder")
+                raise ValueError(f"decoder=inr: {name} must be at least 1, got {number}; decoder=none leaves it out")
         self.num_units = num_units
         self.project_point = nn.Linear(embed_dim, hidden_dim)
         self.project_cell = nn.Linear(embed_dim, hidden_dim, bias=False)
@@ -123,10 +123,10 @@ class INRDecoder(Decoder):
         self.project_products = nn.Linear(NUM_PRODUCTS, hidden_dim, bias=False)
         self.hidden = nn.Sequential(nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU())
         self.head = nn.Linear(hidden_dim, num_units * (PER_CELL + 3))
-        nn.init.normal_(self.head.bias, std=0.5)  # a network of its own before any point changes it
+        nn.init.normal_(self.head.bias, std=0.5)  # a random network, the same everywhere; each point then changes it
         self.gate = nn.Parameter(torch.zeros(hidden_dim))
         self.blend: Tensor | None = None
-        """(B,Qh,Qw) blending weights of the latest forward without gradients."""
+        """(B,Qh,Qw): magnitude of the blending weights of the latest forward without gradients."""
 
     def forward(self, output: Tensor, context: Context) -> Tensor:
         features, guidance, coords = context.features, context.guidance, context.coords
@@ -153,7 +153,7 @@ class INRDecoder(Decoder):
         return result
 
     def pictures(self) -> dict[str, Tensor]:
-        """The blending weight, from 0 (black, explicit) to 1 (white), and the same relative to its largest value."""
+        """Magnitude of the blending weight, 0 (black) to 1 (white); and the same divided by its largest value."""
         if self.blend is None:
             return {}
         blend = self.blend[:1].float()
@@ -163,52 +163,55 @@ class INRDecoder(Decoder):
         return {"blend": picture, f"blend / {largest:.2g}": picture / max(largest, torch.finfo().tiny)}
 
     def _places(self, guidance: Tensor, points: Tensor, cells: Cells, at_once: int) -> Iterator[Place]:
-        """(Q,2) points in blocks. With gradients the guidance is sampled once: each time costs a pass over it."""
-        context, several = self._context, at_once * max(1, MAX_POINTS // at_once)
+        """Yields (Q,2) points in blocks.
+
+        With gradients the guidance is sampled only once, because each time costs a pass over it.
+        """
+        inputs, several = self._inputs, at_once * max(1, MAX_POINTS // at_once)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             several = len(points)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            context = partial(checkpoint, context, use_reentrant=False)
+            inputs = partial(checkpoint, inputs, use_reentrant=False)
         for some in points.split(several):
             near, weights, offsets = nearest_cells(some, cells.size)  # (n,4), (n,4), (n,4,2)
             weights = weights.to(guidance.dtype)
             split = (
                 near.split(at_once),
                 weights.split(at_once),
-                context(guidance, some, near, offsets, cells).split(at_once, 1),
+                inputs(guidance, some, near, offsets, cells).split(at_once, 1),
             )
             yield from map(Place, *split)
 
-    def _context(self, guidance: Tensor, points: Tensor, near: Tensor, offsets: Tensor, cells: Cells) -> Tensor:
-        """Guidance at each point and in its cells, and where it lies in them: (B,n,4,H)."""
+    def _inputs(self, guidance: Tensor, points: Tensor, near: Tensor, offsets: Tensor, cells: Cells) -> Tensor:
+        """Guidance at each point and in its four cells, and the point's position in them: (B,n,4,H)."""
         at_point = self.project_point(_unit(sample(guidance, points)))  # (B,n,H)
         in_cells = cells.guidance.index_select(1, near.flatten()).unflatten(1, near.shape)  # (B,n,4,H)
-        angle = 2 * math.pi * (offsets[..., None] * self.freqs.to(offsets.dtype)).sum(-2)  # (n,4,F); autocast spares it
+        angle = 2 * math.pi * (offsets[..., None] * self.freqs.to(offsets.dtype)).sum(-2)  # (n,4,F), kept from autocast
         code = torch.cat([angle.cos(), angle.sin(), cells.pixels.to(angle).expand_as(offsets)], -1)
         return at_point[:, :, None] + in_cells + self.project_offset(code.to(in_cells.dtype))
 
     def _correct(
         self, pixels: Tensor, place: Place, channels: Channels, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(B,n,C) explicit output -> (B,n,C) corrected, in `out`, (B,n) blending weights, of either sign."""
-        near, weights, context = place
+        """(B,n,C) explicit output -> (B,n,C) corrected output, in `out` if given; (B,n) blending weights in (-1,1)."""
+        near, weights, inputs = place
         own = (pixels - channels.mean) * channels.inverse  # (B,n,C)
         local = channels.values.index_select(1, near.flatten()).view(*own.shape[:2], 4 * PER_CELL, -1)  # (B,n,8,C)
         products = self._products(own, local, channels.products.index_select(1, near.flatten()))  # (B,n,4,6)
-        context = self.hidden(context + self.project_products(products))  # (B,n,4,H)
-        written = self.head(context) * weights[..., None]  # (B,n,4,5·K)
+        code = self.hidden(inputs + self.project_products(products))  # (B,n,4,H)
+        written = self.head(code) * weights[..., None]  # (B,n,4,5·K)
         of_cells, shared = written.split([self.num_units * PER_CELL, self.num_units * 3], -1)
         of_cells = of_cells.unflatten(-1, (-1, PER_CELL)).transpose(2, 3).flatten(3).flatten(0, 1)  # (P,K,8), P = B·n
         of_own, bias, last = shared.sum(2).flatten(0, 1)[..., None].chunk(3, 1)  # (P,K,1)
         units = torch.baddbmm(bias, of_cells, local.flatten(0, 1))  # (P,K,C)
         units.baddbmm_(of_own.to(units.dtype), own.flatten(0, 1)[:, None].to(units.dtype)).relu_()
         predicted = torch.bmm(last.mT, units).view_as(own)  # (B,n,C)
-        blend = ((context @ self.gate) * weights).sum(-1).tanh()  # (B,n)
+        blend = ((code @ self.gate) * weights).sum(-1).tanh()  # (B,n)
         correction = (predicted * channels.deviation).to(pixels.dtype)
         return torch.addcmul(pixels, correction, blend[..., None].to(pixels.dtype), out=out), blend
 
     def _products(self, own: Tensor, local: Tensor, of_cells: Tensor) -> Tensor:
-        """Mean products over channels of (B,n,C), (B,n,8,C); (B,4·n,3) those of the cells -> (B,n,4,6), in (-1,1)."""
+        """Mean products over channels: (B,n,C), (B,n,8,C), the cells' own (B,4·n,3) -> (B,n,4,6), in (-1,1)."""
         scaled = own / own.shape[-1]  # (B,n,C)
         with_local = (scaled[:, :, None] @ local.mT).view(*own.shape[:2], 4, PER_CELL)
         with_own = torch.linalg.vecdot(own, scaled)[..., None, None].expand(-1, -1, 4, -1)  # (B,n,4,1)
@@ -223,9 +226,9 @@ class INRDecoder(Decoder):
 
 
 def normalised(features: Tensor) -> Channels:
-    """(B,C,h,w) -> each channel in units of its mean and deviation in its image.
+    """Normalises each channel of (B,C,h,w) features by its mean and standard deviation in its image.
 
-    To the variance 1e-8 of the channel's mean square is added: what lies below are rounding errors.
+    The variance is increased by 1e-8 of the channel's mean square, because smaller variances are rounding errors.
     """
     wide = features.to(torch.promote_types(features.dtype, torch.float32))
     mean = wide.mean((2, 3), keepdim=True)  # (B,C,1,1)
@@ -243,5 +246,5 @@ def normalised(features: Tensor) -> Channels:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Vectors of root mean square 1."""
+    """Scales vectors to root mean square 1."""
     return F.rms_norm(x, x.shape[-1:])

@@ -1,13 +1,13 @@
-"""Windows of several sizes, fused for each query: attention that is local and looks far at once.
+"""`attention=pyramid_window`: windows of several sizes, fused for each query, so attention is both local and wide.
 
-AnyUp's window keeps a query from distant keys that look alike, and from those that it would need: sharp depth edges
-and large uniform surfaces ask for different windows. Here each query looks through the baseline's window and through
-several more, the larger ones at pooled keys and values, so that each costs about as many keys as the smallest; how much
-each counts is read off the query.
+AnyUp's window hides distant keys that look alike, but also distant keys that a query would need. Sharp depth edges and
+large uniform surfaces need windows of different sizes. Here each query has the baseline's window and several more. Keys
+and values in larger windows are pooled, so that each window has about as many keys as the smallest. The query decides
+how much each window counts.
 
-Papers: windows in attention with learned relative positions, Swin (Liu et al., arXiv 2103.14030); fine near and pooled
-far, Focal attention (Yang et al., arXiv 2107.00641); gates that start closed, ReZero (Bachlechner et al., arXiv
-2003.04887).
+Papers: windowed attention with learned relative positions, Swin (Liu et al., arXiv 2103.14030). Fine keys nearby and
+pooled keys far away, Focal attention (Yang et al., arXiv 2107.00641). Gates that start closed, ReZero (Bachlechner et
+al., arXiv 2003.04887).
 
 Status: measured (docs/extensions.md): helps feature fidelity, hurts probes on CamVid.
 """
@@ -29,30 +29,30 @@ from core.fast.windows import Tiles, tiles
 from core.hooks import GATE_LR_SCALE, Attention
 from core.registry import register
 
-MAX_LOGITS = {"cpu": 2**20, "cuda": 2**26}  # held at once: on CPU they stay in cache
-MAP_SIDE = 128  # of the fusion maps kept for pictures
+MAX_LOGITS = {"cpu": 2**20, "cuda": 2**26}  # logits held at once; on CPU this many stay in cache
+MAP_SIDE = 128  # largest side of the fusion maps that are kept for pictures
 
 
 class Unit(Enum):
-    """How `scales` are measured."""
+    """The unit of `scales`."""
 
     cells = "cells"
     ratio = "ratio"
 
 
 class Axis(NamedTuple):
-    """One axis of a level: which keys each tile of queries looks at, and what is added to the logits."""
+    """One axis of a level: the keys of each tile of queries, and what is added to the logits."""
 
     keys: Tensor
     """(tiles,K) int64."""
     bias: Tensor
     """(tiles,size,K): relative position; -inf where a query does not see a key."""
     plain: bool
-    """Whether all of it is 0 or -inf: no relative position."""
+    """Whether all of `bias` is 0 or -inf: no relative position."""
 
 
 class Level(NamedTuple):
-    """What the queries see at one scale."""
+    """Keys and values at one scale."""
 
     keys: Tensor
     """(B,h,w,D), projected and scaled so that a head's logits are plain products; h and w after pooling."""
@@ -66,22 +66,25 @@ class Level(NamedTuple):
 class PyramidWindowAttention(WindowAttention):
     """Windowed attention at several scales, fused per query.
 
-    Each scale has its own softmax over its window, `exp(t_s)·q·k/√d + position_s(Δ)`, with temperature t_s and a
-    position bias quadratic in the offset Δ of query and key, per axis, in units of the window's half-width. It weighs
-    `w_s = |g_s|·sigmoid(a_s·q + b_s)` against 1 for the baseline's window, with a gate g_s and the query q after its
-    convolution, which has seen its surroundings: the output is `(A_0 + Σ w_s·A_s)/(1 + Σ w_s)`, a convex combination
-    of feature vectors.
+    Each scale has its own softmax over its window, with logits `exp(t_s)·q·k/√d + position_s(Δ)`. t_s is a log
+    temperature. position_s is quadratic in the offset Δ from key to query, per axis, in units of the window's
+    half-width. The weight of a scale is `w_s = |g_s|·sigmoid(a_s·q + b_s)`, with a gate g_s and the query q after its
+    convolution, which includes its surroundings. The weight of the baseline's window is 1. The output
+    `(A_0 + Σ w_s·A_s)/(1 + Σ w_s)` is a convex combination of feature vectors.
 
-    All gates are 0 at the start, where everything is `window`, weights and their names included. Without gradients a
-    closed scale costs nothing.
+    All gates are 0 at the start. Then the filler equals `window`, with the same weights under the same names. Without
+    gradients a closed scale costs nothing.
 
     Args:
-        num_heads, window_ratio: as for `window`: the finest level, always there.
+        num_heads, window_ratio: as for `window`, which is always the finest level.
         scales: sizes of further windows, in any order.
-        unit: `cells`, whole widths in cells of the feature grid, or `ratio`, half-widths as fractions of the image,
-            as `window_ratio` is. A window as wide as the image or wider shows all of it.
-        keys_per_side: keys and values are averaged over blocks of cells so large that this many are about as wide as
-            the window; 0: never.
+        unit: `cells`: scales are full widths in cells of the feature grid. `ratio`: scales are half-widths as fractions
+            of the image, like `window_ratio`. A window as wide as the image, or wider, shows all of it.
+        keys_per_side: keys and values are averaged over blocks of cells, so that about this many cover the width of the
+            window. 0: no pooling.
+
+    Raises:
+        ValueError: a setting is out of its range; the message names it.
     """
 
     lr_scales: ClassVar[Mapping[str, float]] = {"gates": GATE_LR_SCALE}
@@ -123,26 +126,26 @@ class PyramidWindowAttention(WindowAttention):
         return self._fused_bands(query, key, value, None)
 
     def at(self, query: Tensor, key: Tensor, value: Tensor, coords: Tensor) -> Tensor:
-        """As `window` while all gates are closed; otherwise the grid's output, interpolated bilinearly."""
+        """As `window` while all gates are closed; otherwise interpolates the grid's output bilinearly."""
         if not self._open():
             return super().at(query, key, value, coords)
         return Attention.at(self, query, key, value, coords)
 
     def _open(self) -> list[int]:
-        """The scales that count. With gradients, or under a compiler, a closed one does: it may open."""
+        """Indices of the scales with open gates; with gradients or under a compiler all, because a gate may open."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return list(range(len(self.scales)))
         self._maps = []
         return self.gates.nonzero().flatten().tolist()
 
     def fusion_weights(self, query: Tensor) -> Tensor:
-        """(…,D) convolved and normalised queries -> (…,S+1): the share of the baseline's window, then of each scale."""
+        """(…,D) convolved and normalised queries -> (…,S+1): weights of the baseline's window and each scale; sum 1."""
         weights = torch.where(self.gates >= 0, self.gates, -self.gates) * self.fusion(query).sigmoid()
-        weights = F.pad(weights, (1, 0), value=1.0)  # |gate| through `where`: at 0 its slope is 1, and a gate can open
+        weights = F.pad(weights, (1, 0), value=1.0)  # not abs(): the slope of `where` at 0 is 1, so a gate can open
         return weights / weights.sum(-1, keepdim=True)
 
     def _levels(self, query: Tensor, key: Tensor, value: Tensor, chosen: list[int]) -> tuple[Tiles, Tiles, list[Level]]:
-        """How the queries are grouped, down and across, and the baseline's level followed by the chosen scales'."""
+        """The tiles of queries, down and across; the baseline's level, followed by those of the chosen scales."""
         size, grid = query.shape[-2:], key.shape[-2:]
         groups = [tiles(num, cells, self.window_ratio) for num, cells in zip(size, grid, strict=True)]
         plain = [Axis(group.keys.to(key.device), _hidden(group).to(key), True) for group in groups]
@@ -164,13 +167,13 @@ class PyramidWindowAttention(WindowAttention):
         return self.project_key(normed(self.norm_key, key.permute(0, 2, 3, 1))) * head_scale  # (B,h,w,D)
 
     def _pooled(self, num_cells: int, half: float) -> int:
-        """Keys along an axis, where a window of that half-width should have about `keys_per_side`."""
+        """Number of keys along an axis, for about `keys_per_side` in a window of that half-width."""
         if not self.keys_per_side:
             return num_cells
         return -(-num_cells // max(1, round(2 * half * num_cells / self.keys_per_side)))
 
     def _axis(self, group: Tiles, num_keys: int, half: float, position: Tensor) -> Axis:
-        """The axis of one scale, its window being of that half-width, as a fraction of the image."""
+        """The axis of one scale; `half` is the window's half-width as a fraction of the image."""
         own = tiles(group.num_queries, num_keys, 0.0 if 2 * half >= 1 else half, like=group)
         first = (torch.arange(len(own), dtype=torch.float64) * own.size - (-own.offset % own.size)).clamp(min=0)
         members = first[:, None] + torch.arange(own.size)  # (tiles,T)
@@ -209,7 +212,7 @@ class PyramidWindowAttention(WindowAttention):
 
     @torch.no_grad()
     def pictures(self) -> dict[str, Tensor]:
-        """How much each window counted at each query, white being all: none while the gates are closed."""
+        """Maps of each window's weight at each query, white for 1; none while all gates are closed."""
         if not self._maps:
             return {}
         shares = torch.cat(self._maps).float().cpu()  # (rows,columns,S+1)
@@ -219,7 +222,7 @@ class PyramidWindowAttention(WindowAttention):
 
 
 def _band(query, shares, levels: list[Level], some: slice, size: int, across: Tiles, at_once, num_heads, target):
-    """(B,rows,Qw,D), (B,rows,Qw,L) of m tiles of rows -> (B,rows,Qw,C), written to `target` if there is one."""
+    """Rows of m tiles: (B,rows,Qw,D), (B,rows,Qw,L) -> (B,rows,Qw,C), written into `target` if there is one."""
     m = some.stop - some.start
     query, shares = query.unflatten(1, (m, size)), shares.unflatten(1, (m, size))  # (B,m,R,Qw,·)
     near = []
@@ -261,7 +264,7 @@ def _attend(query: Tensor, shares: Tensor, seen: list[tuple[Tensor, Tensor, Tens
 
 
 def _bias(level: Level, some: slice, size: int, tile: slice, length: int, batch: int) -> Tensor | None:
-    """(P,M,K) of m x n tiles; None if there is nothing to add."""
+    """The bias (P,M,K) of m x n tiles; None if there is nothing to add."""
     down, across = level.down.bias[some, :size], level.across.bias[tile, :length]  # (m,R,Kh), (n,T,Kw)
     compiling = torch.compiler.is_compiling()
     if level.down.plain and level.across.plain and not compiling and not (down.any() or across.any()):
@@ -281,9 +284,10 @@ def _hidden(group: Tiles) -> Tensor:
 
 
 def _checked_scales(scales: tuple[float, ...]) -> tuple[float, ...]:
-    """
+    """The scales as a tuple of floats.
+
     Raises:
-        ValueError: scales that are no set of window sizes.
+        ValueError: there are none, or some are repeated, not positive or not finite.
     """
     scales = tuple(float(scale) for scale in scales)
     if not scales:

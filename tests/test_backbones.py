@@ -236,7 +236,7 @@ def test_normalisation_by_hand():
 
 
 def test_a_broken_declaration_is_caught():
-    with pytest.raises(RuntimeError, match=r"mirror: layer 0 gave \(1, 3, 5, 7\), declared are \(B, 4, h, w\)"):
+    with pytest.raises(RuntimeError, match=r"mirror: layer 0 must give \(B, 4, h, w\) as declared, got \(1, 3, 5, 7\)"):
         Mirror(channels=4)(noise(5, 7))
 
 
@@ -484,7 +484,7 @@ def test_a_timm_model_of_one_size_says_so():
     [
         ("timm", "vit_tiny_patch16_225", "has no model 'vit_tiny_patch16_225'; close: vit_tiny_patch16_224"),
         ("timm", "resnet50.no_such_tag", "has no model 'resnet50.no_such_tag'"),
-        ("timm", None, "is what backbone=timm needs and no other takes; got None"),
+        ("timm", None, "`model` is for backbone=timm only, which needs one .*; got None"),
         ("hog8", "resnet50", "backbone hog8: `model` .* got 'resnet50'"),
     ],
 )
@@ -509,9 +509,9 @@ def test_backbone_from_config():
     backbone = backbone_from_config(OmegaConf.merge(node, {"weights": "random"}))
     assert backbone.name == "mobilenetv2"
     assert backbone_from_config({"name": "hog16"}).name == "hog16"
-    with pytest.raises(ValueError, match="backbone=timm needs"):
+    with pytest.raises(ValueError, match="`model` is for backbone=timm only, which needs one"):
         backbone_from_config(ConfigStore.instance().load("backbone/timm.yaml").node)
-    with pytest.raises(ValueError, match="has the keys name, weights, model; got name, wieghts"):
+    with pytest.raises(ValueError, match="can have the keys name, weights, model; got name, wieghts"):
         backbone_from_config({"name": "hog16", "wieghts": None})
 
 
@@ -578,7 +578,7 @@ def test_prefixes_of_wrappers_are_taken_off(name, prefix, tmp_path):
 def test_an_outer_key_is_named_with_the_way_out(tmp_path):
     state = other_trunk("vit_tiny16")
     path = write(tmp_path / "dino.pth", {"student": state, "teacher": state, "epoch": 3})
-    with pytest.raises(WeightsError, match=r"dino.pth: no state dict .*; it has one under student, teacher"):
+    with pytest.raises(WeightsError, match=r"dino.pth: no state dict .*; it has one under each of student, teacher"):
         load_backbone("vit_tiny16", path)
 
 
@@ -586,7 +586,9 @@ def test_an_outer_key_is_named_with_the_way_out(tmp_path):
 def test_an_outer_name_is_named_with_the_way_out(name, tmp_path):
     state = {f"teacher.backbone.{key}": value for key, value in other_trunk(name).items()}
     path = write(tmp_path / "dino.pth", state | {"teacher.head.weight": torch.zeros(3)})
-    way_out = r"is there under teacher\.backbone\.(features\.)?: save that alone, without the prefix: torch\.save"
+    way_out = (
+        r"has these weights under teacher\.backbone\.(features\.)?: save them alone, without the prefix: torch\.save"
+    )
     with pytest.raises(WeightsError, match=way_out) as caught:
         load_backbone(name, path)
     prefix = re.search(r"removeprefix\('(.*?)'\)", str(caught.value)).group(1)
@@ -748,7 +750,7 @@ def test_the_hubs_file_is_loaded(monkeypatch, tmp_path):
 
 
 def test_tensorflows_mobilenet_is_on_no_hub():
-    with pytest.raises(WeightsUnavailable, match=r"the hub has none.*take another choice.*weights=PATH"):
+    with pytest.raises(WeightsUnavailable, match=r"the hub has none.*choose another backbone.*weights=PATH"):
         load_backbone("mobilenetv2_tf")
 
 

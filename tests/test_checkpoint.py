@@ -450,7 +450,9 @@ def test_prefixes_of_wrappers_are_taken_off(tmp_path, published, prefix, suffix)
 def test_an_outer_key_is_named_with_the_way_out(tmp_path, published):
     path = tmp_path / "both.pth"
     torch.save({"student": published, "teacher": published, "epoch": 3}, path)
-    with pytest.raises(WeightsError, match=r"both\.pth: no state dict .*; it has one under student, teacher") as caught:
+    with pytest.raises(
+        WeightsError, match=r"both\.pth: no state dict .*; it has one under each of student, teacher"
+    ) as caught:
         core.load(path)
     way_out = re.search(r"torch\.save\(.*\)", str(caught.value)).group()
     assert way_out == "torch.save(torch.load('both.pth', weights_only=True)['student'], \"FILE.pth\")"
@@ -465,7 +467,7 @@ def test_an_outer_name_is_named_with_the_way_out(tmp_path, published, ours, suff
     path, state = tmp_path / f"ema{suffix}", core.build(SMALL).state_dict() if ours else published
     state = {f"ema.net.{name}": tensor for name, tensor in state.items()} | {"updates": torch.zeros(1)}
     (save_file if suffix == ".safetensors" else torch.save)(state, path)
-    with pytest.raises(WeightsError, match=r"is there under ema\.net\.: save that alone, without the prefix"):
+    with pytest.raises(WeightsError, match=r"has these weights under ema\.net\.: save them alone, without the prefix"):
         core.load(path)
 
 

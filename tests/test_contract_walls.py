@@ -219,7 +219,7 @@ def test_a_video_is_upsampled_frame_by_frame_with_a_state():
         alone = model(image.flip(-1), features, size)
     torch.testing.assert_close(second, torch.lerp(alone, first, 0.3))
     assert torch.equal(state, second)
-    with pytest.raises(ValueError, match="leave out= away"):
+    with pytest.raises(ValueError, match="call the model without out="):
         model(image, features, size, out=torch.empty(1, 5, *size), return_state=True)
 
 
@@ -379,7 +379,7 @@ def test_a_samplers_steps_may_differ_from_the_checkpoints(own_registry, tmp_path
     with torch.no_grad():
         shifted = core.load(saved, {"refiner.num_inference_steps": 2})(*given)
         torch.testing.assert_close(shifted, model(*given) - 8 * 3, rtol=1e-4, atol=1e-4)
-    message = r"refiner.width cannot be changed after training; there are: .*refiner.num_inference_steps"
+    message = r"refiner.width cannot be changed after training; these can: .*refiner.num_inference_steps"
     with pytest.raises(ValueError, match=message):
         core.load(saved, {"refiner.width": 2})
     warm = core.build([*small, "refiner=sampler", "refiner.num_inference_steps=1"])
@@ -389,7 +389,7 @@ def test_a_samplers_steps_may_differ_from_the_checkpoints(own_registry, tmp_path
 
 
 def test_only_settings_can_be_declared_changeable(own_registry):
-    with pytest.raises(TypeError, match=r"Wrong.changeable names steps, which its __init__ has not"):
+    with pytest.raises(TypeError, match=r"Wrong.changeable names steps: no setting of its __init__"):
 
         @core.register("wrong")
         class Wrong(Refiner):

@@ -521,7 +521,11 @@ COORDS = torch.rand(7, 2)
         (COORDS.T, ValueError, r"\(points, 2\) or \(batch, points, 2\) .*got \(2, 7\)"),
         (COORDS[0], ValueError, r"got \(2,\)"),
         (COORDS[:0], ValueError, r"coords is empty: \(0, 2\)"),
-        (COORDS.expand(3, -1, -1), ValueError, r"coords of 3 images, but features of 2"),
+        (
+            COORDS.expand(3, -1, -1),
+            ValueError,
+            r"coords must be the same batch as features, got .* features of 2 images",
+        ),
         (COORDS.to("meta"), ValueError, "coords is on meta but features is on cpu"),
         (COORDS.numpy(), TypeError, "coords must be a torch tensor, got ndarray"),
     ],

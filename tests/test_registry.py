@@ -341,7 +341,7 @@ def test_a_configuration_that_is_none_or_not_whole_is_refused():
     config = build(SMALL).config
     with pytest.raises(ValueError, match=r"the configuration has no unifier, decoder: core\.compose"):
         core.from_config({key: config[key] for key in ("attention", "refiner", "temporal")})
-    with pytest.raises(ValueError, match=r"a model's configuration is a mapping .*, got 3"):
+    with pytest.raises(ValueError, match=r"a model's configuration must be a mapping .*, got 3"):
         core.from_config(3)
 
 

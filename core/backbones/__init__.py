@@ -1,7 +1,7 @@
-"""Backbones: frozen encoders that give the features to upsample, `load_backbone("dinov2_vits14")`.
+"""Backbones: frozen encoders whose features are upsampled. `load_backbone("dinov2_vits14")` builds one.
 
-`base` says what a backbone is, `table` lists them by name, `load` builds one; one file each for what timm, torchvision
-and scikit-image bring.
+`base` defines a backbone, `table` lists them by name, and `load` builds one. The encoders themselves are in `timm`,
+`torchvision` and `classical` (scikit-image).
 """
 
 from core.backbones.base import (

@@ -1,7 +1,7 @@
-"""What every backbone is: a frozen encoder with declared geometry, and the errors that loading one raises.
+"""The base class `Backbone`, image normalisation, and the error for weights that cannot be fetched.
 
-Geometry, the same for all: the image is first resized to the nearest multiple of the stride (bilinear, antialiased;
-never padded), so that the h x w features tile the whole image and feature i of h stands for its part [i/h, (i+1)/h).
+All backbones share one geometry. The image is first resized to the nearest multiple of the stride (bilinear,
+antialiased, never padded). So the h x w features tile the whole image, and feature i of h covers [i/h, (i+1)/h).
 `Backbone.aligned` says whether the receptive field of feature i is centred there too, at (i + 0.5) / h.
 """
 
@@ -14,18 +14,18 @@ from torch import Tensor, nn
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 RANGE_TOLERANCE = 0.1
-"""How far values may leave [0, 1]: bicubic resizing overshoots that much, a normalised image far more."""
+"""How far RGB values may lie outside [0, 1]. Bicubic resizing overshoots this much; a normalised image, far more."""
 
 
 class WeightsUnavailable(OSError):
-    """Pretrained weights that could not be fetched from the hub; the message names both ways out."""
+    """Pretrained weights could not be downloaded; the message names two ways out."""
 
 
 class Backbone(nn.Module, ABC):
-    """A frozen encoder, always in eval mode: RGB in [0, 1] -> features (B,C,h,w). It normalises for itself.
+    """A frozen encoder, always in eval mode: RGB in [0, 1] -> features (B,C,h,w). It normalises the image itself.
 
-    Layers are counted from the input: 0 is the first, -1 the last. `layer_channels[i]` and `layer_strides[i]` declare
-    what layer i gives; `channels` and `patch_size` (the stride in pixels) are those of the default layer.
+    Layers are counted from the input: 0 is the first, -1 the last. `layer_channels[i]` and `layer_strides[i]` describe
+    layer i. `channels` and `patch_size` (the stride in pixels) are those of the default layer.
     """
 
     def __init__(
@@ -50,17 +50,17 @@ class Backbone(nn.Module, ABC):
         self.aligned = aligned
         """True: feature i of h is centred at (i + 0.5) / h of the image; False: up to half a cell off; None: unknown"""
         self.min_size = min_size
-        """Smallest height and width in pixels, where that is more than the stride."""
+        """Smallest height and width in pixels, if larger than the stride."""
 
     def forward(self, rgb: Tensor, layer: int | None = None) -> Tensor:
-        """(B,3,H,W) RGB in [0,1], any float dtype and any size -> (B,C,h,w), h = H / stride to the nearest integer.
+        """(B,3,H,W) RGB in [0,1], any float dtype and size -> (B,C,h,w) with h = H / stride, rounded.
 
-        `layer=None` is the default layer; where that is the last, the backbone's final norm is applied, as it is for
-        `layer=-1`. Other layers come as they are inside the network.
+        `layer=None` means the default layer. The last layer is returned after the backbone's final norm; other layers
+        are returned as they are inside the network.
 
         Raises:
-            TypeError: integer image. ValueError: wrong rank or channels, values outside [0, 1], too small.
-            IndexError: there is no such layer; says how many there are.
+            TypeError: integer image. ValueError: wrong rank or channels, values outside [0, 1], or too small.
+            IndexError: no such layer; the message says how many there are.
         """
         index = self._layer_index(layer)
         check_rgb(rgb, f"backbone {self.name}")
@@ -77,13 +77,13 @@ class Backbone(nn.Module, ABC):
         features = self.features(image, index)  # (B, C, h, w)
         if features.ndim != 4 or features.shape[1] != self.layer_channels[index]:
             raise RuntimeError(
-                f"backbone {self.name}: layer {index} gave {tuple(features.shape)}, declared are "
-                f"(B, {self.layer_channels[index]}, h, w)"
+                f"backbone {self.name}: layer {index} must give (B, {self.layer_channels[index]}, h, w) as declared, "
+                f"got {tuple(features.shape)}"
             )
         return features
 
     def fit(self, rgb: Tensor, stride: int) -> Tensor:
-        """(B,3,H,W) -> resized to the nearest multiples of `stride`; the same tensor where they are that already."""
+        """Resizes (B,3,H,W) to the nearest multiples of `stride`; returns the same tensor if nothing changes."""
         size = tuple(int(side / stride + 0.5) * stride for side in rgb.shape[-2:])
         if size == tuple(rgb.shape[-2:]):
             return rgb
@@ -94,11 +94,11 @@ class Backbone(nn.Module, ABC):
         """(B,3,H,W) normalised, H and W multiples of the layer's stride; 0 <= layer < num_layers -> (B,C,h,w)."""
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Stays in eval mode, so that `model.train()` around it changes no batch statistics and drops nothing out."""
+        """Stays in eval mode: `train()` of a model around it changes no batch statistics and enables no dropout."""
         return super().train(False)
 
     def freeze(self) -> "Backbone":
-        """Eval mode, no gradients for its weights (the image may still have them)."""
+        """Eval mode, without gradients for the weights; the image can still have gradients."""
         return self.requires_grad_(False).eval()
 
     def _layer_index(self, layer: int | None) -> int:
@@ -113,7 +113,7 @@ class Backbone(nn.Module, ABC):
 
 
 def check_rgb(rgb: Tensor, who: str) -> None:
-    """Refuses what is no (B,3,H,W) float image in [0,1]; `who` opens the message.
+    """Refuses anything but a (B,3,H,W) float image in [0,1]; messages begin with `who`.
 
     Raises:
         TypeError: integer dtype. ValueError: wrong rank, channels or range, or empty.
@@ -125,8 +125,8 @@ def check_rgb(rgb: Tensor, who: str) -> None:
     low, high = (value.item() for value in torch.aminmax(rgb.detach()))
     if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # NaN fails both
         raise ValueError(
-            f"{who}: RGB values must lie in [0, 1], got {low:.3g} to {high:.3g}: pass the image neither normalised "
-            "nor in 0..255"
+            f"{who}: RGB values must lie in [0, 1], got {low:.3g} to {high:.3g}: pass an image that is neither "
+            "normalised nor in 0..255"
         )
 
 
@@ -137,7 +137,7 @@ def normalize(rgb: Tensor, mean: tuple[float, float, float], std: tuple[float, f
 
 
 def imagenet_normalize(rgb: Tensor) -> Tensor:
-    """The image as AnyUp takes it: (B,3,H,W) RGB in [0,1] -> normalised by ImageNet mean and standard deviation.
+    """Prepares an image for AnyUp: (B,3,H,W) RGB in [0,1] -> normalised by ImageNet mean and standard deviation.
 
     Raises:
         TypeError, ValueError: as `check_rgb`.

@@ -1,12 +1,12 @@
-"""Dense classical descriptors from scikit-image behind the Backbone contract: no weights, no download.
+"""Classical dense descriptors from scikit-image as backbones: no weights, no download.
 
-Each gives one vector for each cell of p x p pixels: texture, then six channels of colour, the mean and standard
-deviation over the cell of CIELAB / 100. The texture t is divided by sqrt(|t|^2 + floor^2): of nearly unit length where
-there is some, and near 0 in flat cells, which scikit-image's own normalisation fills with amplified noise (its floor
-is 1e-5 or less). The floors were chosen by a linear probe on CamVid, with 60 training and 25 test frames: HOG with
-p = 8 rises from .216 to .251 mIoU, DAISY from .245 to .252.
+Each cell of p x p pixels gets one vector: texture, then six colour channels (mean and standard deviation of
+CIELAB / 100 over the cell). The texture t is divided by sqrt(|t|^2 + floor^2). So its length is nearly 1 in textured
+cells and near 0 in flat cells. There scikit-image's own normalisation, with a floor of 1e-5 or less, amplifies noise.
+The floors were chosen with a linear probe on CamVid (60 training and 25 test frames). They raise the mIoU of HOG with
+p = 8 from .216 to .251, and of DAISY from .245 to .252.
 
-They are computed on the CPU, image by image, are deterministic, and cannot be differentiated.
+The descriptors are computed on the CPU, image by image. They are deterministic and cannot be differentiated.
 """
 
 from abc import abstractmethod
@@ -26,7 +26,7 @@ COLOUR_CHANNELS = 6
 
 
 class ClassicalBackbone(Backbone):
-    """A descriptor of numpy images, with one layer. `texture_channels` is the width of what `texture` gives."""
+    """A backbone with one layer, computed by NumPy. `texture_channels`: number of channels that `texture` returns."""
 
     def __init__(self, name: str, patch_size: int, texture_channels: int):
         super().__init__(
@@ -39,13 +39,13 @@ class ClassicalBackbone(Backbone):
 
     @abstractmethod
     def texture(self, rgb: np.ndarray, lab: np.ndarray) -> np.ndarray:
-        """(H,W,3) RGB in [0,1] and the same in CIELAB / 100, H and W multiples of the patch size -> (h,w,C)."""
+        """(H,W,3) RGB in [0,1], and the same image in CIELAB / 100 -> (h,w,C); H and W are multiples of the cell."""
 
     def features(self, image: Tensor, layer: int) -> Tensor:
-        """Contract: `Backbone.features`, in float32.
+        """As `Backbone.features`, in float32.
 
         Raises:
-            ValueError: the image requires a gradient, which there is none of.
+            ValueError: the image requires a gradient, which cannot be computed.
         """
         if image.requires_grad:
             raise ValueError(f"backbone {self.name} cannot be differentiated: pass rgb.detach(), or use a network")
@@ -64,23 +64,23 @@ class ClassicalBackbone(Backbone):
 
 
 class HogBackbone(ClassicalBackbone):
-    """Histograms of oriented gradients: 9 orientations of the cell and its 8 neighbours, normalised together.
+    """Histograms of oriented gradients (HOG): 9 orientations of a cell and its 8 neighbours, normalised together.
 
-    Dalal & Triggs, CVPR 2005 (square-root colours, L2), with blocks of 3 x 3 cells so that each is centred on its
-    cell. Beyond the border the image is mirrored. 3·3·9 + 6 = 87 channels: block row, block column, orientation;
-    colour.
+    Dalal & Triggs, CVPR 2005 (square-root colours, L2). Blocks have 3 x 3 cells, so that each is centred on its cell.
+    The image is mirrored beyond its border. 3·3·9 + 6 = 87 channels, in this order: block row, block column,
+    orientation; then colour.
     """
 
     def __init__(self, name: str, patch_size: int):
         super().__init__(name, patch_size, texture_channels=9 * ORIENTATIONS)
 
     def texture(self, rgb: np.ndarray, lab: np.ndarray) -> np.ndarray:
-        """Contract: `ClassicalBackbone.texture`."""
+        """As `ClassicalBackbone.texture`."""
         from skimage.feature import hog
 
         p = self.patch_size
-        # Scaled so that scikit-image's fixed floor acts as HOG_FLOOR. The outer one of the two cells added on each
-        # side is dropped again: scikit-image has no gradient at the first and last pixel.
+        # The scale makes scikit-image's fixed floor act as HOG_FLOOR. Two cells are added on each side, and the outer
+        # one is dropped again, because scikit-image computes no gradient at the first and last pixel.
         scaled = np.sqrt(rgb, dtype=np.float64) * (SCIKIT_IMAGE_FLOOR / HOG_FLOOR)
         blocks = hog(
             np.pad(scaled, ((2 * p, 2 * p), (2 * p, 2 * p), (0, 0)), mode="symmetric"),
@@ -97,20 +97,21 @@ class HogBackbone(ClassicalBackbone):
 class DaisyBackbone(ClassicalBackbone):
     """DAISY of the lightness: gradient histograms at the cell's centre and on two rings of radius 0.75 p and 1.5 p.
 
-    Tola, Lepetit & Fua, IEEE TPAMI 32(5) 2010; 8 histograms a ring, 8 directions. Beyond the border the image is
-    mirrored. (2·8 + 1)·8 + 6 = 142 channels. scikit-image takes gradients as forward differences, so that the centre
-    is exact to half a pixel.
+    Tola, Lepetit & Fua, IEEE TPAMI 32(5) 2010; 8 histograms per ring, 8 directions. The image is mirrored beyond its
+    border. (2·8 + 1)·8 + 6 = 142 channels. scikit-image uses forward differences, so centres are exact to half a
+    pixel.
     """
 
     def __init__(self, name: str, patch_size: int):
         super().__init__(name, patch_size, texture_channels=(RINGS * HISTOGRAMS + 1) * DIRECTIONS)
 
     def texture(self, rgb: np.ndarray, lab: np.ndarray) -> np.ndarray:
-        """Contract: `ClassicalBackbone.texture`."""
+        """As `ClassicalBackbone.texture`."""
         from skimage.feature import daisy
 
         half, radius = self.patch_size // 2, 3 * self.patch_size // 2
-        # daisy starts at pixel `radius`: padded so, that is pixel half - 1 of the image; and it ends on the last cell
+        # daisy's first centre is pixel `radius` of the padded image: pixel half - 1 of the image, in its first cell.
+        # With this padding the last centre lies in the last cell.
         pad = (radius - half + 1, radius - half)
         histograms = daisy(
             np.pad(lab[..., 0], (pad, pad), mode="symmetric"),

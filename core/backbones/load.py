@@ -1,4 +1,4 @@
-"""Builds a backbone of the table, with its weights: `load_backbone("dinov2_vits14")`."""
+"""Builds a backbone by its name, with weights: `load_backbone("dinov2_vits14")`."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,45 +15,51 @@ from core.streams import named_stream
 def load_backbone(name: str, weights: str | Path | None = None, model: str | None = None) -> Backbone:
     """Builds backbone `name` of the table, in eval mode and frozen.
 
-    `weights`: None fetches the pretrained weights from the hub; a path loads a local file (.safetensors, or
-    .pth/.pt/.bin without any code in it) with timm's parameter names, with or without the classifier; "random" is a
-    fixed random initialisation, for tests and demonstrations only. The classical descriptors have none.
-    `model`: timm's id, for `name="timm"` only. A MobileNetV2 file with 1001 classes is TensorFlow's and is built as
-    `mobilenetv2_tf` (other padding and normalisation, no weights on the hub), one with 1000 as `mobilenetv2`,
-    whichever of the two was asked for; without a classifier it is taken as the one asked for.
+    A MobileNetV2 file with 1001 classes is TensorFlow's. It is built as `mobilenetv2_tf`, with other padding and
+    normalisation (the hub has no weights for it). A file with 1000 classes is built as `mobilenetv2`. The number of
+    classes decides, not `name`. A file without a classifier is built as `name`.
+
+    Args:
+        name: the backbone's name in the table, `core.backbones.CHOICES`.
+        weights: None: the pretrained weights, of this package or downloaded. A path: a local file (.safetensors, or
+            .pth/.pt/.bin without code in it) with timm's or torchvision's parameter names, with or without the
+            classifier. "random": a fixed random initialisation, for tests and demonstrations only. Classical
+            descriptors have no weights.
+        model: timm's model id, only for `name="timm"`.
 
     Raises:
-        ValueError: unknown name; `model` given or missing in the wrong place; weights for a classical descriptor.
+        ValueError: unknown name or timm model; `model` missing, or given with another name; weights for a classical
+            descriptor.
         WeightsError: the file is damaged, unsafe, or of another model. FileNotFoundError: it does not exist.
-        WeightsUnavailable: the hub cannot be reached; the message names both ways out.
+        WeightsUnavailable: the weights cannot be downloaded; the message names two ways out.
     """
     if name not in CHOICES:
         raise ValueError(f"no backbone is called {name!r}; there are: {', '.join(CHOICES)}")
     if (model is not None) != (name == "timm"):
         raise ValueError(
-            f"backbone {name}: `model` (a timm id such as vit_base_patch16_224.augreg_in21k) is what backbone=timm "
-            f"needs and no other takes; got {model!r}"
+            f"backbone {name}: `model` is for backbone=timm only, which needs one (a timm id such as "
+            f"vit_base_patch16_224.augreg_in21k); got {model!r}"
         )
-    with named_stream(0, f"backbone/{name}"):  # building draws random weights, if only to overwrite them
+    with named_stream(0, f"backbone/{name}"):  # building draws random weights, even if they are overwritten
         return _build(name, CHOICES[name], weights, model).freeze()
 
 
 def backbone_from_config(node: DictConfig | Mapping[str, Any]) -> Backbone:
-    """`load_backbone` of a configuration node `{name, weights, model}`, as the Hydra group `backbone` gives it.
+    """Calls `load_backbone` with a node `{name, weights, model}` of the Hydra group `backbone`.
 
     Raises:
-        ValueError: a key the node must not have; otherwise as `load_backbone`.
+        ValueError: an unknown key, or no `name`. Otherwise as `load_backbone`.
     """
     values = dict(OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node)
     unknown = sorted(set(values) - {"name", "weights", "model"})
     if unknown or "name" not in values:
-        raise ValueError(f"a backbone's configuration has the keys name, weights, model; got {', '.join(values)}")
+        raise ValueError(f"a backbone's configuration can have the keys name, weights, model; got {', '.join(values)}")
     model = values.get("model")
     return load_backbone(values["name"], values.get("weights"), None if model == MISSING else model)
 
 
 def _build(name: str, choice: Choice, weights: str | Path | None, model: str | None) -> Backbone:
-    # Imported here: each brings a package that a session with another backbone does not need.
+    # Imported here: each needs a package that the others do not.
     if choice.kind == "timm":
         from core.backbones.timm import load_timm
 

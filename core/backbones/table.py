@@ -1,4 +1,4 @@
-"""The table of backbones: one row a name, offered to Hydra as `backbone=NAME`."""
+"""The table of backbones: one row per name, offered to Hydra as `backbone=NAME`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,36 +14,38 @@ class Choice:
     """One row of the table of backbones."""
 
     kind: str
-    """Who builds it: timm, torchvision, hog or daisy."""
+    """What builds it: timm, torchvision, hog or daisy."""
     model: str = ""
     """timm's id with the tag of the pretrained weights; the input normalisation is read from timm's model."""
     build: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of `timm.create_model`."""
     default_layer: int = -1
     patch_size: int = 0
-    """Of the classical descriptors; networks declare their own."""
+    """Cell size in pixels of a classical descriptor; networks declare their own stride."""
     aligned: bool | None = True
+    """As `Backbone.aligned`."""
     file: str = ""
-    """Name in `core/weights/` of pretrained weights that come with this package; empty: they are on the hub."""
+    """File in `core/weights/` with pretrained weights of this package; empty: the weights are downloaded."""
     twins: Mapping[int, str] = field(default_factory=dict)
-    """Number of classes in the head of a local file -> the choice with the same weights' names that it belongs to."""
+    """Number of classes in a local file's classifier -> the choice, with the same parameter names, for that file."""
 
 
 def _timm(model: str, aligned: bool | None = True) -> Choice:
     return Choice("timm", model, aligned=aligned)
 
 
-# Where the receptive field of feature i is centred when not at (i + 0.5) / h: ResNet-50 and MobileNetV2 pad strided
-# convolutions on both sides: pixel stride·i, (stride - 1) / 2 up and left of the cell's centre. TensorFlow's "same"
-# padding and SqueezeNet, which pads nothing: pixel stride·(i + 1) - 1, as far down and right; and SqueezeNet has one
-# row and one column less than the image has cells. Trained weights lean back: TensorFlow's MobileNetV2 agrees best
-# with its mirror image at 3 pixels, not 7.5.
+# Backbones with aligned=False: where the receptive field of feature i is centred, instead of at (i + 0.5) / h.
+# - ResNet-50 and MobileNetV2 pad strided convolutions on both sides: at pixel stride·i, which is (stride - 1) / 2 up
+#   and left of the cell's centre.
+# - TensorFlow's "same" padding, and SqueezeNet without padding: at pixel stride·(i + 1) - 1, as far down and right.
+#   SqueezeNet also has one row and one column less than the image has cells.
+# Trained weights undo part of this: TensorFlow's MobileNetV2 agrees best with its mirror image at 3 pixels, not 7.5.
 _TENSORFLOW = {
     "pad_type": "same",
     "pretrained_cfg_overlay": {"mean": (0.5,) * 3, "std": (0.5,) * 3, "num_classes": 1001, "hf_hub_id": None},
 }
 CHOICES: dict[str, Choice] = {
-    # four blocks of vit_tiny16, distilled from all of it (experiments/distill.py, docs/weights.md)
+    # four blocks of vit_tiny16, distilled from the whole model (experiments/distill.py, docs/weights.md)
     "embedded": Choice(
         "timm",
         "vit_tiny_patch16_224",
@@ -56,7 +58,7 @@ CHOICES: dict[str, Choice] = {
     "dinov2_vits14_reg": _timm("vit_small_patch14_reg4_dinov2.lvd142m"),
     "dino_vits16": _timm("vit_small_patch16_224.dino"),
     "dino_vitb16": _timm("vit_base_patch16_224.dino"),
-    # OpenAI trained with the approximated GELU that timm has under these names
+    # OpenAI trained with an approximate GELU; timm's names for it contain "quickgelu"
     "clip_vitb16": _timm("vit_base_patch16_clip_quickgelu_224.openai"),
     "clip_vitb32": _timm("vit_base_patch32_clip_quickgelu_224.openai"),
     "siglip2_vitb16": _timm("vit_base_patch16_siglip_512.v2_webli"),

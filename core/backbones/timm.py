@@ -1,4 +1,4 @@
-"""Encoders of timm behind the Backbone contract, and strict loading into them.
+"""timm's encoders as backbones, and strict loading of their weights.
 
 timm: Ross Wightman, PyTorch Image Models (Apache-2.0).
 """
@@ -19,15 +19,15 @@ from core.weight_files import WeightsError, outer_names, read_weights
 
 RANDOM = "random"
 WEIGHTS = Path(__file__).parent.parent / "weights"
-"""Weights that come with the package."""
+"""Folder of the weights that come with the package."""
 SHOWN_KEYS = 4
 
 
 class TimmBackbone(Backbone):
-    """A timm model without its head. Layers are its blocks (ViT) or stages (CNN), after timm's `feature_info`.
+    """A timm model without its head. Its layers are blocks (ViT) or stages (CNN), as in timm's `feature_info`.
 
-    Widths, strides, mean and std are read from the model. Prefix tokens (class, registers) are dropped, position
-    embeddings are resampled to the image's grid. A ViT's last layer is normalised by its final norm, earlier ones not.
+    Channels, strides, mean and std are read from the model. Prefix tokens (class, registers) are dropped. Position
+    embeddings are resampled to the image's grid. A ViT's final norm is applied to its last layer only.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class TimmBackbone(Backbone):
         self.trunk = trunk
         fixed = trunk.pretrained_cfg.get("fixed_input_size", False) and not _takes_any_size(type(trunk))
         self.input_size: tuple[int, int] | None = tuple(config["input_size"][-2:]) if fixed else None
-        """The only size in pixels that the model takes; None: any."""
+        """(height, width) in pixels, if the model takes only this size; None: any size."""
 
     def fit(self, rgb: Tensor, stride: int) -> Tensor:
-        """Contract: `Backbone.fit`.
+        """As `Backbone.fit`.
 
         Raises:
-            ValueError: the model takes one size only, and this is another.
+            ValueError: the model takes only one size, and the image has another.
         """
         if self.input_size is None:
             return super().fit(rgb, stride)
@@ -68,11 +68,11 @@ class TimmBackbone(Backbone):
         return rgb
 
     def features(self, image: Tensor, layer: int) -> Tensor:
-        """Contract: `Backbone.features`. Computed in the dtype of the weights."""
+        """As `Backbone.features`, computed in the dtype of the weights."""
         return self.trunk.forward_intermediates(
             image.to(next(self.trunk.parameters()).dtype),
             indices=[layer],
-            norm=layer == self.num_layers - 1,  # trained for the last layer's statistics only
+            norm=layer == self.num_layers - 1,  # the norm was trained on the last layer only
             stop_early=True,
             output_fmt="NCHW",
             intermediates_only=True,
@@ -80,7 +80,7 @@ class TimmBackbone(Backbone):
 
 
 def load_timm(name: str, choice: Choice, weights: str | Path | None) -> Backbone:
-    """Builds a timm row of the table, weights of the hub (None), of a file, or "random". Errors: `load_backbone`."""
+    """Builds a timm backbone with pretrained weights (None), those of a file, or "random". Raises: `load_backbone`."""
     state = None if weights in (None, RANDOM) else read_weights(weights)[0]
     if state is not None and choice.twins:
         name = choice.twins.get(_num_classes(choice, state), name)
@@ -98,7 +98,7 @@ def load_timm(name: str, choice: Choice, weights: str | Path | None) -> Backbone
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], heads: tuple[str, ...], source: str) -> None:
-    """Loads every tensor of `module`, cast to its dtype; tensors of the classifiers named `heads` are left out.
+    """Loads every tensor of `module`, cast to its dtype; tensors of the classifiers named `heads` are ignored.
 
     Raises:
         WeightsError: a tensor is missing, unknown or of another shape; names `source`, the model and the first keys.
@@ -119,15 +119,15 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], heads: tuple[str
     found = [f"{len(keys)} {fault}: {_first(keys)}" for fault, keys in faults.items() if keys]
     if found:
         raise WeightsError(
-            f"{source} is not of this model ({type(module).__name__}), or not with timm's or torchvision's parameter "
-            f"names: {'; '.join(found)}{outer_names(state, own)}"
+            f"{source} is not of this model ({type(module).__name__}), or does not have timm's or torchvision's "
+            f"parameter names: {'; '.join(found)}{outer_names(state, own)}"
         )
 
 
-def unavailable(name: str, what: str, cache: str, reason: str) -> WeightsUnavailable:
-    """The error that says which weights could not be had, why, and both ways out."""
+def unavailable(name: str, what: str, way_out: str, reason: str) -> WeightsUnavailable:
+    """The error for weights that cannot be downloaded: which, why, and two ways out."""
     return WeightsUnavailable(
-        f"backbone {name}: no pretrained weights of {what} ({reason}). Two ways out: (1) go online, or {cache}; "
+        f"backbone {name}: no pretrained weights of {what} ({reason}). Two ways out: (1) {way_out}; "
         "(2) give a local file: load_backbone(..., weights=PATH) in Python, backbone.weights=PATH on the command line"
     )
 
@@ -139,10 +139,12 @@ def _create(model: str, build: Mapping[str, Any]) -> nn.Module:
     if model not in known:
         close = get_close_matches(model, sorted(known), n=3)
         raise ValueError(f"timm {timm.__version__} has no model {model!r}; close: {', '.join(close) or 'none'}")
-    with torch.device("meta"):  # only to ask for its class: timm's factories do not tell what it can be given
+    with torch.device("meta"):  # only to find its class: timm's factories do not show which arguments it takes
         kind = type(timm.create_model(model, num_classes=0, **build))
     if not hasattr(kind, "forward_intermediates"):
-        raise ValueError(f"timm's {model} ({kind.__name__}) gives no feature maps: it has no forward_intermediates")
+        raise ValueError(
+            f"timm's {model} ({kind.__name__}) gives no feature maps: it has no forward_intermediates; choose another"
+        )
     return timm.create_model(
         model, num_classes=0, **build, **({"dynamic_img_size": True} if _takes_any_size(kind) else {})
     )
@@ -164,12 +166,12 @@ def _download(name: str, config: Mapping[str, Any]) -> str:
 
     repo, file = config.get("hf_hub_id"), config.get("hf_hub_filename") or "model.safetensors"
     if not repo:
-        raise unavailable(name, config["architecture"], "take another choice", "the hub has none")
+        raise unavailable(name, config["architecture"], "choose another backbone", "the hub has none")
     try:
         return hub_file(repo, file)
     except (OSError, HTTPError) as error:
-        cache = f"set HF_HUB_CACHE to a hub cache that holds {file} of {repo}"
-        raise unavailable(name, repo, cache, f"the hub cannot be reached: {type(error).__name__}") from error
+        way_out = f"go online, or set HF_HUB_CACHE to a hub cache that contains {file} of {repo}"
+        raise unavailable(name, repo, way_out, f"the hub cannot be reached: {type(error).__name__}") from error
 
 
 def _first(keys: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""SqueezeNet 1.1 of torchvision behind the Backbone contract.
+"""torchvision's SqueezeNet 1.1 as a backbone.
 
 Iandola et al., SqueezeNet: AlexNet-level accuracy with 50x fewer parameters, arXiv 1602.07360.
 """
@@ -14,14 +14,14 @@ from core.weight_files import read_weights
 
 
 class SqueezeNetBackbone(Backbone):
-    """SqueezeNet 1.1 up to its last Fire module, after ReLU; layers are the ends of its four resolutions.
+    """SqueezeNet 1.1 up to its last Fire module, after ReLU. Its four layers end at strides 2, 4, 8 and 16.
 
-    Its strided convolutions and pools pad nothing: at H pixels the last layer has H/16 - 1 rows (352x480 gives 21x29),
-    of which row i is centred at pixel 16·i + 15. So `aligned` is False.
+    Its strided convolutions and pools have no padding. So an image of H pixels gives H/16 - 1 rows in the last layer
+    (352x480 gives 21x29), row i is centred at pixel 16·i + 15, and `aligned` is False.
     """
 
     ends = (1, 4, 7, 12)
-    """Indices into torchvision's `features` of the last module at strides 2, 4, 8 and 16."""
+    """For strides 2, 4, 8 and 16: the index of the last module at this stride in torchvision's `features`."""
 
     def __init__(self, name: str):
         from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
@@ -39,13 +39,13 @@ class SqueezeNetBackbone(Backbone):
         self.trunk = squeezenet1_1().features
 
     def features(self, image: Tensor, layer: int) -> Tensor:
-        """Contract: `Backbone.features`, but one row and one column less."""
+        """As `Backbone.features`, but with one row and one column less."""
         image = image.to(self.trunk[0].weight.dtype)
         return self.trunk[: self.ends[layer] + 1](image)  # (B, C, h, w)
 
 
 def load_squeezenet(name: str, weights: str | Path | None) -> SqueezeNetBackbone:
-    """SqueezeNet with torchvision's weights (None), those of a file, or "random". Errors: `load_backbone`."""
+    """Builds SqueezeNet with torchvision's weights (None), those of a file, or "random". Raises: `load_backbone`."""
     backbone = SqueezeNetBackbone(name)
     if weights == RANDOM:
         return backbone
@@ -66,6 +66,6 @@ def _download(name: str) -> Path:
         try:
             torch.hub.download_url_to_file(url, path, hash_prefix=path.stem.split("-")[-1], progress=False)
         except OSError as error:
-            cache = f"set TORCH_HOME to a directory that holds hub/checkpoints/{path.name}"
-            raise unavailable(name, url, cache, f"it cannot be reached: {type(error).__name__}") from error
+            way_out = f"go online, or set TORCH_HOME to a folder that contains hub/checkpoints/{path.name}"
+            raise unavailable(name, url, way_out, f"it cannot be reached: {type(error).__name__}") from error
     return path

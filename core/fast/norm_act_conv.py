@@ -1,9 +1,9 @@
 """GroupNorm, SiLU and a 1x1 convolution as one step over blocks of pixels, exact to rounding, and its gradient.
 
-Images are pixel-major, (B,H,W,D) contiguous, so that a 1x1 convolution is one matrix product. A step reads each
-pixel once, normalises it with moments that the step before collected while it wrote, and collects the moments of
-what it writes. Everything works in memory that it is given; `core/fast/streamed_encoder.py` gives it, and is what
-PyTorch differentiates.
+Images are pixel-major, (B,H,W,D) contiguous, so that a 1x1 convolution is one matrix product. A step reads each pixel
+once and normalises it. The moments for this were collected by the previous step, while it wrote its result; each step
+collects the moments of its own result in the same way. All functions work in memory that the caller gives:
+`core/fast/encoder.py`, which also defines the gradient for PyTorch.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 from core.fast.silu import normed_silu, normed_silu_with_slope
 
 NUM_GROUPS = 8
-WELL_CONDITIONED = 16  # squared mean over variance, up to which one-pass moments are exact to 1e-6
+WELL_CONDITIONED = 16  # up to this ratio of squared mean to variance, one-pass moments are exact to 1e-6
 PIXELS_PER_BLOCK = 1024  # half a megabyte at D = 128 in float32: a handful of blocks fits into the second-level cache
 
 Rows = Callable[[slice], Tensor]
@@ -25,16 +25,16 @@ Rows = Callable[[slice], Tensor]
 
 
 class Moments(NamedTuple):
-    """Mean and (biased) variance per image and group, both (B,G) in float32."""
+    """Mean and (biased) variance per image and group, both (B,G), at least in float32."""
 
     mean: Tensor
     var: Tensor
 
 
 class Step(NamedTuple):
-    """The weights of one GroupNorm (in,), SiLU and 1x1 convolution (out,in) without bias; None: no convolution.
+    """Weights of one GroupNorm (in,), SiLU and 1x1 convolution (out,in) without bias; `weight` None: no convolution.
 
-    Also the gradients of these.
+    Also used for the gradients of these weights.
     """
 
     gamma: Tensor
@@ -44,14 +44,14 @@ class Step(NamedTuple):
 
 
 class Buffers:
-    """Image-sized buffers that the encoders of one forward hand on: fresh memory costs more than a pass over it.
+    """Image-sized buffers that the encoders of one forward share: fresh memory costs more than a pass over it.
 
-    The last one given back is the first one taken.
+    The buffer given back last is taken first.
 
     Args:
-        room: contiguous memory that is not needed yet; up to two buffers lie in it. So whoever holds two at a time,
-            and keeps one of them, finds the third outside.
-        reuse: False: every buffer is new and stays as it is, for a backward pass.
+        room: contiguous memory that is not needed yet. At most two buffers lie in it. So a caller that holds two at a
+            time and keeps one of them gets the third outside.
+        reuse: False: every buffer is new and is never overwritten, for a backward pass.
     """
 
     def __init__(self, room: Tensor | None = None, reuse: bool = True):
@@ -69,7 +69,7 @@ class Buffers:
         return self._in_room(shape) if self._fits(shape, like.dtype) else like.new_empty(shape)
 
     def over(self, buffer: Tensor) -> Tensor:
-        """Where to write what takes the place of `buffer`: over it, if it may go."""
+        """Memory for a result that replaces `buffer`: the buffer itself, if it may be overwritten."""
         return buffer if self.reuse else torch.empty_like(buffer)
 
     def _fits(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
@@ -82,13 +82,13 @@ class Buffers:
         return buffer.view(shape)
 
     def give_back(self, buffer: Tensor) -> None:
-        """Says that nothing reads `buffer` any more."""
+        """Returns `buffer` for reuse: nothing reads it any more."""
         if self.reuse:
             self.free.append(buffer)
 
 
 def linear(pixels: Tensor, weight: Tensor, out: Tensor) -> Moments:
-    """A 1x1 convolution (out,in) of (B,H,W,in), into `out`, (B,H,W,out) -> the moments of the result."""
+    """1x1 convolution of (B,H,W,in) with weight (out,in), written into `out` (B,H,W,out) -> moments of the result."""
     collected = []
     for rows, targets in zip(pixels.flatten(1, 2), out.flatten(1, 2), strict=True):
         collect = _Collector(targets)
@@ -102,12 +102,12 @@ def linear(pixels: Tensor, weight: Tensor, out: Tensor) -> Moments:
 def norm_act_conv(
     x: Tensor, moments: Moments, step: Step, out: Tensor, residual: Tensor | None = None, want_moments: bool = True
 ) -> Moments | None:
-    """residual + conv(silu(norm(x))), all (B,H,W,D), into `out` -> the moments of the result.
+    """residual + conv(silu(norm(x))), all (B,H,W,D), written into `out` -> moments of the result.
 
     Args:
-        moments: of x.
+        moments: moments of x.
         out: may be `residual`, or x itself if there is no convolution.
-        want_moments: False where no normalisation follows.
+        want_moments: False if no normalisation follows; then None is returned.
     """
     collected = []
     for image, (rows, targets) in enumerate(zip(x.flatten(1, 2), out.flatten(1, 2), strict=True)):
@@ -133,13 +133,13 @@ def norm_act_conv(
 def norm_act_conv_gradient(
     x: Tensor, moments: Moments, image: int, step: Step, given: Rows, out: Tensor, sums: Step
 ) -> "InputGradient":
-    """Gradient of one image's step with respect to what it read; recomputes what the step did not keep.
+    """Gradient of a step's input, for one image; recomputes what the step did not keep.
 
     Args:
-        x: (n,in), what the step read of this image.
+        x: (n,in), the step's input for this image.
         moments, step: as for the step itself.
-        given: gradient of what the convolution (without one: the SiLU) returned.
-        out: (n,in), the memory of the result.
+        given: gradient of the convolution's result, or of the SiLU's if there is no convolution.
+        out: (n,in), memory for the result.
         sums: the gradients of the weights are added to these.
     """
     scale, shift = _affine(moments, image, step, x.dtype)
@@ -159,16 +159,16 @@ def norm_act_conv_gradient(
 
 
 class InputGradient:
-    """`Rows` of the gradient of a GroupNorm's input in one image, from that of its affine output.
+    """Gradient of a GroupNorm's input in one image, as `Rows`, from the gradient of its affine output.
 
-    That needs sums over the image, which are known only after its last block. So blocks are finished, in place,
-    where they are used next, which saves a pass over memory. Each block must be asked for once.
+    It needs sums over the image, which are known only after the last block. So each block is completed in place when
+    it is used next, which saves a pass over memory. Each block must be asked for exactly once.
 
     Args:
-        x: (n,D), what was normalised.
-        moments, image, step: of the normalisation.
-        grad: (n,D) gradient of its affine output.
-        channel_sums: (2,D), of `grad` and of `grad` · x.
+        x: (n,D), the input of the normalisation.
+        moments, image, step: as for the step itself.
+        grad: (n,D), gradient of the affine output.
+        channel_sums: (2,D), sums of `grad` and of `grad` · x.
         sums: the gradients of gamma and beta are added to these.
     """
 
@@ -194,7 +194,7 @@ class InputGradient:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (p,q) += aᵀ b, of (n,p) and (n,q): sums of many blocks, in the total's precision."""
+    """total (p,q) += aᵀ b for a (n,p) and b (n,q); sums many blocks in the precision of `total`."""
     if total.dtype == a.dtype:
         total.addmm_(a.t(), b)
     else:
@@ -224,7 +224,7 @@ class _Collector:
         self.sums.append(_channel_sums(rows, rows))
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance, (G,) each; where a mean outweighs the spread, from a second pass around it."""
+        """Mean and variance, (G,) each. If a mean is large compared to the variance, a second pass subtracts it."""
         mean, var = self._one_pass()
         if not (mean**2 < WELL_CONDITIONED * var).all():
             per_channel = mean.to(self.rows.dtype).repeat_interleave(self.rows.shape[1] // NUM_GROUPS)
@@ -246,12 +246,12 @@ def _stack(moments: list[tuple[Tensor, Tensor]]) -> Moments:
 
 
 def _channel_sums(rows: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over the rows of `rows` and of `rows` · `factor`, both (n,D) -> (D,)."""
+    """Sums over n of `rows` and of `rows` · `factor`, both (n,D) -> two (D,)."""
     if rows.dtype in (torch.bfloat16, torch.float16):
         rows, factor = rows.float(), factor.float()
     if rows.device.type != "cpu":
         return rows.sum(0), (rows * factor).sum(0)
-    # The gradients of the bias and gain of a normalisation are these sums, and PyTorch takes them in one fast pass.
+    # These sums are the gradients of a normalisation's bias and gain, which PyTorch computes in one fast pass.
     n, width = rows.shape
     rows, factor = (t.view(1, n, 1, width).permute(0, 3, 1, 2) for t in (rows, factor))  # (1,D,n,1), channels last
     mean, rstd = rows.new_zeros(1, 1), rows.new_ones(1, 1)
@@ -276,20 +276,20 @@ def _affine(moments: Moments, image: int, step: Step, dtype: torch.dtype) -> tup
 
 
 def under_autocast(tensor: Tensor) -> Tensor:
-    """The tensor in autocast's dtype, where autocast is on: in-place and out= operations do not ask it."""
+    """Casts a tensor to autocast's dtype if autocast is on, because in-place and out= operations ignore autocast."""
     dtype = autocast_dtype(tensor)
     return tensor if dtype is None else tensor.to(dtype)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype of autocast on the tensor's device; None where it is off."""
+    """The dtype of autocast on the tensor's device; None if autocast is off."""
     device = tensor.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # never so on the meta device
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta has no autocast
     return torch.get_autocast_dtype(device) if on else None
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
-    """Within the block autocast is off on the tensor's device; the meta device has none."""
+    """A context in which autocast is off on the tensor's device; the meta device has no autocast."""
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 

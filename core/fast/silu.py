@@ -1,7 +1,7 @@
-"""SiLU of normalised pixels, silu(x · scale + shift), and its slope, written into given memory.
+"""SiLU of normalised pixels, silu(x · scale + shift), and its derivative, written into memory that the caller gives.
 
-On CPU through the exponential: PyTorch's own SiLU and sigmoid kernels for AVX-512 run at a third of their speed
-much of the time on some Intel machines, and never faster than this. On other devices one kernel each is fastest.
+On CPU both are computed with the exponential. PyTorch's SiLU and sigmoid kernels for AVX-512 often run at a third of
+their speed on some Intel machines, and are never faster than this. On other devices PyTorch's own kernels are fastest.
 """
 
 import torch
@@ -12,7 +12,7 @@ _MINUS_ONE = torch.tensor(-1.0)
 
 
 def normed_silu(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
-    """silu(x · scale + shift) -> out; all (n,D) but scale and shift, (D,). `out` may be x."""
+    """Writes silu(x · scale + shift) into `out`, which may be x. Scale and shift are (D,), all others (n,D)."""
     if not _through_exp(x):
         return F.silu(torch.addcmul(shift, x, scale, out=out), inplace=True)
     exp = torch.exp(torch.addcmul(-shift, x, -scale, out=out), out=scratch)

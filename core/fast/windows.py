@@ -14,8 +14,8 @@ def window_bounds(num_queries: int, num_keys: int, window_ratio: float) -> tuple
     """First and one-past-last visible key of each query along one axis, both (num_queries,) int64 in NumPy.
 
     A query at centre (i + 0.5)/num_queries sees the keys that overlap the interval of half-width `window_ratio`
-    around it, in float32 and in this order of operations, as the published model was trained. No window
-    (`window_ratio` <= 0): all keys.
+    around it. This is computed in float32 and in this order of operations, as the published model was trained.
+    `window_ratio` <= 0 means no window: all keys.
 
     Raises:
         ValueError: the window is so narrow that a query sees nothing.
@@ -37,16 +37,17 @@ def window_bounds(num_queries: int, num_keys: int, window_ratio: float) -> tuple
 class Tiles:
     """Tiles of consecutive queries along one axis, each sharing one run of keys.
 
-    All tiles have `size` queries, except the first, which has `offset` of them unless that is 0, and the last.
+    All tiles have `size` queries, with two exceptions: the first has `offset` queries if `offset` > 0, and the last
+    has what is left.
     """
 
     num_queries: int
     size: int
     offset: int
     keys: Tensor
-    """(tiles, K) int64: the keys of each tile's run, K being enough for the widest tile."""
+    """(tiles, K) int64: the keys of each tile's run. K is the number that the widest tile needs."""
     visible: Tensor
-    """(tiles, size, K) bool: which of them each query sees."""
+    """(tiles, size, K) bool: which of these keys each query sees."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -66,10 +67,13 @@ class Tiles:
 
 
 def tiles(num_queries: int, num_keys: int, window_ratio: float, like: Tiles | None = None) -> Tiles:
-    """Groups the queries of one axis into tiles of one key cell (several where cells hold few queries).
+    """Groups the queries of one axis into tiles as wide as one key cell (several cells if they hold few queries).
 
-    Tiles may start anywhere in a cell; the start that needs the fewest keys is taken. With `like` the queries are
-    grouped as they are there, so that one tile of queries can look at several key grids.
+    Tiles may start anywhere in a cell; the start that needs the fewest keys is taken. With `like`, the queries are
+    grouped as in those tiles, so that one tile of queries can look at several key grids.
+
+    Raises:
+        ValueError: as `window_bounds`.
     """
     first, last = window_bounds(num_queries, num_keys, window_ratio)
     if like is None:
@@ -97,10 +101,10 @@ def _best_offset(first: np.ndarray, last: np.ndarray, size: int) -> tuple[int, i
 
 
 def _keys_needed(first: np.ndarray, last: np.ndarray, size: int) -> np.ndarray:
-    """(offsets,): keys that the widest tile needs with each offset; bounds never decrease along an axis."""
+    """(offsets,): the number of keys that the widest tile needs, for each offset. Bounds never decrease on an axis."""
     num_queries = len(first)
     ends = np.arange(size - 1, size - 1 + num_queries).clip(max=num_queries - 1)
-    needed = np.pad(last[ends] - first, (0, -num_queries % size))  # by a tile from each query on
+    needed = np.pad(last[ends] - first, (0, -num_queries % size))  # by a tile that starts at each query
     width = needed.reshape(-1, size).max(0)  # (offsets,)
     width[1:] = np.maximum(width[1:], last[: size - 1] - first[0])
     return width

@@ -1,8 +1,8 @@
 """3x3 convolution by Winograd's minimal filtering F(2x2, 3x3): 16 products for 4 outputs instead of 36.
 
 Winograd, "Arithmetic Complexity of Computations", 1980; Lavin and Gray, arXiv 1509.09308, section 4.1. In float32 its
-rounding error is of the size of the direct convolution's. Only additions and one batched matrix product are needed,
-on blocks of rows that stay in cache: on CPU it takes two thirds of the time of the direct convolution.
+rounding error is about that of the direct convolution. It needs only additions and one batched matrix product, on
+blocks of rows that stay in cache. On CPU it takes two thirds of the time of the direct convolution.
 """
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROWS = 2  # output rows per block
-WIDEST = 512  # pixels: the blocks of wider images leave the cache, and the direct convolution wins
+WIDEST = 512  # pixels: the blocks of wider images leave the cache, and the direct convolution is faster
 
 
 class Winograd:
@@ -33,7 +33,7 @@ class Winograd:
         products = images.new_empty(4, 4, down, pairs, len(weight))
         summed = images.new_empty(2, 4, down, pairs, len(weight))
         outputs = images.new_empty(down, 2, pairs, 2, len(weight))
-        # Views, made once: a block is so little work that making them each time would show.
+        # The views are made once, because making them for each block would take noticeable time.
         blocks = self.padded.view(down + 1, 2, pairs + 1, 2, in_channels)
         self.spread_rows = _spread_views(blocks[:, 0], blocks[:, 1], 0, across_rows)
         self.spread_columns = _spread_views(across_rows[:, :, :, 0], across_rows[:, :, :, 1], 2, inputs.transpose(0, 1))
@@ -43,7 +43,7 @@ class Winograd:
         self.outputs = outputs.flatten(2, 3).flatten(0, 1)  # (ROWS,2·pairs,out)
 
     def rows(self, rows: slice) -> Tensor:
-        """Those rows of the convolved images: (B,rows,W,out)."""
+        """The convolved images at these rows: (B,rows,W,out)."""
         batch, _, width, _ = self.images.shape
         result = self.images.new_empty(batch, rows.stop - rows.start, width, self.filters.shape[2])
         for image, target in zip(self.images, result, strict=True):
@@ -55,7 +55,7 @@ class Winograd:
         return result
 
     def _load(self, image: Tensor, start: int) -> None:
-        """Rows start - 1 ... start + ROWS into the padded block; zeros outside the image."""
+        """Copies rows start - 1 ... start + ROWS into the padded block, with zeros outside the image."""
         first, last = max(start - 1, 0), min(start + ROWS + 1, len(image))
         inside = slice(first - start + 1, last - start + 1)
         self.padded[: inside.start] = 0
@@ -63,7 +63,7 @@ class Winograd:
         self.padded[inside, 1 : image.shape[1] + 1] = image[first:last]
 
     def _convolve(self) -> None:
-        """The padded block -> `outputs`."""
+        """Convolves the padded block into `outputs`."""
         _spread(*self.spread_rows)
         _spread(*self.spread_columns)
         inputs, products = self.product
@@ -73,13 +73,13 @@ class Winograd:
 
 
 def _spread_views(even: Tensor, odd: Tensor, dim: int, out: Tensor) -> tuple[Tensor, ...]:
-    """n + 1 pairs of values along `dim` -> what `_spread` needs to make 4 x n of them."""
+    """The arguments with which `_spread` turns n + 1 pairs of values along `dim` into 4 x n values."""
     n = even.shape[dim] - 1
     return *(values.narrow(dim, first, n) for values in (even, odd) for first in (0, 1)), *out
 
 
 def _spread(even: Tensor, even_next: Tensor, odd: Tensor, odd_next: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor):
-    """Input transform along one axis, into the last four."""
+    """Input transform along one axis, written into the last four tensors."""
     torch.sub(even, even_next, out=a)
     torch.add(odd, even_next, out=b)
     torch.sub(even_next, odd, out=c)
@@ -87,14 +87,14 @@ def _spread(even: Tensor, even_next: Tensor, odd: Tensor, odd_next: Tensor, a: T
 
 
 def _collect(a: Tensor, b: Tensor, c: Tensor, d: Tensor, first: Tensor, second: Tensor) -> None:
-    """Output transform along one axis: a + b + c and b - c - d, into the last two; writes over b and c."""
+    """Output transform along one axis: a + b + c and b - c - d, written into the last two tensors; overwrites b."""
     torch.add(a, b, out=first)
     first.add_(c)
     torch.sub(b.sub_(c), d, out=second)
 
 
 def usable(images: Tensor) -> bool:
-    """Whether `Winograd` applies to (B,D,H,W) images in channels-last memory, and pays."""
+    """Whether `Winograd` can be used for (B,D,H,W) images, and is faster there."""
     return (
         images.device.type == "cpu"
         and images.dtype == torch.float32
@@ -106,7 +106,7 @@ def usable(images: Tensor) -> bool:
 
 
 def direct_rows(weight: Tensor, images: Tensor, rows: slice) -> Tensor:
-    """Rows of the zero-padded 3x3 convolution of (B,D,H,W), directly -> (B,rows,W,out)."""
+    """Rows of the zero-padded 3x3 convolution of (B,D,H,W) images, computed directly -> (B,rows,W,out)."""
     height = images.shape[2]
     halo = images[:, :, max(rows.start - 1, 0) : rows.stop + 1]
     if rows.start == 0 or rows.stop == height:

@@ -1,4 +1,4 @@
-"""What the model refuses, before it computes anything; and what it refuses from a filler."""
+"""Checks of the model's arguments, made before anything is computed, and of what fillers return."""
 
 from numbers import Integral
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 def check_inputs(
     model: nn.Module, image: Tensor, features: Tensor, output_size: tuple[int, int] | None
 ) -> tuple[int, int]:
-    """The output size to use.
+    """Checks the inputs of a model call -> the output size.
 
     Raises:
-        TypeError, ValueError: an input that cannot be upsampled; the message names it and what is expected.
+        TypeError, ValueError: an input cannot be upsampled; the message names it and says what is expected.
         RuntimeError: under `torch.jit.trace`.
     """
     if torch.jit.is_tracing():
@@ -43,10 +43,12 @@ def check_inputs(
 
 
 def check_size(output_size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) as plain positive integers; integers of numpy and integer tensors without axes are taken.
+    """Checks an output size -> (height, width) as plain positive integers.
+
+    NumPy integers and 0-dimensional integer tensors are accepted.
 
     Raises:
-        ValueError: anything else, 40.0 included.
+        ValueError: anything else, including 40.0.
     """
     try:
         height, width = (side.item() if isinstance(side, Tensor) else side for side in output_size)
@@ -58,17 +60,19 @@ def check_size(output_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def check_coords(coords: Tensor, features: Tensor) -> Tensor:
-    """Points of the image as float32 (float64 if they are): (N,2), or (B,N,2) with the batch of the features.
+    """Checks points of the image, (N,2), or (B,N,2) for the features' batch -> the same, at least in float32.
 
     Raises:
-        TypeError, ValueError: no such points; the message says what is wrong with them.
+        TypeError, ValueError: they are no such points; the message says what is wrong.
     """
     if not isinstance(coords, Tensor):
         raise TypeError(f"coords must be a torch tensor, got {type(coords).__name__}")
     if coords.dim() not in (2, 3) or coords.shape[-1] != 2:
         raise ValueError(f"coords must be (points, 2) or (batch, points, 2) of (row, column), got {_shape(coords)}")
     if coords.dim() == 3 and len(coords) != len(features):
-        raise ValueError(f"coords of {len(coords)} images, but features of {len(features)}: {_shape(coords)}")
+        raise ValueError(
+            f"coords must be the same batch as features, got {_shape(coords)} for features of {len(features)} images"
+        )
     if 0 in coords.shape:
         raise ValueError(f"coords is empty: {_shape(coords)}")
     if coords.device != features.device:
@@ -89,7 +93,10 @@ def check_coords(coords: Tensor, features: Tensor) -> Tensor:
 
 
 def check_no_whole_output(model: nn.Module, way: str) -> None:
-    """Refuses fillers that must see all of the output, where it is made in parts; `way` says which, and the way out."""
+    """Refuses fillers that need the whole output, if it is made in parts.
+
+    `way` completes the message: what is not possible, and the way out.
+    """
     for hook in ("refiner", "temporal"):
         if getattr(model, hook).needs_whole_output:
             name = type(getattr(model, hook)).__name__
@@ -97,7 +104,7 @@ def check_no_whole_output(model: nn.Module, way: str) -> None:
 
 
 def check_out(out: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuses an `out` tensor that the output does not fit."""
+    """Refuses an `out` that the output cannot be written into (TypeError, ValueError)."""
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a torch tensor (torch.from_numpy of a memory map), got {type(out).__name__}")
     if tuple(out.shape) != shape:
@@ -109,16 +116,18 @@ def check_out(out: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def check_no_state(state: object | None, return_state: bool) -> None:
-    """Refuses a video's state where the output is written in bands."""
+    """Refuses the state of a video if the output is written in bands (ValueError)."""
     if state is not None or return_state:
-        raise ValueError("a video's state cannot be carried with out=, which is written in bands: leave out= away")
+        raise ValueError(
+            "state= and return_state= do not work with out=, which is written in bands: call the model without out="
+        )
 
 
 def check_head(head: object, features: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Weight (K,C) and bias (K,) of a linear head on C channels.
+    """Checks a linear head on C channels -> its weight (K,C), and its bias (K,) or None.
 
     Raises:
-        TypeError, ValueError: no such head; says what it may be.
+        TypeError, ValueError: it is no such head; the message says what it may be.
     """
     if isinstance(head, (nn.Linear, nn.Conv2d)):
         weight, bias = head.weight, head.bias
@@ -137,18 +146,18 @@ def check_head(head: object, features: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def check_linear(model: nn.Module) -> None:
-    """Refuses fillers after attention whose output is not linear in the features."""
+    """Refuses fillers after attention whose output is not linear in the features (ValueError)."""
     for hook in ("decoder", "refiner", "temporal"):
         filler = getattr(model, hook)
         if not filler.linear_in_values:
             raise ValueError(
-                f"{hook}={type(filler).__name__} is not linear in the features, so a head cannot come first: call the "
-                f"head on the model's output, or use {hook}=none"
+                f"{hook}={type(filler).__name__} is not linear in the features, so the head cannot be applied first: "
+                f"call the head on the model's output, or use {hook}=none"
             )
 
 
 def check_filled(model: nn.Module, hook: str, result: object, shape: tuple[int, ...]) -> Tensor:
-    """Refuses a filler's result that is not a tensor of the shape its hook point promises."""
+    """Returns a filler's result; refuses one without the shape that its hook point promises (TypeError, ValueError)."""
     name = type(getattr(model, hook)).__name__
     if not isinstance(result, Tensor):
         raise TypeError(f"{hook} {name} must return a tensor of shape {shape}, got {type(result).__name__}")
@@ -158,14 +167,14 @@ def check_filled(model: nn.Module, hook: str, result: object, shape: tuple[int, 
 
 
 def check_pair(temporal: nn.Module, answer: object) -> tuple[Tensor, object]:
-    """Refuses a temporal filler's answer that is not (output, state)."""
+    """Returns a temporal filler's answer; refuses one that is not (output, state) (TypeError)."""
     if not isinstance(answer, tuple) or len(answer) != 2:
         raise TypeError(f"temporal {type(temporal).__name__} must return (output, state), got {type(answer).__name__}")
     return answer
 
 
 def check_losses(owner: nn.Module, losses: object) -> dict[str, Tensor]:
-    """Refuses losses that are not scalars by name."""
+    """Returns the losses of a filler; refuses what is not a dict of scalars (TypeError, ValueError)."""
     name = f"{getattr(owner, 'hook', '')} {type(owner).__name__}".strip()
     if not isinstance(losses, dict):
         raise TypeError(f"{name} must return a dict of scalar losses, got {type(losses).__name__}")

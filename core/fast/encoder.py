@@ -1,8 +1,8 @@
-"""A whole encoder as streamed steps (`core/fast/norm_act_conv.py`), and its gradient.
+"""The fast path of `core/encoder.py`: a whole encoder in steps of `core/fast/norm_act_conv.py`, and its gradient.
 
-Without gradients it works in two image-sized buffers. With gradients it keeps what each step read. `backward` goes
-through the steps image by image, recomputes the rest block by block, and is therefore not differentiable itself;
-`Encoder.plain` is.
+Without gradients it works in two image-sized buffers. With gradients it keeps the input of each step. `backward` goes
+through the steps image by image, and recomputes the rest block by block. It cannot be differentiated again;
+`Encoder.plain` can.
 """
 
 from typing import NamedTuple
@@ -27,9 +27,9 @@ from core.fast.norm_act_conv import (
 
 
 class Weights(NamedTuple):
-    """Of an encoder, or their gradients: 1x1 convolutions are (out,in) matrices in the dtype of the pixels.
+    """Weights of an encoder, or their gradients: 1x1 convolutions are (out,in) matrices in the dtype of the pixels.
 
-    stem: None: the pixels are the stem's output already. shortcut: None: the identity.
+    `stem` None: the pixels are the stem's output already. `shortcut` None: the identity.
     """
 
     stem: Tensor | None
@@ -47,7 +47,7 @@ class Weights(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What the four steps read, (B,H,W,D) each, with its moments; and the pooled activations (B,D,h,w), if pooled."""
+    """The inputs of the four steps, (B,H,W,D) each, and their moments; the pooled activations (B,D,h,w), if pooled."""
 
     read: tuple[Tensor, ...]
     moments: tuple[Moments, ...]
@@ -125,7 +125,7 @@ class _Encode(torch.autograd.Function):
 
 
 def _backward(pixels, weights: Weights, trace: Trace, image, grad, sums: Weights, grad_pixels, buffers: Buffers):
-    """One image: adds the gradients of the weights to `sums`, writes that of its pixels into `grad_pixels`."""
+    """For one image: adds the weights' gradients to `sums`, writes the pixels' gradient into `grad_pixels`."""
 
     def through(number: int, step: Step, given: Rows) -> InputGradient:
         x = trace.read[number][image].flatten(0, 1)  # (n,D)
@@ -163,7 +163,7 @@ def _backward(pixels, weights: Weights, trace: Trace, image, grad, sums: Weights
 
 
 def _wide(weight: Tensor) -> torch.dtype:
-    """In which the gradients of all blocks and images are added up."""
+    """The dtype in which the gradients of all blocks and images are summed."""
     return torch.promote_types(weight.dtype, torch.float32)
 
 
@@ -172,7 +172,7 @@ def _pool(pixels: Tensor, output_size: tuple[int, int]) -> Tensor:
 
 
 def _unpool(grad: Tensor, size: tuple[int, int]) -> Rows:
-    """Of the gradient (h,w,D) of a pooled image, the gradient of the image's pixels."""
+    """Gradient (h,w,D) of a pooled image -> gradient of the image's pixels."""
     (by_row, by_column) = (
         F.adaptive_avg_pool1d(torch.eye(n, dtype=grad.dtype, device=grad.device), cells)  # (n,cells)
         for n, cells in zip(size, grad.shape, strict=False)
@@ -182,7 +182,7 @@ def _unpool(grad: Tensor, size: tuple[int, int]) -> Rows:
 
 
 def refuse_transforms() -> None:
-    """Raises RuntimeError under `torch.func` (grad, vmap, jvp), which cannot follow the fast path; says what to do."""
+    """Raises RuntimeError under `torch.func` (grad, vmap, jvp), which cannot follow the fast path."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
             "torch.func (grad, vmap, ...) cannot follow AnyUp's fast path: call model.twice_differentiable() first"
@@ -190,8 +190,8 @@ def refuse_transforms() -> None:
 
 
 def refuse_second_derivatives() -> None:
-    """For the `backward` of functions that are not differentiable twice."""
-    if torch.is_grad_enabled():  # as it is in backward only with create_graph=True
+    """Raises RuntimeError if a `backward` that cannot be differentiated again runs with create_graph=True."""
+    if torch.is_grad_enabled():  # in a backward, only with create_graph=True
         raise RuntimeError(
             "AnyUp's fast path has no second derivatives (create_graph=True): call model.twice_differentiable() first"
         )
