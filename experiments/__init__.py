@@ -1,7 +1,8 @@
 """What people run. A file here is a command, `python -m experiments.NAME`; what it is made of lies in the rooms.
 
-Imports go one way: commands, then sweeps, then training and measuring, then peers, cost, statistics and tracking, then
-data. Reports take plain results. `settings`, `atomic` and `lock` serve all of them.
+Imports go one way: commands, then sweeps, then training, then measuring, then peers, cost, statistics and tracking,
+then data; upsampling stands on measuring. Reports take plain results. `settings`, `atomic` and `lock` serve all of
+them.
 """
 
 import os

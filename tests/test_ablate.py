@@ -22,7 +22,6 @@ from experiments import ablate as ablate_command
 from experiments.data.source_digest import meaning, module_digest
 from experiments.lock import lock_folder, unlock_folder
 from experiments.measuring.tasks import Ceiling
-from experiments.report import fetch, pictures
 from experiments.reports.tables import write_report
 from experiments.settings import SettingError
 from experiments.statistics.score_files import read_scores, write_scores
@@ -32,6 +31,7 @@ from experiments.sweeps.arms import Arm, check_names, composed, read_arms, strin
 from experiments.sweeps.code_version import code_version, evaluation_version
 from experiments.sweeps.members import read_tasks
 from experiments.sweeps.results import SweepError
+from experiments.sweeps.stored import fetch, pictures
 from experiments.sweeps.sweep import Sweep, ablate
 from experiments.tracking.store import open_store
 
@@ -202,6 +202,7 @@ def test_a_change_of_what_measures_asks_for_no_training(tmp_path, monkeypatch):
     changes = {"core/anyup": (True, True), "experiments/training/views": (True, True),
                "experiments/data/files": (True, True), "experiments/measuring/probes": (False, True),
                "experiments/statistics/scores": (False, True), "experiments/training/curves": (False, True),
+               "experiments/training/benchmark": (False, False), "experiments/training/distillation": (False, False),
                "experiments/reports/tables": (False, False)}  # fmt: skip
     for name in changes:
         path = tmp_path / f"{name}.py"

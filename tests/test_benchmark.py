@@ -18,8 +18,10 @@ import core
 from core.reference import reference_of
 from experiments import benchmark as module
 from experiments.benchmark import benchmark
+from experiments.cost import benchmark as engine
 from experiments.cost import measure
-from experiments.cost.benchmark_cases import Arm, cases_of, dense_bytes, forward_flops, make_arm, make_batch, resolved
+from experiments.cost.benchmark_arms import PreparedArm, forward_flops, make_arm, make_batch
+from experiments.cost.benchmark_cases import cases_of, dense_bytes, queries_at_once, resolved
 from experiments.settings import SettingError
 
 ROOT = Path(__file__).parent.parent
@@ -40,8 +42,8 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def no_children(monkeypatch):
     """Measuring memory and counting operations takes seconds: most tests do without."""
-    monkeypatch.setattr(module, "peak_in_child", lambda prepare, limit: 12_345_678)
-    monkeypatch.setattr(module, "forward_flops", lambda network, case: 10**9)
+    monkeypatch.setattr(engine, "peak_in_child", lambda prepare, limit: 12_345_678)
+    monkeypatch.setattr(engine, "forward_flops", lambda network, case: 10**9)
 
 
 def break_arm(monkeypatch, broken, change):
@@ -51,7 +53,7 @@ def break_arm(monkeypatch, broken, change):
         arm = make_arm(name, *rest)
         return change(arm) if name == broken else arm
 
-    monkeypatch.setattr(module, "make_arm", make)
+    monkeypatch.setattr(engine, "make_arm", make)
 
 
 def read_csv(path):
@@ -212,7 +214,7 @@ def raising(error, after=0):
                 raise error
             return arm.outcome()
 
-        return Arm(call, call)
+        return PreparedArm(call, call)
 
     return change
 
@@ -241,7 +243,7 @@ def test_an_arm_that_fails_does_not_end_the_others(no_children, monkeypatch, cap
 
 def test_an_arm_whose_measured_peak_does_not_fit_is_not_timed(monkeypatch):
     free = psutil.virtual_memory().available
-    monkeypatch.setattr(module, "peak_in_child", lambda prepare, limit: 2 * free)
+    monkeypatch.setattr(engine, "peak_in_child", lambda prepare, limit: 2 * free)
     for row in benchmark(config()):
         assert row.status.startswith("out of memory")
         assert row.memory_mb == pytest.approx(2 * free / 1e6)
@@ -253,7 +255,7 @@ def test_the_dense_algorithm_is_not_tried_where_it_cannot_fit(no_children, monke
     pixels, keys = 4096**2, 512**2
     assert dense_bytes(case, 4, pixels) == (2 * pixels * keys, pixels * keys * 33 + pixels * 8 * 4)
     assert dense_bytes(case, 4, 64)[1] == pixels * keys + max(64 * keys * 32 + pixels * 32, 2 * pixels * 32)
-    monkeypatch.setattr(module, "make_arm", lambda name, *_: Arm(int, int))
+    monkeypatch.setattr(engine, "make_arm", lambda name, *_: PreparedArm(int, int))
     dense, ours = benchmark(settings)
     assert dense.status.startswith("out of memory: estimated 145")
     assert "GB are free" in dense.status
@@ -265,7 +267,7 @@ def test_queries_at_once(no_children):
     assert dense.queries_at_once == 100
     assert "100 queries at once" in Path("docs/benchmark_cpu.md").read_text()
     chosen = [
-        module.queries_at_once(case, resolved(config()), CPU)
+        queries_at_once(case, resolved(config()), CPU)
         for case in cases_of(resolved(config("forward=[224/14/384,16384/8/8]", "training=[224/14/384/32]")))
     ]
     assert chosen == [None, 8192, None]
@@ -402,7 +404,7 @@ def test_unknown_settings_are_refused():
 
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("out of memory: x", 0), ("wrong: x", 1), ("failed: x", 1)])
 def test_exit_code(monkeypatch, status, code):
-    rows = [module._new_row("ours", cases_of(resolved(config()))[0], resolved(config()), CPU)]
+    rows = [engine._new_row("ours", cases_of(resolved(config()))[0], resolved(config()), CPU)]
     rows[0].status = status
     monkeypatch.setattr(module, "benchmark", lambda config: rows)
     with pytest.raises(SystemExit) if code else nullcontext() as ended:

@@ -10,10 +10,10 @@ from hydra import compose, initialize_config_dir
 import core
 from core.reference import ReferenceAnyUp
 from core.registry import discover
-from experiments import benchmark_training as module
-from experiments.benchmark_training import Arm, benchmark_training
 from experiments.data import DataError
 from experiments.settings import SettingError
+from experiments.training import benchmark as module
+from experiments.training.benchmark import PreparedTraining, benchmark_training
 
 ROOT = Path(__file__).parent.parent
 TINY = ("embed_dim=16", "attention.num_heads=2", "unifier.num_basis=8", "backbones=[{name: hog8}]", "views.view=32",
@@ -41,14 +41,14 @@ def no_children(monkeypatch):
 
 def test_both_arms_train_alike():
     """Several steps, not only the first: the same losses from the same images, and weights that move."""
-    ours, dense = Arm("ours", config("steps=4")), Arm("dense", config("steps=4"))
+    ours, dense = (PreparedTraining(name, config("steps=4")) for name in ("ours", "dense"))
     assert isinstance(dense.training.inner.model, ReferenceAnyUp)
     assert type(ours.training.inner.model) is core.AnyUp
     losses = [(ours.step(), dense.step()) for _ in range(4)]
     for one, other in losses:
         assert one == pytest.approx(other, rel=1e-4)
     assert len({one for one, _ in losses}) == 4
-    assert Arm("shared", config()).step() is None
+    assert PreparedTraining("shared", config()).step() is None
 
 
 def test_what_is_written(no_children):

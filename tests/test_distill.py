@@ -8,8 +8,8 @@ from hydra import compose, initialize_config_dir
 
 import core
 from core.registry import discover
-from experiments.distill import distill, distillation_loss, student_of, tokens
 from experiments.settings import SettingError
+from experiments.training.distillation import distill, distillation_loss, student_of, tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,10 +16,12 @@ import core
 from core.checkpoint import BUNDLED
 from experiments import gpu
 from experiments.cost import correctness
+from experiments.cost import gpu as engine
+from experiments.cost.benchmark import Row
 from experiments.cost.correctness import CHECKS, Check, Inputs, errors
+from experiments.cost.gpu import Measured
 from experiments.cost.measure import arithmetic
-from experiments.cost.supervised import Job, supervise
-from experiments.reports.benchmark import Row
+from experiments.cost.supervised import Job, Outcome, supervise
 from experiments.settings import SettingError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,14 +78,16 @@ def test_what_is_known_is_in_the_tables_before_the_end(tmp_path, monkeypatch):
     def outcomes(jobs, _):
         for job in jobs:
             seen.append((tmp_path / "benchmark_gpu_correctness.md").read_text())
-            yield gpu.Outcome(job, 0.0, lost="not done: no time was left")
+            yield Outcome(job, 0.0, lost="not done: no time was left")
 
-    monkeypatch.setattr(gpu, "supervise", outcomes)
-    checks, rows = gpu.measure(made)
+    monkeypatch.setattr(engine, "supervise", outcomes)
+    known = gpu.measure(made)
     assert [text.count("no time was left") for text in seen] == [0, 1, 2]
     assert [f"UNFINISHED: {done} of 3 pieces." in text for done, text in enumerate(seen)] == [True] * 3
-    assert {check.status for check in checks} == {row.status for row in rows} == {"not done: no time was left"}
-    assert not gpu.defective(checks, rows)
+    assert (
+        {check.status for check in known.checks} == {row.status for row in known.rows} == {"not done: no time was left"}
+    )
+    assert not known.defective
 
 
 @pytest.mark.parametrize(
@@ -107,8 +111,8 @@ def test_what_cannot_be_measured_is_refused_first(tmp_path, overrides, message):
 
 def test_what_is_measured_by_default_can_be_composed(monkeypatch):
     """All points of the command as it is, though this machine has no GPU: sizes and dtypes that were asked for."""
-    monkeypatch.setattr(gpu, "check_arms", lambda *_: None)
-    cases = [case for case, _ in gpu._point_jobs(config()).values()]
+    monkeypatch.setattr(engine, "check_arms", lambda *_: None)
+    cases = [case for case, _ in engine._point_jobs(config()).values()]
     assert {(case.image, case.dtype) for case in cases} >= {
         (side, dtype) for side in (224, 448, 896, 1024, 2048) for dtype in ("float32", "bfloat16")
     }
@@ -144,9 +148,9 @@ def test_an_arm_that_computes_something_else_is_told(inputs, dtype, monkeypatch)
     released, ours = CHECKS["outputs"](inputs, dtype)
     assert released.status == "ok"
     assert ours.status.startswith("less accurate: ")
-    assert gpu.defective([ours], [])
-    assert gpu.defective([], [Row(None, "ours", "cpu", 1, None, 0, status="wrong: differs")])
-    assert not gpu.defective([Check("output", "a", dtype, "ours", status="out of memory: 1 GB")], [])
+    assert Measured(1, checks=[ours]).defective
+    assert Measured(1, rows=[Row(None, "ours", "cpu", 1, None, 0, status="wrong: differs")]).defective
+    assert not Measured(1, checks=[Check("output", "a", dtype, "ours", status="out of memory: 1 GB")]).defective
 
 
 def test_errors_are_shares_of_the_truth():

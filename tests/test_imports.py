@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "peers": {"data"},
     "measuring": {"peers", "cost", "statistics", "tracking", "data", "reports"},
     "training": {"measuring", "peers", "cost", "statistics", "tracking", "data", "reports"},
+    "upsampling": {"measuring", "tracking", "data", "reports"},
     "sweeps": {"training", "measuring", "peers", "cost", "statistics", "tracking", "data", "reports"},
     "reports": {"measuring", "cost", "statistics", "tracking", "data"},
 }

@@ -29,7 +29,7 @@ from experiments.tracking.uploader import Drain, StoreAway, StoreRefuses, Upload
 
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(
-    ["experiments.sync", "mlflow.store.tracking.sqlalchemy_store"]
+    ["experiments.tracking.sync", "mlflow.store.tracking.sqlalchemy_store"]
 )  # imported once, not by each
 
 START = {"kind": "start", "time": 1, "experiment": "e", "run_name": None, "parent": None, "resumed": False}

@@ -15,11 +15,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from test_spool import CHILDREN, spawned
 
-from experiments.sync import sync
 from experiments.tracking import recording
 from experiments.tracking import store as tracking
 from experiments.tracking.spool import folders
 from experiments.tracking.store import TrackingUnavailable, open_store, track
+from experiments.tracking.sync import sync
 
 ROOT = Path(__file__).parent.parent
 SPOOL = Path("outputs/spool")

@@ -21,12 +21,12 @@ from PIL import Image
 
 import experiments.tracking.run
 from experiments.data.image_files import bundled
-from experiments.sync import sync
 from experiments.tracking import recording
 from experiments.tracking import store as tracking
 from experiments.tracking.provenance import git_state
 from experiments.tracking.store import TrackingUnavailable, scalars, track
-from experiments.upsample import upsample
+from experiments.tracking.sync import sync
+from experiments.upsampling.upsample import upsample
 
 tracking._import_mlflow()
 from mlflow import MlflowClient  # noqa: E402  (after the warnings of its import are silenced)

@@ -24,7 +24,7 @@ from experiments.atomic import CannotWrite, replacing
 from experiments.data.image_files import NoImages, read, shrink
 from experiments.measuring.checkpoints import load_model
 from experiments.settings import SettingError, output_grid
-from experiments.upsample import upsample
+from experiments.upsampling.upsample import upsample
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("tracking.enabled=false", "backbone=hog8", "max_size=48", "checkpoint=null")
@@ -266,7 +266,7 @@ def test_an_interrupted_write_leaves_the_earlier_file(tmp_path):
 )
 def test_settings_that_cannot_work_are_refused_first(photos, override, message, monkeypatch):
     Path("file").touch()
-    monkeypatch.setattr("experiments.upsample.upsample_image", lambda *_: pytest.fail("computed already"))
+    monkeypatch.setattr("experiments.upsampling.upsample.upsample_image", lambda *_: pytest.fail("computed already"))
     with pytest.raises(SettingError, match=message):
         upsample(config(f"images={photos}/a.png", *override.split()))
 

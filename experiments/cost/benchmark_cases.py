@@ -1,24 +1,14 @@
-"""What the benchmark measures: its settings, the sizes they name, and the arms at one size."""
+"""What the benchmark measures: its settings and the sizes they name."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
 
-import core
-from core.batch import Batch
-from core.compose import build_filler
-from core.published import rename_published
-from core.reference import ReferenceAnyUp, reference_of
-from core.training import Trainable
-from experiments.cost.measure import count_flops
 from experiments.settings import DTYPES, SettingError, check_choice, check_name, check_writable, pick_device
 
 ARM_NAMES = ("dense", "ours", "compiled")
@@ -164,91 +154,3 @@ def queries_at_once(case: Case, config: DictConfig, device: torch.device) -> int
     total = torch.cuda.get_device_properties(device).total_memory if cuda else psutil.virtual_memory().total
     fits = dense_bytes(case, config.attention.num_heads, case.output**2)[1] < total / 2
     return None if fits else FALLBACK_QUERIES
-
-
-@dataclass
-class Arm:
-    """One implementation, ready for one size."""
-
-    call: Callable[[], object]
-    """What is timed."""
-    outcome: Callable[[], Tensor]
-    """Calls it once -> what all arms must agree on: the output, or the gradient of all weights, (N,1)."""
-
-
-def make_batch(case: Case, device: torch.device) -> Batch:
-    """Made-up inputs, the same for every arm: smooth, with channels of unlike means, as images and features are."""
-    generator = torch.Generator().manual_seed(0)
-
-    def smooth(channels: int, side: int) -> Tensor:
-        means = torch.randn(1, channels, 1, 1, generator=generator)
-        coarse = means + torch.randn(case.batch, channels, 3, 3, generator=generator)
-        return F.interpolate(coarse, (side, side), mode="bilinear").to(device, dtype)  # (B,channels,side,side)
-
-    dtype = torch.float32 if case.training else DTYPES[case.dtype]
-    image, augmented, features = smooth(3, case.image), smooth(3, case.image), smooth(case.channels, case.grid)
-    target = smooth(case.channels, case.output if case.training else 1)
-    return Batch(image, features, target, (case.output,) * 2, augmented_image=augmented)
-
-
-def make_arm(name: str, case: Case, config: DictConfig, batch: Batch) -> Arm:
-    """Builds one of `dense`, `ours`, `compiled` on the device of `batch`, with the same weights."""
-    model = core.from_config(config).to(batch.image.device)
-    network = reference_of(model) if name == "dense" else model.compile_encoders() if name == "compiled" else model
-    if case.training:
-        return _training_arm(network.train(), case, config, batch)
-    network = network.to(DTYPES[case.dtype]).eval()
-    chunk = (queries_at_once(case, config, batch.image.device),) if name == "dense" else ()
-
-    @torch.inference_mode()
-    def call() -> Tensor:
-        return network(batch.image, batch.features, batch.output_size, *chunk)
-
-    return Arm(call, call)
-
-
-def _training_arm(network: nn.Module, case: Case, config: DictConfig, batch: Batch) -> Arm:
-    """Forward, losses, backward, update; below float32 under autocast, with float32 weights."""
-    objective, learner = (build_filler(hook, config[hook]) for hook in ("objective", "learner"))
-    trainable = Trainable(network, objective, learner)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-4)
-    dtype, device = DTYPES[case.dtype], batch.image.device.type
-
-    def call() -> object:
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            return learner.step(trainable, [batch], optimizer)
-
-    def gradient() -> Tensor:
-        call()
-        grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in network.named_parameters()}
-        if isinstance(network, ReferenceAnyUp):
-            grads, _ = rename_published(grads)  # our names, without what nobody reads
-        return torch.cat([grads[name].flatten() for name in sorted(grads)])[:, None]
-
-    return Arm(call, gradient)
-
-
-def prepared(name: str, case: Case, config: DictConfig) -> Callable[[], object]:
-    """An arm on CPU after a first call, whose costs come only once; at a tiny size unless it compiles for this one."""
-    torch.set_num_threads(config.num_threads)
-    tiny = replace(case, image=2 * case.patch, output=2 * case.patch)
-    arm, small = (make_arm(name, size, config, make_batch(size, torch.device("cpu"))) for size in (case, tiny))
-    (arm if name == "compiled" else small).call()
-    return arm.call
-
-
-def forward_flops(network: nn.Module, case: Case) -> int:
-    """Of one forward, counted without computing it."""
-    network = network.to("meta")
-    image = torch.empty(case.batch, 3, case.image, case.image, device="meta")
-    features = torch.empty(case.batch, case.channels, case.grid, case.grid, device="meta")
-
-    def count(*size: int) -> int:
-        with torch.inference_mode():
-            return count_flops(lambda: network(image, features, size))
-
-    if not isinstance(network, ReferenceAnyUp):
-        return count(case.output, case.output)
-    # Its mask would be computed after all. Its operations are an affine function of the number of queries.
-    few, more = count(1, 8), count(1, 16)
-    return few + (more - few) * (case.output**2 - 8) // 8

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import core
 from core.backbones import backbone_from_config
-from core.published import rename_published
 from core.reference import ReferenceAnyUp, reference_of
 from core.training import cosine_mse
+from experiments.cost.benchmark_arms import gradient_of
 from experiments.data.image_files import bundled, centre_square, read
 from experiments.settings import DTYPES
 
@@ -90,6 +90,7 @@ class Example:
         return core.load(Path(self.inputs.weights).expanduser()).to(self.image.device)
 
     def truth(self) -> Tensor:
+        """The output of the dense algorithm in float64, (1,C,Q,Q)."""
         return self.run(reference_of(self.model).double(), torch.float64)
 
     def gradient(self, network: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -102,10 +103,7 @@ class Example:
         with torch.autocast(image.device.type, dtype, enabled=dtype not in (torch.float32, torch.float64)):
             loss = cosine_mse(network(image, features, self.size), target)
         (loss * _LOSS_SCALE).backward()
-        grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in network.named_parameters()}
-        if isinstance(network, ReferenceAnyUp):
-            grads, _ = rename_published(grads)  # our names, without what nobody reads
-        return torch.cat([grads[name].flatten() for name in sorted(grads)]) / _LOSS_SCALE
+        return gradient_of(network) / _LOSS_SCALE
 
 
 def outputs(inputs: Inputs, dtype: str) -> list[Check]:

@@ -1,8 +1,8 @@
-"""The benchmark's results as rows, tables (Markdown, CSV, terminal), a plot, and metrics of a run."""
+"""The benchmark's results as tables (Markdown, CSV, terminal), a plot, and metrics of a run."""
 
 import csv
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import rich.table
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from experiments.atomic import replacing
-from experiments.cost.benchmark_cases import Case
+from experiments.cost.benchmark import Row
 from experiments.reports.markdown import Table, number, times_faster
 from experiments.tracking.provenance import Origin, machine
 
@@ -45,48 +45,6 @@ NOTES = """\
   the plain path; the fast one takes fewer for its 3x3 convolution (Winograd).
 - differs: largest difference from the first arm's output (training step: gradient of all weights), relative to the
   largest value. An arm that differs too much is called wrong and not timed."""
-
-
-@dataclass
-class Row:
-    """What was measured of one arm at one size; None: not measured."""
-
-    case: Case
-    arm: str
-    device: str
-    threads: int
-    queries_at_once: int | None
-    """Of the dense arm; None: all."""
-    num_warmup: int
-    parameters: int | None = None
-    gflops: float | None = None
-    budget_mb: float | None = None
-    status: str = "ok"
-    """ok, or why something was not measured: `out of memory...`, `wrong...`, `failed...`."""
-    num_runs: int = 0
-    time_ms: float | None = None
-    time_min_ms: float | None = None
-    cpu_ms: float | None = None
-    cpu_min_ms: float | None = None
-    against: str = ""
-    """The arm that the ratios compare with."""
-    ratio: float | None = None
-    ratio_low: float | None = None
-    ratio_high: float | None = None
-    cpu_ratio: float | None = None
-    memory_mb: float | None = None
-    reserved_mb: float | None = None
-    difference: float | None = None
-
-    @property
-    def of_budget(self) -> float | None:
-        """Peak memory as a fraction of the budget."""
-        return None if None in (self.memory_mb, self.budget_mb) else self.memory_mb / self.budget_mb
-
-    @property
-    def defective(self) -> bool:
-        """Failed or wrong; running out of memory is neither."""
-        return self.status.startswith(("failed", "wrong"))
 
 
 def header(config: DictConfig, device: torch.device) -> str:

@@ -19,6 +19,8 @@ _TRAINING = ("core", "experiments/data", "experiments/training")
 """Rooms that the result of a training depends on."""
 _WATCHING = ("experiments/training/validation.py", "experiments/training/curves.py")
 """Files in them that only watch it: a change there asks for no training."""
+_BESIDE = ("experiments/training/benchmark.py", "experiments/training/distillation.py")
+"""Files in them that no result of a sweep comes from: they time steps, and make weights that count themselves."""
 _MEASURING = ("experiments/measuring", "experiments/peers", "experiments/statistics/scores.py")
 """Rooms, and a file, that measured results depend on besides."""
 _PACKAGES = ("torch", "torchvision", "timm", "torchmetrics")
@@ -53,8 +55,7 @@ def _own_code(training: bool) -> str:
     rooms = _TRAINING if training else (*_TRAINING, *_MEASURING)
     files = {path for room in rooms for path in (ROOT / room).rglob("*.py")}
     files |= {ROOT / name for name in rooms if (ROOT / name).is_file()}
-    if training:
-        files -= {ROOT / name for name in _WATCHING}
+    files -= {ROOT / name for name in (*_BESIDE, *(_WATCHING if training else ()))}
     known = [file_digest(path) for path in sorted(files)]
     known += [hashlib.sha256(path.read_bytes()).hexdigest() for path in ROOT.glob("core/weights/embedded.*")]
     return " ".join([*known, *(f"{name}={version(name)}" for name in _PACKAGES)])

@@ -1,0 +1,132 @@
+"""The benchmark's arms at one size: `dense` (the released algorithm), `ours` and `compiled`, with the same weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+import core
+from core.batch import Batch
+from core.compose import build_filler
+from core.published import rename_published
+from core.reference import ReferenceAnyUp, reference_of
+from core.training import Trainable
+from experiments.cost.benchmark_cases import Case, queries_at_once
+from experiments.cost.measure import count_flops
+from experiments.settings import DTYPES
+
+
+@dataclass
+class PreparedArm:
+    """One implementation with its inputs, ready to be measured at one size."""
+
+    call: Callable[[], object]
+    """What is timed."""
+    outcome: Callable[[], Tensor]
+    """Calls it once -> what all arms must agree on: the output, or the gradient of all weights, (N,1)."""
+
+
+def make_batch(case: Case, device: torch.device) -> Batch:
+    """Made-up inputs, the same for every arm: smooth, with channels of unlike means, as images and features are."""
+    generator = torch.Generator().manual_seed(0)
+
+    def smooth(channels: int, side: int) -> Tensor:
+        means = torch.randn(1, channels, 1, 1, generator=generator)
+        coarse = means + torch.randn(case.batch, channels, 3, 3, generator=generator)
+        return F.interpolate(coarse, (side, side), mode="bilinear").to(device, dtype)  # (B,channels,side,side)
+
+    dtype = torch.float32 if case.training else DTYPES[case.dtype]
+    image, augmented, features = smooth(3, case.image), smooth(3, case.image), smooth(case.channels, case.grid)
+    target = smooth(case.channels, case.output if case.training else 1)
+    return Batch(image, features, target, (case.output,) * 2, augmented_image=augmented)
+
+
+def make_arm(name: str, case: Case, config: DictConfig, batch: Batch) -> PreparedArm:
+    """Builds one of `dense`, `ours`, `compiled` on the device of `batch`, with the same weights."""
+    model = core.from_config(config).to(batch.image.device)
+    network = model
+    if name == "dense":
+        network = dense_reference(model)
+    elif name == "compiled":
+        network = model.compile_encoders()
+    if case.training:
+        return _training_arm(network.train(), case, config, batch)
+    network = network.to(DTYPES[case.dtype]).eval()
+    chunk = (queries_at_once(case, config, batch.image.device),) if name == "dense" else ()
+
+    @torch.inference_mode()
+    def call() -> Tensor:
+        return network(batch.image, batch.features, batch.output_size, *chunk)
+
+    return PreparedArm(call, call)
+
+
+def _training_arm(network: nn.Module, case: Case, config: DictConfig, batch: Batch) -> PreparedArm:
+    """Forward, losses, backward, update; below float32 under autocast, with float32 weights."""
+    objective, learner = (build_filler(hook, config[hook]) for hook in ("objective", "learner"))
+    trainable = Trainable(network, objective, learner)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-4)
+    dtype, device = DTYPES[case.dtype], batch.image.device.type
+
+    def call() -> object:
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            return learner.step(trainable, [batch], optimizer)
+
+    def gradient() -> Tensor:
+        call()
+        return gradient_of(network)[:, None]
+
+    return PreparedArm(call, gradient)
+
+
+def gradient_of(network: nn.Module) -> Tensor:
+    """The gradient of all weights after a backward, (N,): of model and reference in the same order."""
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in network.named_parameters()}
+    if isinstance(network, ReferenceAnyUp):
+        grads, _ = rename_published(grads)  # our names, without what nobody reads
+    return torch.cat([grads[name].flatten() for name in sorted(grads)])
+
+
+def dense_reference(model: core.AnyUp) -> ReferenceAnyUp:
+    """The dense released algorithm with the model's weights.
+
+    Raises:
+        ValueError: the model is not the baseline.
+    """
+    reference = reference_of(model)
+    other = [hook for hook in ("decoder", "refiner", "temporal") if model.config[hook]["name"] != "none"]
+    if other:
+        raise ValueError(f"the reference is the baseline only, not {other[0]}={model.config[other[0]]['name']}")
+    return reference
+
+
+def warmed_up(name: str, case: Case, config: DictConfig) -> Callable[[], object]:
+    """Builds an arm on CPU and calls it once -> its call. What a first call costs comes only once.
+
+    That first call is at a tiny size, unless the arm compiles for this one.
+    """
+    torch.set_num_threads(config.num_threads)
+    tiny = replace(case, image=2 * case.patch, output=2 * case.patch)
+    arm, small = (make_arm(name, size, config, make_batch(size, torch.device("cpu"))) for size in (case, tiny))
+    (arm if name == "compiled" else small).call()
+    return arm.call
+
+
+def forward_flops(network: nn.Module, case: Case) -> int:
+    """Of one forward, counted without computing it."""
+    network = network.to("meta")
+    image = torch.empty(case.batch, 3, case.image, case.image, device="meta")
+    features = torch.empty(case.batch, case.channels, case.grid, case.grid, device="meta")
+
+    def count(*size: int) -> int:
+        with torch.inference_mode():
+            return count_flops(lambda: network(image, features, size))
+
+    if not isinstance(network, ReferenceAnyUp):
+        return count(case.output, case.output)
+    # Its mask would be computed after all. Its operations are an affine function of the number of queries.
+    few, more = count(1, 8), count(1, 16)
+    return few + (more - few) * (case.output**2 - 8) // 8

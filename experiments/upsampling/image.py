@@ -1,0 +1,115 @@
+"""One image: read, encoded and upsampled; its picture and, when asked for, its features are written."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+import core
+from core.backbones import Backbone
+from experiments.atomic import allocate_array, replacing
+from experiments.data.image_files import ImageFile, UnreadableImage, read, shrink
+from experiments.reports.pictures import fit_colours, panel
+from experiments.settings import output_grid
+from experiments.upsampling.video import Video
+
+FEATURE_FILES = ("none", "npy", "safetensors")
+"""Kinds of files that the features are written to."""
+
+
+@dataclass
+class Done:
+    """What was made of one image."""
+
+    name: str
+    picture: Path
+    grid: tuple[int, int]
+    """(h,w) of the backbone's features."""
+    output_size: tuple[int, int]
+    backbone_ms: float
+    upsampler_ms: float
+
+
+def upsample_image(file: ImageFile, video: Video, backbone: Backbone, config: DictConfig) -> Done:
+    """Reads one image and writes its picture and, when asked for, its features.
+
+    Raises:
+        UnreadableImage: damaged, of a size that the backbone refuses, or with features that are not finite.
+        CannotWrite: the picture or the features cannot be written.
+    """
+    weight = next(video.model.parameters())
+    device, dtype = weight.device, weight.dtype
+    rgb = shrink(read(file.path), config.max_size).to(device)  # (1,3,H,W)
+    needed = max(2 * backbone.patch_size, backbone.min_size)
+    if min(rgb.shape[-2:]) < needed:
+        raise UnreadableImage(
+            f"{file.path}: {rgb.shape[-2]} x {rgb.shape[-1]} pixels are too few, "
+            f"backbone {backbone.name} needs {needed} on each side"
+        )
+    try:
+        features, backbone_ms = _timed(lambda: backbone(rgb).to(dtype), device)  # (1,C,h,w)
+    except ValueError as error:  # a size that the encoder refuses
+        raise UnreadableImage(f"{file.path}: backbone {backbone.name} refuses it: {error}") from error
+    if not features.isfinite().all():
+        raise UnreadableImage(f"{file.path}: features of backbone {backbone.name} in {config.dtype} are not finite")
+    image = core.imagenet_normalize(rgb).to(dtype)
+    size = output_grid(config.output_size, tuple(rgb.shape[-2:]))
+    target = Path(config.out_dir, file.name)
+    output, upsampler_ms = _write_features(config.features, target, video, image, features, size)  # (1,C,Qh,Qw)
+    picture = target.with_name(f"{target.name}.png")
+    with replacing(picture) as part:
+        comparison(rgb, features, output, trained=config.checkpoint is not None).save(part, "png")
+    return Done(file.name, picture, tuple(features.shape[-2:]), size, backbone_ms, upsampler_ms)
+
+
+def comparison(rgb: Tensor, features: Tensor, output: Tensor, trained: bool = True) -> Image.Image:
+    """(1,3,H,W) RGB in [0,1], (1,C,h,w), (1,C,Qh,Qw) -> image | low-res | bilinear | AnyUp in common colours."""
+    size = tuple(output.shape[-2:])
+    # The bilinear column needs no sample of its own: its vectors are means of those of the low-res one.
+    colours = fit_colours([features, output])
+    rows, columns = features.shape[-2:]
+    return panel(
+        {
+            "image": rgb,
+            f"low-res, {rows} x {columns}": colours.paint(features),
+            f"bilinear, {size[0]} x {size[1]}": colours.paint(features, size),
+            f"AnyUp{'' if trained else ' (untrained)'}, {size[0]} x {size[1]}": colours.paint(output),
+        }
+    )
+
+
+def _write_features(
+    kind: str, target: Path, video: Video, image: Tensor, features: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, float]:
+    """Upsamples, and writes (C,Qh,Qw) to `target`.npy or .safetensors -> the output (1,C,Qh,Qw), milliseconds."""
+    if kind == "npy":
+        with replacing(target.with_name(f"{target.name}.npy")) as part:
+            shape = (features.shape[1], *size)
+            array = allocate_array(part, shape, torch.empty(0, dtype=features.dtype).numpy().dtype)
+            out = torch.from_numpy(array)[None]  # (1,C,Qh,Qw)
+            if video.carries or video.model.refiner.needs_whole_output:
+                _, ms = _timed(lambda: out.copy_(video(image, features, size)), features.device)
+            else:  # band by band: the output may be larger than memory
+                _, ms = _timed(lambda: video.model(image, features, size, out=out), features.device)
+            array.flush()
+        return out, ms
+    output, ms = _timed(lambda: video(image, features, size), features.device)  # (1,C,Qh,Qw)
+    if kind == "safetensors":
+        with replacing(target.with_name(f"{target.name}.safetensors")) as part:
+            save_file({"features": output[0].contiguous(), "low_res": features[0].contiguous()}, part)
+    return output, ms
+
+
+def _timed(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
+    """The result and the milliseconds it took, a GPU's queue included."""
+    started = time.perf_counter()
+    result = call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, 1000 * (time.perf_counter() - started)

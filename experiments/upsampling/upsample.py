@@ -1,0 +1,103 @@
+"""All images of a configuration, one after the other: what was made of them, and what was skipped."""
+
+import logging
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from core.backbones import backbone_from_config
+from experiments.atomic import CannotWrite
+from experiments.data.image_files import UnreadableImage, collect
+from experiments.measuring.checkpoints import load_model
+from experiments.progress import Progress
+from experiments.settings import DTYPES, SettingError, check_choice, check_writable, output_grid, pick_device
+from experiments.tracking.store import Run, track
+from experiments.upsampling.image import FEATURE_FILES, Done, upsample_image
+from experiments.upsampling.video import Video
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Summary:
+    """What a run made, and what it left out."""
+
+    out_dir: Path
+    run_id: str = ""
+    done: list[Done] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Image -> reason."""
+
+    @property
+    def exit_code(self) -> int:
+        """0 all done, 1 some skipped, 2 nothing done."""
+        return (1 if self.done else 2) if self.skipped else 0
+
+
+def upsample(config: DictConfig) -> Summary:
+    """Upsamples the features of all `config.images`; see configs/upsample.yaml for the settings.
+
+    Raises:
+        NoImages, SettingError, TrackingUnavailable: found before anything is computed.
+        CannotWrite: the disk is full, say; the images before are complete, and the message counts them.
+    """
+    files = collect(config.images)
+    check_settings(config)
+    device = pick_device(config.device)
+    try:
+        model, config = load_model(config)
+        backbone = backbone_from_config(config.backbone).to(device)
+    except (ValueError, OSError) as error:  # what the core refuses: a weight file, a value
+        raise SettingError(str(error)) from error
+    model = model.to(device, DTYPES[config.dtype]).eval()
+    summary = Summary(Path(config.out_dir))
+    with track(config, device) as run, torch.inference_mode(), logging_redirect_tqdm():
+        summary.run_id = run.run_id
+        video = Video(model)
+        for step, file in enumerate(Progress(files, "upsample", "image")):
+            try:
+                done = upsample_image(file, video, backbone, config)
+            except UnreadableImage as error:
+                log.warning("skipped %s", error)
+                summary.skipped[str(file.path)] = str(error)
+                continue
+            except CannotWrite as error:
+                raise CannotWrite(f"{error}. {len(summary.done)} images before it are complete") from error
+            summary.done.append(done)
+            run.metrics({"backbone_ms": done.backbone_ms, "upsampler_ms": done.upsampler_ms}, step)
+            run.file(done.picture, f"pictures/{done.name}.png")
+        _log_summary(run, summary)
+    return summary
+
+
+def check_settings(config: DictConfig) -> None:
+    """Refuses what could only fail later.
+
+    Raises:
+        SettingError: names the setting and what it may be.
+    """
+    if config.max_size is not None and (not isinstance(config.max_size, int) or config.max_size < 1):
+        raise SettingError(f"max_size must be a positive number of pixels or null, got {config.max_size}")
+    output_grid(config.output_size, (1, 1))
+    check_choice("features", config.features, FEATURE_FILES)
+    check_choice("dtype", config.dtype, tuple(DTYPES))
+    if config.features == "npy" and config.dtype == "bfloat16":
+        raise SettingError("a .npy file cannot hold bfloat16: choose features=safetensors, or another dtype")
+    check_writable(Path(config.out_dir))
+
+
+def _log_summary(run: Run, summary: Summary) -> None:
+    run.metrics({"images_done": len(summary.done), "images_skipped": len(summary.skipped)})
+    if summary.done:
+        run.metrics(
+            {
+                f"median_{key}": statistics.median(getattr(done, key) for done in summary.done)
+                for key in ("backbone_ms", "upsampler_ms")
+            }
+        )
+    if summary.skipped:
+        run.text("\n".join(summary.skipped.values()), "skipped.txt")

@@ -1,0 +1,34 @@
+"""A model that is called image by image, and what a temporal filler carries from one to the next."""
+
+import logging
+
+from torch import Tensor
+
+import core
+from core.passthrough import NoTemporal
+
+log = logging.getLogger(__name__)
+
+
+class Video:
+    """A model that is called image by image. With a temporal filler the images are frames of one video, in order.
+
+    A frame of another size than the one before begins a new video.
+    """
+
+    def __init__(self, model: core.AnyUp):
+        self.model, self.carries = model, not isinstance(model.temporal, NoTemporal)
+        self.state: object | None = None
+        self.size: tuple[int, ...] | None = None
+
+    def __call__(self, image: Tensor, features: Tensor, size: tuple[int, int]) -> Tensor:
+        """(1,3,H,W), (1,C,h,w) -> (1,C,Qh,Qw)."""
+        if not self.carries:
+            return self.model(image, features, size)
+        shape = (*image.shape, *features.shape, *size)
+        if self.size not in (None, shape):
+            log.info("the frames have another size from here on: a new video begins")
+            self.state = None
+        output, self.state = self.model(image, features, size, state=self.state, return_state=True)
+        self.size = shape
+        return output
