@@ -240,7 +240,7 @@ def test_simulated_sweeps_are_written_up(tmp_path):
     files = write_simulation(pd.DataFrame([row, row | {"seeds": 5}]), 300, 0.95, tmp_path, "statistics")
     assert [file.name for file in files] == ["statistics.md", "statistics.csv", "statistics.png"]
     text = files[0].read_text()
-    for part in ("## Simulated sweeps\n\n    experiments.power", "300 sweeps of 4 arms", "(of the bootstrap: 200, ",
+    for part in ("## Simulated sweeps\n\n    experiments.power", "300 sweeps of 4 arms", "(bootstrap: 200, ",
                  "| mean | 3 | 30 | all three | normal | 0.020 | 0.961 | 0.950 | 0.100 | 0.800 |",
                  "(statistics.png)"):  # fmt: skip
         assert part in text
