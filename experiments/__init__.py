@@ -1,11 +1,12 @@
-"""What people run. A file here is a command, `python -m experiments.NAME`; what it is made of lies in the rooms.
+"""The commands, and the code behind them. A file here is a command, `python -m experiments.NAME`; folders are its rooms.
 
-Imports go one way: commands, then sweeps, then training and measuring, then peers, cost, statistics and tracking, then
-data. Reports take plain results. `settings`, `atomic` and `lock` serve all of them.
+Imports go one way: commands, then sweeps, training, measuring, then peers, cost, statistics and tracking, then data.
+Reports take plain results. `errors`, `progress`, `schedule`, `settings`, `atomic` and `lock` are no commands; they serve
+all rooms.
 """
 
 import os
 
-# Before torch loads: its threads otherwise wait by spinning, and one busy neighbour on the machine makes a forward
-# ten times slower. Sleeping costs a few per cent when the machine is idle.
+# Set before torch loads. Otherwise its threads wait by spinning, and one other busy process on the machine makes a forward
+# ten times slower. Sleeping instead costs a few per cent on an idle machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

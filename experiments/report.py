@@ -1,6 +1,6 @@
 """Tables and pictures of a sweep, made again from MLflow alone: `python -m experiments.report run=ID`.
 
-A sweep's run keeps its plan (which arms, seeds and tasks, and of what), the runs below it the scores per image.
+The run of a sweep holds its plan: arms, seeds, tasks, and what they depend on. The runs below it hold the scores per image.
 """
 
 import logging
@@ -28,8 +28,8 @@ def report(config: DictConfig) -> Report:
     """Reads a sweep from the tracking store, and writes its report.
 
     Raises:
-        SettingError: no such run, or one that is no sweep. TrackingUnavailable, StoreAway: the store does not answer.
-        SweepError, ScoreError: as `sweep_results.gather`.
+        SettingError: no such run, or the run is not a sweep. TrackingUnavailable, StoreAway: the store does not answer.
+        SweepError, ScoreError: as `experiments.sweeps.results.gather`.
     """
     check_writable(Path(config.out_dir))
     return write_report(fetch(config.run, config.experiment), Path(config.out_dir))
@@ -41,14 +41,14 @@ def fetch(run_id: str | None = None, experiment: str = "ablate") -> Results:
     Raises:
         as `report`.
     """
-    tasks()  # which say what their measures mean
+    tasks()  # registers the measures
     store = open_store()
     found = store.latest(experiment, "sweep") if run_id is None else store.found(run_id)
     if found is None:
         where = f"of experiment {experiment}" if run_id is None else run_id
         raise SettingError(f"there is no sweep {where} in {store.uri}: run one with `python -m experiments.ablate`")
     if "sweep" not in found.tags:
-        raise SettingError(f"run {run_id} is no sweep: give the run that `python -m experiments.ablate` made")
+        raise SettingError(f"run {run_id} is not a sweep: give the run that `python -m experiments.ablate` made")
     with tempfile.TemporaryDirectory() as folder:
         plan = Plan.from_json(store.artifact(found.run_id, "plan.json", Path(folder)).read_text(encoding="utf-8"))
         members = [child for child in store.children(found.run_id) if "arm" in child.tags]
@@ -64,10 +64,10 @@ def fetch(run_id: str | None = None, experiment: str = "ablate") -> Results:
 
 
 def pictures(results: Results, arm: str) -> dict[str, Image.Image]:
-    """TASK/IMAGE -> a picture of an image that an arm did badly on, as its run has them; of one seed.
+    """The pictures in an arm's run, TASK/IMAGE -> picture: images that the arm did badly on, with one seed.
 
     Args:
-        results: as `fetch` gives them.
+        results: from `fetch`.
 
     Raises:
         SettingError: the sweep has no such arm. TrackingUnavailable, StoreAway: the store does not answer.
@@ -85,12 +85,12 @@ def pictures(results: Results, arm: str) -> dict[str, Image.Image]:
 
 
 def _units(store: MlflowStore, child: Found, plan: Plan) -> Iterator[Unit]:
-    """The scores of a run below a sweep's. What was left by an attempt that another run has finished is left out."""
+    """The scores of a run below a sweep's run."""
     arm, seed = child.tags["arm"], int(child.tags["arm.seed"])
     keys = [member.key for member in plan.members if (member.arm, member.seed) == (arm, seed)]
     if child.tags["arm.key"] not in keys:
         raise SweepError(
-            f"run {child.run_id} of arm {arm}, seed {seed} is none of those that sweep {plan.name} planned"
+            f"run {child.run_id} of arm {arm}, seed {seed} does not belong to the plan of sweep {plan.name}"
         )
     with tempfile.TemporaryDirectory() as folder:
         for name in store.sizes(child.run_id, "scores"):
@@ -99,12 +99,12 @@ def _units(store: MlflowStore, child: Found, plan: Plan) -> Iterator[Unit]:
 
 
 def _reasons(members: list[Found]) -> dict[str, str]:
-    """Arm -> why it failed, where its last run with some seed did."""
+    """Arm -> why it failed, where the last run of one of its seeds did."""
     last = {(member.tags["arm"], int(member.tags["arm.seed"])): member for member in members}  # oldest first
     reasons: dict[str, str] = {}
     for (arm, seed), member in last.items():
         if member.status == "FAILED":
-            reasons.setdefault(arm, f"seed {seed}: {member.tags.get('failure', 'its run says not why')}")
+            reasons.setdefault(arm, f"seed {seed}: {member.tags.get('failure', 'its run does not say why')}")
     return reasons
 
 

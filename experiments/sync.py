@@ -1,8 +1,8 @@
 """Uploads what runs have left in the spool: `python -m experiments.sync [spool_dir=...]`.
 
-Settings: configs/sync.yaml. Exit code: 0 everything is uploaded, or there was nothing; 1 something stays in the spool;
-2 the store cannot be reached. What is uploaded is compared with the journal before that is deleted. Killed at any
-moment, it can be run again: nothing is uploaded twice.
+Settings: configs/sync.yaml. Exit code: 0: everything is uploaded, or there was nothing; 1: something stays in the spool;
+2: the store cannot be reached. A journal is compared with the store, and deleted only if nothing is missing there. Killed
+at any moment, the command can be run again: nothing is uploaded twice.
 """
 
 import logging
@@ -23,7 +23,7 @@ from experiments.tracking.uploader import Drain, Point, Store, StoreAway, StoreR
 log = logging.getLogger(__name__)
 
 DEFAULT_SPOOL = "outputs/spool"
-"""Of configs/sync.yaml: may be missing, before any run."""
+"""The default in configs/sync.yaml. It may be missing: no run has been tracked yet."""
 _LARGEST = sys.float_info.max  # stands for infinity in a database
 
 
@@ -37,7 +37,7 @@ class Outcome:
     """How the run ended."""
     records: int = 0
     broken: bool = False
-    """Whether the last line was cut short, by a kill in the middle of it."""
+    """Whether the last line was incomplete, because the process was killed while it wrote."""
     left: str = ""
     """Why the run stays in the spool; empty when it is uploaded and deleted there."""
 
@@ -63,7 +63,7 @@ def sync(spool_dir: Path) -> list[Outcome]:
 
 
 def sync_run(spool_dir: Path, run_id: str, store: Store) -> Outcome:
-    """Uploads one run, compares, and deletes it from the spool."""
+    """Uploads one run, compares it with the store, and deletes it from the spool."""
     outcome = Outcome(run_id)
     try:
         journal = Journal.open(spool_dir, run_id)
@@ -79,7 +79,7 @@ def sync_run(spool_dir: Path, run_id: str, store: Store) -> Outcome:
         conclude(journal)
         drain()
         if refused := journal.refused():
-            outcome.left = f"the store does not take {refused} records, which are in {journal.folder}/refused.jsonl"
+            outcome.left = f"the store refuses {refused} records; they are in {journal.folder}/refused.jsonl"
         elif lacking := missing(journal, drain.store_id, store):
             outcome.left = "; ".join(lacking)
             journal.advance(0, "")  # the next time all of it is sent again
@@ -96,7 +96,7 @@ def sync_run(spool_dir: Path, run_id: str, store: Store) -> Outcome:
 
 
 def conclude(journal: Journal) -> None:
-    """Gives the journal of a killed run its end: KILLED, at the time of the last record."""
+    """Ends the journal of a killed run: KILLED, at the time of its last record."""
     start: Record = {}
     last, ended = 0, True
     for record, _ in journal.read(0):
@@ -111,7 +111,7 @@ def conclude(journal: Journal) -> None:
 
 
 def missing(journal: Journal, store_id: str | None, store: Store) -> list[str]:
-    """What the journal has and the store has not, in words."""
+    """What the journal has and the store lacks, in words."""
     points: dict[str, set[tuple[str, int, int]]] = {}
     files: dict[str, int] = {}
     for record, _ in journal.read(0):
@@ -121,7 +121,7 @@ def missing(journal: Journal, store_id: str | None, store: Store) -> list[str]:
         elif record["kind"] == "file":
             files[record["name"]] = record["bytes"]
     if store_id is None:
-        return ["the store does not know the run"] if points or files else []
+        return ["the store does not have the run"] if points or files else []
     lacking = []
     for key, expected in points.items():
         absent = expected - {_comparable(point) for point in store.points(store_id, key)}
@@ -144,7 +144,7 @@ def _report(outcomes: list[Outcome], console: Console) -> None:
         name = f"{outcome.run_id} ({outcome.status or 'no end'}, {outcome.records} records)"
         console.print(f"{name}: {outcome.left or f'uploaded as {outcome.store_id}'}", soft_wrap=True, markup=False)
         if outcome.broken:
-            console.print("  its last line was cut short when it was killed, and is left out", soft_wrap=True)
+            console.print("  the last line of its journal is incomplete, because it was killed, and is left out", soft_wrap=True)
     console.print(f"{len(done)} of {len(outcomes)} runs uploaded to {store_uri()}.", soft_wrap=True, markup=False)
 
 

@@ -322,7 +322,7 @@ def test_a_header_says_where_a_report_comes_from():
         (check_name, ["a/b"], "name must be a file name without folders, got 'a/b'"),
         (check_name, [""], "name must be a file name without folders"),
         (check_name, [".."], "name must be a file name without folders"),
-        (check_name, [2024], r"got 2024, which is no text: write 'name=\"2024\"'"),
+        (check_name, [2024], r"got 2024, which is not text: write 'name=\"2024\"'"),
         (check_seeds, [3], "seeds must be a list of whole numbers from 0, got 3"),
         (check_seeds, [[True]], "seeds must be a list of whole numbers from 0"),
         (check_seeds, [[1, 0, 1]], r"seeds=\[1, 0, 1\] names one twice"),

@@ -115,7 +115,7 @@ def test_the_command(store, tmp_path):
         assert child.exitcode == 0
     (found,) = all_runs(store)
     assert f"{run.run_id} (FINISHED, 6 records): uploaded as {found.info.run_id}" in said
-    assert "its last line was cut short" in said
+    assert "the last line of its journal is incomplete" in said
     assert "1 of 1 runs uploaded to sqlite:///mlflow.db" in said
     assert not list(Path("elsewhere").iterdir())
     with track(config(OFFLINE)), spawned(run_command, tmp_path) as child:
