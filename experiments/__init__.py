@@ -1,12 +1,12 @@
-"""The commands, and the code behind them. A file here is a command, `python -m experiments.NAME`; folders are its rooms.
+"""The commands (a file NAME.py here is `python -m experiments.NAME`), and the rooms with the code behind them.
 
 Imports go one way: commands, then sweeps, training, measuring, then peers, cost, statistics and tracking, then data.
-Reports take plain results. `errors`, `progress`, `schedule`, `settings`, `atomic` and `lock` are no commands; they serve
-all rooms.
+Reports take plain results. `errors`, `progress`, `schedule`, `settings`, `atomic` and `lock` are no commands; they
+serve all rooms.
 """
 
 import os
 
-# Set before torch loads. Otherwise its threads wait by spinning, and one other busy process on the machine makes a forward
-# ten times slower. Sleeping instead costs a few per cent on an idle machine.
+# Set before torch loads. Otherwise its threads wait by spinning, and one other busy process on the machine makes a
+# forward ten times slower. Sleeping instead costs a few per cent on an idle machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -9,8 +9,9 @@ The file of a command holds one function of its configuration::
     if __name__ == "__main__":
         main()
 
-Exit code: what the function returns (None: 0); 2 after an error that is reported in one line (`experiments.errors.Told`, a
-file that cannot be used, weights that cannot be loaded), or after an override that Hydra cannot read; 130 after Ctrl-C.
+Exit code: what the function returns (None: 0); 2 after an error that is reported in one line
+(`experiments.errors.Told`, a file that cannot be used, weights that cannot be loaded), or after an override that Hydra
+cannot read; 130 after Ctrl-C.
 """
 
 import inspect

@@ -1,6 +1,7 @@
 """Tables and pictures of a sweep, made again from MLflow alone: `python -m experiments.report run=ID`.
 
-The run of a sweep holds its plan: arms, seeds, tasks, and what they depend on. The runs below it hold the scores per image.
+The run of a sweep holds its plan: arms, seeds, tasks, and what they depend on. The runs below it hold the scores per
+image.
 """
 
 import logging

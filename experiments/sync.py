@@ -1,8 +1,8 @@
 """Uploads what runs have left in the spool: `python -m experiments.sync [spool_dir=...]`.
 
-Settings: configs/sync.yaml. Exit code: 0: everything is uploaded, or there was nothing; 1: something stays in the spool;
-2: the store cannot be reached. A journal is compared with the store, and deleted only if nothing is missing there. Killed
-at any moment, the command can be run again: nothing is uploaded twice.
+Settings: configs/sync.yaml. Exit code: 0: everything is uploaded, or there was nothing; 1: something stays in the
+spool; 2: the store cannot be reached. A journal is compared with the store, and deleted only if nothing is missing
+there. Killed at any moment, the command can be run again: nothing is uploaded twice.
 """
 
 import logging
@@ -144,7 +144,9 @@ def _report(outcomes: list[Outcome], console: Console) -> None:
         name = f"{outcome.run_id} ({outcome.status or 'no end'}, {outcome.records} records)"
         console.print(f"{name}: {outcome.left or f'uploaded as {outcome.store_id}'}", soft_wrap=True, markup=False)
         if outcome.broken:
-            console.print("  the last line of its journal is incomplete, because it was killed, and is left out", soft_wrap=True)
+            console.print(
+                "  the last line of its journal is incomplete, because it was killed, and is left out", soft_wrap=True
+            )
     console.print(f"{len(done)} of {len(outcomes)} runs uploaded to {store_uri()}.", soft_wrap=True, markup=False)
 
 
