@@ -153,7 +153,7 @@ class FileSet(DataSet):
         self.fingerprint = fingerprint(self.choice, settings, self.records)
 
 
-_WAY_OUT = "complete the copy, or remove the files without a partner"
+_WAY_OUT = "complete the copy, or remove what has no partner"
 
 
 def fingerprint(choice: str, settings: Mapping[str, object], records: Iterable[Record]) -> str:

@@ -1,3 +1,3 @@
-"""Sweeps: `arms` are read from the configuration, a `members` entry is an arm with a seed, `results` gathers what they
-reached, `sweep` runs them all; `code_version` says which code a result depends on.
+"""Sweeps. `arms` reads the arms from the configuration. A member (`members`) is one arm with one seed. `sweep` runs all
+members, and `results` gathers their scores. `code_version` says which code a result depends on.
 """

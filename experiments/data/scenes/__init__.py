@@ -32,11 +32,13 @@ class Scenes(DataSet):
     and the longer side always spans the same angle.
 
     Args:
-        size: rows and columns of the images. num: number of scenes; with `frames` > 1 each is a video, and there are
-        num * frames samples. seed: of all random numbers. split: train, val or test: independent scenes. frames: number
-        of frames of each video; 1: single images, which are the first frames of the videos, without flow. num_objects:
-        largest number of bodies on the floor. supersampling: rays per pixel along each axis for the image; labels have
-        one, at the centre.
+        size: rows and columns of the images.
+        num: number of scenes; with `frames` > 1 each is a video, and there are num * frames samples.
+        seed: of all random numbers.
+        split: train, val or test: independent scenes.
+        frames: frames of each video; 1: single images, which are the first frames of the videos, without flow.
+        num_objects: largest number of bodies on the floor.
+        supersampling: rays per pixel along each axis for the image; labels have one, at the centre.
 
     Raises:
         DataError: a setting is out of range.
