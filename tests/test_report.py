@@ -233,7 +233,7 @@ def test_two_kinds_of_data_under_one_key_are_refused():
         SweepError, match="task one was measured on different data: arm baseline, seed 0 on images, arm up"
     ):
         gather(PLAN, changed, {})
-    with pytest.raises(SweepError, match="arm up, seed 0, task one say they are of another arm"):
+    with pytest.raises(SweepError, match="arm up, seed 0, task one belong to another arm"):
         gather(PLAN, [Unit("up", 0, "one", "k", "images", scores_of("down", 0.1))], {})
 
 

@@ -95,8 +95,8 @@ def read_arms(config: DictConfig) -> list[Arm]:
     """All arms of a sweep: those of `arms` and `product`, then `peers`, then `ceilings`.
 
     Raises:
-        SettingError: there are no arms, two arms have one name or the same training, the baseline is missing, an override
-            is unknown, a peer is unknown or cannot be made, or a file is missing.
+        SettingError: there are no arms, two arms have one name or the same training, the baseline is missing, an
+            override is unknown, a peer is unknown or cannot be made, or a file is missing.
     """
     check_names("arms", "product", "peers")
     arms = [_arm(name, value, config) for name, value in _named(config).items()]
@@ -216,7 +216,7 @@ def names_of(data: DictConfig) -> frozenset[str]:
 
 
 def _named(config: DictConfig) -> dict[str, object]:
-    """Name -> overrides, {checkpoint: FILE or NAME} or {peer: NAME, ...}. Arms of `product` are named by their overrides."""
+    """Name -> overrides, {checkpoint: FILE or NAME} or {peer: NAME, ...}. Overrides name the arms of `product`."""
     named: dict[str, object] = {name: config.arms[name] for name in config.arms or {}}
     values: dict[str, list[object]] = {}
     for key, node in dict(config.product or {}).items():
@@ -285,8 +285,8 @@ def _check_distinct(arms: Sequence[Arm]) -> None:
         settings = json.dumps([arm.kind, known], sort_keys=True)
         if settings in seen:
             raise SettingError(
-                f"arms {seen[settings]} and {arm.name} are the same {'training' if arm.training else 'peer'}, which would "
-                "be measured twice; leave one out"
+                f"arms {seen[settings]} and {arm.name} are the same {'training' if arm.training else 'peer'}, which "
+                "would be measured twice: leave one out"
             )
         seen[settings] = arm.name
 

@@ -4,7 +4,7 @@
 
     last.safetensors, state.safetensors   weights and state of the training, from which it resumes
     trained.json                          exists when the training is finished
-    TASK-KEY.parquet                      scores; KEY: digest of the task's configuration, code and data; whole or absent
+    TASK-KEY.parquet                      scores, KEY a digest of the task's settings, code and data; whole or absent
     TASK-KEY/                             pictures of the images with the worst scores
     runs.json                             sweep's run -> this member's run, and whether all is recorded there
     failed.json                           why it failed the last time, and an identifier of that failure
@@ -67,7 +67,7 @@ class SweepTask:
 
     @property
     def trains(self) -> bool:
-        """Whether it trains probes with the seed. If so, even arms that are the same for all seeds are measured for each."""
+        """Whether it trains probes with the seed. Then even arms that are the same for all seeds differ."""
         return tasks()[self.config.task.name].trains
 
     @property

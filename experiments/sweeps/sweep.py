@@ -1,9 +1,9 @@
 """Ablations: arms x seeds x tasks, trained, measured and compared with a baseline.
 
-The unit of work is a member: an arm with a seed (experiments/sweeps/members.py). Any number of processes may run the same
-command at the same time, on one machine or on several that share `out_dir` and its file locks. Each process takes the next
-member that no other works on. One process leads: it keeps the sweep's MLflow run, waits for the others and writes the
-report. If any process is killed, the others, or one that is started later, do its work.
+The unit of work is a member: an arm with a seed (experiments/sweeps/members.py). Any number of processes may run the
+same command at the same time, on one machine or on several that share `out_dir` and its file locks. Each process takes
+the next member that no other works on. One process leads: it keeps the sweep's MLflow run, waits for the others and
+writes the report. If any process is killed, the others, or one that is started later, do its work.
 """
 
 import json
