@@ -286,7 +286,7 @@ def test_a_run_the_store_does_not_know_begins_anew_there(store, caplog):
     caplog.set_level(logging.WARNING)
     with track(config(), run_id="0123abcd") as run:
         run.metrics({"loss": 0.0})
-    assert "begins anew" in caplog.text
+    assert "a new run is made there" in caplog.text
     with track(config(), run_id="0123abcd"):
         pass
     (found,) = all_runs(store)

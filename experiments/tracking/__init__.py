@@ -1,3 +1,3 @@
-"""Tracking. A `run` is written to a journal on disk first (`spool`), sent in the background (`uploader`, `recording`), and
-kept by MLflow (`store`, the only file that imports it). `provenance` records what a result was made with.
+"""Tracking. A `run` is written to a journal on disk first (`spool`), sent in the background (`uploader`, `recording`),
+and kept by MLflow (`store`, the only file that imports it). `provenance` records what a result was made with.
 """

@@ -46,7 +46,7 @@ class Origin:
         data: Mapping[str, str] | None = None,
         notes: Iterable[str] = (),
     ) -> "Origin":
-        """The origin of results made now. The command is `module` with its overrides; without a command line, `otherwise`."""
+        """The origin of results made now, by `module` on a command line; `otherwise` names it without one."""
         command = otherwise
         if HydraConfig.initialized():
             called = HydraConfig.get().job.config_name  # one command may call another (fidelity, evaluate)

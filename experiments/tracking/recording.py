@@ -105,8 +105,10 @@ def _open(config: DictConfig, start: Record, store: LiveStore | None, run_id: st
             store.end_orphans()
             run_id = run_id or store.create(start)
         except (StoreAway, StoreRefuses) as error:
-            raise TrackingUnavailable(f"no run can be started in the tracking store: {error}. Add tracking.offline=true to upload it "
-                "later, or tracking.enabled=false") from error
+            raise TrackingUnavailable(
+                f"no run can be started in the tracking store: {error}. Add tracking.offline=true to upload it "
+                "later, or tracking.enabled=false"
+            ) from error
         waiting = [folder for folder in folders(spool) if folder.name != run_id and not is_open(folder)]
         if waiting:
             log.warning("%d earlier runs wait in %s; upload them with: %s", len(waiting), spool, _sync(config))

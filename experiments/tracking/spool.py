@@ -8,7 +8,7 @@ One folder per run, `<spool_dir>/<run id>/`:
         {"kind": "metrics", "time": MS, "step": 3, "values": {"loss": 0.5}}
         {"kind": "tag", "key": "claim", "value": "none"}
         {"kind": "file", "name": "pictures/a.png", "copy": "files/17/a.png", "bytes": 120}
-        {"kind": "end", "time": MS, "status": "FINISHED"}       with "process", if `experiments.sync` added it for a dead run
+        {"kind": "end", "time": MS, "status": "FINISHED"}       with "process", if it was added for a dead run
     files/          copies of the artifacts, one numbered folder each (NUMBER.part until it is complete)
     position.json   how many bytes of the journal the store has, and the run's identifier there
     refused.jsonl   records that the store will never take, with the reasons

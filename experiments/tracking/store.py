@@ -1,8 +1,8 @@
 """Runs in MLflow. This is the only file that imports MLflow, and it does so only when a run starts.
 
 Every run has: resolved configuration, one tag per hook point, git commit with the uncommitted changes, seed, device,
-package versions, time, peak memory, load of the machine, and whatever the experiment logs. The store is `mlflow.db` with
-the artifacts in `mlruns/`, both in the working directory, unless `MLFLOW_TRACKING_URI` names another.
+package versions, time, peak memory, load of the machine, and whatever the experiment logs. The store is `mlflow.db`
+with the artifacts in `mlruns/`, both in the working directory, unless `MLFLOW_TRACKING_URI` names another.
 
 Everything is written to a journal first (spool.py), and a thread sends it to the store (uploader.py). A store that goes
 away neither stops nor slows a run. `experiments.sync` uploads what is missing at the end.

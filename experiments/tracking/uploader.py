@@ -135,7 +135,7 @@ class Drain:
             raise StoreAway(f"the run cannot be started: {error}") from error
 
     def _log(self, records: list[Record]) -> list[Record]:
-        """Sends metrics and tags in one request, or one by one if it is refused -> an empty list: nothing is left to send."""
+        """Sends metrics and tags in one request, or one by one if it is refused -> what is left to send: nothing."""
         if not records:
             return []
         if self.store_id is None:
@@ -160,13 +160,13 @@ class Drain:
         return []
 
     def _refuse(self, record: Record, reason: str) -> bool:
-        log.error("run %s: the store refuses %s: %s", self.journal.folder.name, str(record)[:200], reason)
+        log.error("run %s: %s cannot be uploaded: %s", self.journal.folder.name, str(record)[:200], reason)
         self.journal.refuse(record, reason)
         return False
 
 
 class Uploader(threading.Thread):
-    """A thread that sends what a run records, about once a second, and samples the machine. The run never waits for it."""
+    """A thread that sends what a run records about once a second, and samples the machine; the run never waits."""
 
     def __init__(self, run: Run, store: Store | None, sample_s: float | None) -> None:
         super().__init__(name=f"tracking {run.run_id}", daemon=True)
@@ -216,7 +216,9 @@ class Uploader(threading.Thread):
             drain()
         except (StoreAway, SpoolError) as error:
             if not self._away:
-                log.warning("run %s goes on without the tracking store, and records to disk: %s", self._record.run_id, error)
+                log.warning(
+                    "run %s goes on without the tracking store, and records to disk: %s", self._record.run_id, error
+                )
             self._away, self._wait = True, min(_LONGEST_WAIT_S, 2 * self._wait or _PERIOD_S)
             self._next_try = time.monotonic() + self._wait
             return
