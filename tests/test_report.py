@@ -289,7 +289,7 @@ def test_a_table_is_the_same_in_markdown_and_on_the_terminal():
     console.print(made.rich())
     assert [line.split() for line in console.file.getvalue().splitlines() if "down" in line] == [["[red]down", "14"]]
     assert [column.justify for column in made.rich(["arm", "ms"]).columns] == ["left", "right"]
-    with pytest.raises(ValueError, match="2 columns, and a row of 1 cells"):
+    with pytest.raises(ValueError, match="2 columns has a row of 1 cells"):
         Table(["arm", "ms"], [["up"]])
 
 

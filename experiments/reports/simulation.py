@@ -1,4 +1,4 @@
-"""docs/statistics.md: what the intervals assume, and how often they and the verdicts are wrong in simulated sweeps."""
+"""Writes docs/statistics.md: the assumptions of the intervals, and how often intervals and verdicts are wrong."""
 
 from pathlib import Path
 
