@@ -49,8 +49,8 @@ class Peer(nn.Module, ABC):
     channels: int | None = None
     """The number of channels C, for a peer made for one encoder; None: any."""
     linear_in_values: ClassVar[bool] = False
-    """Whether each output is a weighted sum of features, with weights that sum to 1 and do not depend on the features. A
-    linear head may then be applied to the features, before upsampling, which takes fewer values."""
+    """Whether each output is a weighted sum of features, with weights that sum to 1 and do not depend on the features.
+    A linear head may then be applied before upsampling, to fewer values."""
     factor: int | None = None
     """How many times it enlarges the feature grid, if it has one fixed factor; None: any output size."""
 
