@@ -1,17 +1,17 @@
-# Every target sets up what it needs: uv is put into the project when the machine has none.
+# Every target installs what it needs. Without uv on the machine, uv is installed into the project.
 UV ?= $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 UV_VERSION := 0.13.9
 
 .PHONY: quickstart test test-slow lint ui benchmark gpu setup
 
-quickstart: setup  ## upsample the bundled photographs, then a small real ablation; all of it lands in outputs/
+quickstart: setup  ## upsample the bundled photographs, then run a small real ablation; results are in outputs/
 	$(UV) run --no-sync python -m experiments.upsample
 	$(UV) run --no-sync python -m experiments.ablate experiment=quickstart
 
 test: setup  ## everything that must pass, offline, on two cores
 	$(UV) run --no-sync pytest
 
-test-slow: setup  ## what takes minutes
+test-slow: setup  ## the tests that take minutes
 	$(UV) run --no-sync pytest -m slow
 
 lint: setup
@@ -21,10 +21,10 @@ lint: setup
 ui: setup  ## browse tracked runs
 	$(UV) run --no-sync mlflow ui --backend-store-uri sqlite:///mlflow.db
 
-benchmark: setup  ## measure again what docs/benchmark_cpu.md shows
+benchmark: setup  ## measure docs/benchmark_cpu.md again
 	$(UV) run --no-sync python -m experiments.benchmark
 
-gpu: setup  ## on a machine with a GPU: correctness and cost there, in docs/benchmark_gpu*, within six minutes
+gpu: setup  ## on a machine with a GPU: measure correctness and cost within six minutes, into docs/benchmark_gpu*
 	$(UV) run --no-sync python -m experiments.gpu
 
 setup: .venv/.synced

@@ -1,12 +1,12 @@
-"""What people run. A file here is a command, `python -m experiments.NAME`; what it is made of lies in the rooms.
+"""The commands (a file NAME.py here is `python -m experiments.NAME`), and the rooms with the code behind them.
 
-Imports go one way: commands, then sweeps, then training, then measuring, then peers, cost, statistics and tracking,
-then data; upsampling stands on measuring. Reports take plain results. `settings`, `atomic` and `lock` serve all of
-them.
+Imports go one way: commands, then sweeps, training, measuring, then peers, cost, statistics and tracking, then data;
+upsampling stands beside training. Reports take plain results. `errors`, `progress`, `schedule`, `settings`, `atomic`
+and `lock` are no commands; they serve all rooms.
 """
 
 import os
 
-# Before torch loads: its threads otherwise wait by spinning, and one busy neighbour on the machine makes a forward
-# ten times slower. Sleeping costs a few per cent when the machine is idle.
+# Set before torch loads. Otherwise its threads wait by spinning, and one other busy process on the machine makes a
+# forward ten times slower. Sleeping instead costs a few per cent on an idle machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 @command
 def main(config: DictConfig) -> int | None:
-    """The command line of `ablate`; 1 when an arm failed."""
+    """The command `ablate`; returns 1 when an arm failed."""
     report = ablate(config)
     if report is None:
-        log.info("another process leads this sweep, and reports")
+        log.info("another process leads this sweep and writes its report")
         return 0
     show(report)
     for arm, reason in report.results.failures.items():

@@ -1,4 +1,4 @@
-"""Results on disk: whole or absent (`replacing`), and arrays larger than memory."""
+"""Writing results: files that are whole or absent (`replacing`), and arrays larger than memory."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ __all__ = ["CannotWrite", "allocate_array", "replacing"]
 def allocate_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
     """A new `.npy` file mapped into memory, with all its space reserved.
 
-    Without the reservation a full disk would end the process (SIGBUS) at some later store instead of raising here.
+    Without the reservation, a full disk would kill the process (SIGBUS) at some later write instead of raising here.
 
     Raises:
         OSError: not enough space.

@@ -1,6 +1,6 @@
-"""The shell of all commands: Hydra with the configuration of their name, one way to log, errors in one line, Ctrl-C.
+"""What all commands share: Hydra with the configuration of the same name, logging, errors in one line, Ctrl-C.
 
-A command's file is a function of its configuration::
+The file of a command holds one function of its configuration::
 
     @command
     def main(config: DictConfig) -> int | None:
@@ -9,8 +9,9 @@ A command's file is a function of its configuration::
     if __name__ == "__main__":
         main()
 
-Exit code: what the function returns (None: 0); 2 after an error that is told in one line (`experiments.errors.Told`, a
-file that cannot be used, weights that cannot be loaded) or an override that cannot be read; 130 after Ctrl-C.
+Exit code: what the function returns (None: 0); 2 after an error that is reported in one line
+(`experiments.errors.Told`, a file that cannot be used, weights that cannot be loaded), or after an override that Hydra
+cannot read; 130 after Ctrl-C.
 """
 
 import inspect
@@ -38,7 +39,7 @@ TOLD = (Told, WeightsError, OSError)
 
 
 def command(run: Callable[[DictConfig], int | None]) -> Callable[[], None]:
-    """The command line of a function of a configuration, `configs/NAME.yaml` with NAME that of the function's file."""
+    """Turns a function of a configuration into a command; the configuration is `configs/NAME.yaml`, NAME its file's."""
 
     @wraps(run)
     def told(config: DictConfig) -> None:
@@ -72,17 +73,17 @@ def command(run: Callable[[DictConfig], int | None]) -> Callable[[], None]:
 
 
 def _unreadable(arguments: list[str]) -> str | None:
-    """Of the first override that Hydra cannot read, what it is and how it is quoted; None: it can read all."""
+    """What is wrong with the first override that Hydra cannot read, and how to quote it; None: it can read all."""
     parser = OverridesParser.create()
     for argument in arguments:
         if argument.startswith("-") or "=" not in argument or _reads(parser, argument):
             continue
         quoted = quoted_override(argument)
         if quoted is None or not _reads(parser, quoted):
-            return f"{argument}: cannot be read as KEY=VALUE, or KEY=[VALUE,...]"
+            return f"{argument}: cannot be read; write KEY=VALUE or KEY=[VALUE,...]"
         return (
             f"{argument}: a value with spaces, brackets, or letters beyond A-Z and digits needs quotes, and the whole "
-            f"others for the shell: {shlex.quote(quoted)}"
+            f"needs other quotes for the shell: {shlex.quote(quoted)}"
         )
     return None
 

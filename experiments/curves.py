@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 @command
 def main(config: DictConfig) -> int | None:
-    """The command line of `draw`."""
+    """The command `curves`: runs `draw`."""
     log.info("%s", os.path.relpath(draw(config)))
 
 

@@ -1,9 +1,9 @@
-"""What a command tells in one line; anything else is a defect and keeps its traceback."""
+"""Errors that a command reports in one line. Any other error is a defect and keeps its traceback."""
 
 
 class Told(Exception):
-    """Base of errors of a setting, a file, data or a service: the message says what it is and the way out."""
+    """Base of errors about a setting, a file, data or a service. The message says what is wrong and the way out."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C where something is to be said: how far the work is, and how it goes on."""
+    """Ctrl-C with a message: how far the work got, and how to go on."""

@@ -1,6 +1,7 @@
-"""What upsampled features are good for: `python -m experiments.evaluate`. Settings: configs/evaluate.yaml.
+"""Measures upsampled features with probes and without: `python -m experiments.evaluate`.
 
-Exit code: 0, or 2 when nothing was measured; a value that is not finite stops the run and names it.
+Settings: configs/evaluate.yaml. Exit code: 0, or 2 when nothing was measured. A value that is not finite stops the run,
+and the message names it.
 """
 
 import os
@@ -15,12 +16,12 @@ from experiments.reports.evaluation import rich_tables
 
 @command
 def main(config: DictConfig) -> int | None:
-    """The command line of `evaluate`."""
+    """The command `evaluate`."""
     measure_and_show(config)
 
 
 def measure_and_show(config: DictConfig) -> None:
-    """`evaluate`, with its tables on the terminal."""
+    """Runs `evaluate` and prints its tables."""
     report = evaluate(config)
     console = Console()
     for table in rich_tables(report.results, report.costs):

@@ -1,4 +1,4 @@
-"""Feature fidelity of upsamplers, without labels: `experiments.evaluate task=fidelity` with settings of its own.
+"""Feature fidelity of upsamplers, without labels: `experiments.evaluate task=fidelity` with other defaults.
 
 `python -m experiments.fidelity`; settings: configs/fidelity.yaml. What is measured: experiments/measuring/metrics.py.
 """
@@ -11,7 +11,7 @@ from experiments.evaluate import measure_and_show
 
 @command
 def main(config: DictConfig) -> int | None:
-    """The command line of fidelity."""
+    """The command `fidelity`."""
     measure_and_show(config)
 
 

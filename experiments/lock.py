@@ -1,28 +1,28 @@
-"""One process at a time in a folder; the system lets go of the lock when the process ends, however it ends."""
+"""Locks a folder for one process. The system releases the lock when the process ends, even if it is killed."""
 
 import errno
 import fcntl
 import os
 from pathlib import Path
 
-_held: dict[Path, object] = {}  # the system's locks are per process: within one they keep nobody out
+_held: dict[Path, object] = {}  # the system's locks are per process and do not exclude other threads of this one
 
 
 class Locked(OSError):
-    """Somebody else holds the lock."""
+    """The lock is held by another process, or by this one already."""
 
 
 def lock_folder(folder: Path) -> int:
-    """Locks a folder, made when there is none -> what `unlock_folder` needs.
+    """Locks a folder, which is made if it is missing -> what `unlock_folder` needs.
 
-    The lock is not inherited by child processes, which may outlive a killed parent.
+    Child processes do not inherit the lock, because they may outlive a killed parent.
 
     Raises:
-        Locked: another process has it, or this one has it already.
+        Locked: another process holds it, or this one holds it already.
         OSError: the folder cannot be written.
     """
     folder, mine = folder.resolve(), object()
-    if _held.setdefault(folder, mine) is not mine:  # asks and enters at once: another thread may do the same
+    if _held.setdefault(folder, mine) is not mine:  # test and set in one call, because other threads may do the same
         raise Locked(f"{folder} is in use by this process")
     lock = -1
     try:
@@ -34,10 +34,10 @@ def lock_folder(folder: Path) -> int:
 
 
 def unlock_folder(folder: Path, lock: int) -> None:
-    """Lets go of a folder."""
+    """Releases the lock of a folder."""
     try:
         os.close(lock)
-    finally:  # only now: closing any descriptor of the file gives up whatever lock this process has by then
+    finally:  # not before: closing any descriptor of the file releases a lock that another thread got meanwhile
         _held.pop(folder.resolve(), None)
 
 
@@ -50,7 +50,7 @@ def _lock(folder: Path) -> int:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(lock), path.stat()):
                 return lock
-        except FileNotFoundError:  # the folder has been removed: try the next one
+        except FileNotFoundError:  # the folder was removed meanwhile: try again
             pass
         except OSError as error:
             os.close(lock)

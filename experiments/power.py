@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 @command
 def main(config: DictConfig) -> int | None:
-    """The command line of `curves` and of `simulate_all`."""
-    tasks()  # which say what their measures mean
+    """The command `power`: runs `curves`, or `simulate_all`."""
+    tasks()  # registers the measures
     check_settings(config)
     if config.simulate is not None:
         simulated = simulate_all(config.simulate, config.confidence)

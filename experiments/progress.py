@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal; elsewhere a log line now and then, which estimates what is left."""
+"""Progress of long work: a bar on a terminal; elsewhere a log line now and then, with the estimated time left."""
 
 import logging
 import sys
@@ -12,20 +12,20 @@ from tqdm import tqdm
 log = logging.getLogger(__name__)
 
 EVERY_S = 30.0
-"""Seconds between two lines of one piece of work; work that takes less says nothing."""
+"""Seconds between two log lines; shorter work logs nothing."""
 _T = TypeVar("_T")
 
 
 class Progress(Generic[_T]):
-    """Goes through items, or is told of each step by `update`.
+    """Iterates over items, or is told of each step by `update`.
 
     Args:
-        items: what to go through; None: `update` and `close` are called.
-        description: what is done. unit: of what, in the singular.
+        items: to iterate over; None: the caller calls `update` and `close`.
+        description: the name of the work. unit: the name of one step, in the singular.
         total: number of steps, where `items` has no length.
         initial: steps done before.
-        shown: False: nothing is ever said.
-        clock: seconds, for tests.
+        shown: False: nothing is shown or logged.
+        clock: gives seconds; replaced in tests.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Progress(Generic[_T]):
         self.done = self.first = initial
         self.note, self.shown = "", shown
         self.started = self.told = clock()
-        self.said = 0  # steps done when it was last told
+        self.said = 0  # steps done at the last log line
         on_terminal = shown and sys.stderr.isatty()
         self.bar = None
         if on_terminal:

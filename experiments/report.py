@@ -1,6 +1,7 @@
 """Tables and pictures of a sweep, made again from MLflow alone: `python -m experiments.report run=ID`.
 
-Settings: configs/report.yaml. Exit code: 0, or 2 when there is nothing to report.
+The run of a sweep holds its plan: arms, seeds, tasks, and what they depend on. The runs below it hold the scores per
+image. Settings: configs/report.yaml. Exit code: 0, or 2 when there is nothing to report.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Learning rates: a function of the step alone, so that resuming needs no state."""
+"""Learning rates as a function of the step alone, so that resuming needs no state."""
 
 import math
 
@@ -6,7 +6,7 @@ SCHEDULES = ("cosine", "constant")
 
 
 def rate(lr: float, step: int, num_steps: int, warmup: int = 0, schedule: str = "cosine") -> float:
-    """Of a step: rises linearly over `warmup` steps to `lr`, then falls as a cosine to zero at the last, or stays."""
+    """The rate of a step: rises linearly to `lr` over `warmup` steps, then falls as a cosine to zero, or stays."""
     if step < warmup:
         return lr * (step + 1) / warmup
     if schedule == "constant":

@@ -1,4 +1,4 @@
-"""Settings that several experiments share: what they may be, and what they mean."""
+"""Settings that several commands share: their meaning, and checks of their values."""
 
 import tempfile
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ class SettingError(Told, ValueError):
 def output_grid(
     setting: int | Sequence[int] | None, image_size: tuple[int, int], name: str = "output_size"
 ) -> tuple[int, int]:
-    """(Qh,Qw) of one image: its own size for None, its shape with that longer side for a number, or as given.
+    """(Qh,Qw) of one image. None: its own size; a number: its proportions with that longer side; a pair: as given.
 
     Raises:
-        SettingError: anything else than positive whole numbers; calls the setting `name`.
+        SettingError: not positive whole numbers. The message calls the setting `name`.
     """
     if setting is None:
         return image_size
@@ -36,10 +36,10 @@ def output_grid(
 
 
 def pick_device(setting: str) -> torch.device:
-    """`auto` is the GPU where there is one.
+    """The device of a setting; `auto` is the GPU where there is one.
 
     Raises:
-        SettingError: no such device, or it is not there.
+        SettingError: PyTorch knows no such device, or the machine has none.
     """
     if setting == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,7 +50,7 @@ def pick_device(setting: str) -> torch.device:
 
 
 def check_writable(folder: Path, setting: str = "out_dir") -> None:
-    """Makes a folder where it is missing, and makes sure that files can be made in it; `setting` names it.
+    """Makes the folder if it is missing, and checks that files can be written to it; `setting` names it in errors.
 
     Raises:
         SettingError: it cannot be made, is a file, or is read-only.
@@ -72,10 +72,10 @@ def check_name(name: object) -> None:
     """Refuses a `name` that cannot begin the names of files in one folder.
 
     Raises:
-        SettingError: it is no text, is empty, or names a folder.
+        SettingError: it is not text, is empty, or contains a folder.
     """
     if not isinstance(name, str):
-        raise SettingError(f"name must be a file name, got {name}, which is no text: write 'name=\"{name}\"'")
+        raise SettingError(f"name must be a file name, got {name}, which is not text: write 'name=\"{name}\"'")
     if name in ("", ".", "..") or Path(name).name != name:
         raise SettingError(f"name must be a file name without folders, got {name!r}")
 
@@ -84,7 +84,7 @@ def check_seeds(seeds: object) -> None:
     """Refuses `seeds` that are not a list of different whole numbers from 0.
 
     Raises:
-        SettingError: says which it is.
+        SettingError: names the values.
     """
     if not isinstance(seeds, list | ListConfig) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
         raise SettingError(f"seeds must be a list of whole numbers from 0, got {seeds}")
@@ -92,18 +92,18 @@ def check_seeds(seeds: object) -> None:
 
 
 def check_once(name: str, values: Sequence[object]) -> None:
-    """Raises SettingError when a value is there twice."""
+    """Raises SettingError when a value occurs twice."""
     if len(set(values)) < len(values):
         raise SettingError(f"{name}={list(values)} names one twice: it would be counted twice")
 
 
 def check_confidence(confidence: object) -> None:
-    """Raises SettingError for an interval's `confidence` that is no number between 0.5 and 1."""
+    """Raises SettingError when the `confidence` of intervals is not a number between 0.5 and 1."""
     if not isinstance(confidence, int | float) or not 0.5 < confidence < 1:
         raise SettingError(f"confidence must lie between 0.5 and 1, got {confidence}")
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raises SettingError when `value` is no whole number from `least` up."""
+    """Raises SettingError when `value` is not a whole number from `least` up."""
     if type(value) is not int or value < least:
         raise SettingError(f"{name} must be a whole number from {least} up, got {value}")

@@ -1,8 +1,8 @@
 """Uploads what runs have left in the spool: `python -m experiments.sync [spool_dir=...]`.
 
-Settings: configs/sync.yaml. Exit code: 0 everything is uploaded, or there was nothing; 1 something stays in the spool;
-2 the store cannot be reached. What is uploaded is compared with the journal before that is deleted. Killed at any
-moment, it can be run again: nothing is uploaded twice.
+Settings: configs/sync.yaml. Exit code: 0: everything is uploaded, or there was nothing; 1: something stays in the
+spool; 2: the store cannot be reached. A journal is compared with the store, and deleted only if nothing is missing
+there. Killed at any moment, the command can be run again: nothing is uploaded twice.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from experiments.tracking.store import store_uri
 from experiments.tracking.sync import Outcome, sync
 
 DEFAULT_SPOOL = "outputs/spool"
-"""Of configs/sync.yaml: may be missing, before any run."""
+"""The default in configs/sync.yaml. It may be missing: no run has been tracked yet."""
 
 
 def _report(outcomes: list[Outcome], console: Console) -> None:
@@ -25,7 +25,9 @@ def _report(outcomes: list[Outcome], console: Console) -> None:
         name = f"{outcome.run_id} ({outcome.status or 'no end'}, {outcome.records} records)"
         console.print(f"{name}: {outcome.left or f'uploaded as {outcome.store_id}'}", soft_wrap=True, markup=False)
         if outcome.broken:
-            console.print("  its last line was cut short when it was killed, and is left out", soft_wrap=True)
+            console.print(
+                "  the last line of its journal is incomplete, because it was killed, and is left out", soft_wrap=True
+            )
     console.print(f"{len(done)} of {len(outcomes)} runs uploaded to {store_uri()}.", soft_wrap=True, markup=False)
 
 

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 @command
 def main(config: DictConfig) -> int | None:
-    """The command line of `train`."""
+    """The command `train`."""
     warn_of_bundled_images(config.data)
     trained = train(config)
     log.info("%d steps; weights: %s; best: %s", trained.state.step, trained.checkpoint, trained.best or "none")

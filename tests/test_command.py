@@ -225,5 +225,5 @@ def test_a_cache_that_is_a_file_is_called_by_its_name(tmp_path):
 def test_images_that_are_not_there_recommend_what_every_command_has():
     with pytest.raises(NoImages) as raised:
         collect("nowhere/at/all.jpg")
-    assert "`bundled` in its place" in str(raised.value)
+    assert "write `bundled` instead" in str(raised.value)
     assert "images=" not in str(raised.value)

@@ -173,7 +173,7 @@ def test_a_file_with_brackets_in_its_name_is_no_pattern(tmp_path):
     ("images", "message"),
     [
         ([], "images is empty"),
-        ("{}/nothing", "no such file or folder.*`bundled` in its place"),
+        ("{}/nothing", "no such file or folder.*write `bundled` instead"),
         ("{}/*.jpg", "pattern matches no file"),
         ("{}", "folder .* holds no image"),
     ],

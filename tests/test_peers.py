@@ -250,9 +250,9 @@ REFUSED = [
     ({"peer": "learned", "weights": "text.pth"}, "peer=learned: weights text.pth: .*damaged"),
     ({"peer": "learned", "weights": "${nowhere}"}, "nowhere.*; give it a value"),
     ({"peer": "fixed"}, "peer=fixed needs a value for weights"),
-    ({"name": "bilinear"}, "a peer is NAME, or {peer: NAME, SETTING: VALUE, ...}, got {'name': 'bilinear'}"),
-    ({"peer": "bilinear", "name": "nearest"}, "a peer is NAME"),
-    (3, "a peer is NAME, or .*, got 3"),
+    ({"name": "bilinear"}, "a peer must be NAME, or {peer: NAME, SETTING: VALUE, ...}, got {'name': 'bilinear'}"),
+    ({"peer": "bilinear", "name": "nearest"}, "a peer must be NAME"),
+    (3, "a peer must be NAME, or .*, got 3"),
 ]  # fmt: skip
 
 
@@ -341,16 +341,16 @@ register_peer("cell")(Cell)
     ("changes", "message"),
     [
         ({"peers": ["bilinear", "bilinear"]}, "two arms are called bilinear"),
-        ({"peers": {"nearest": "bilinear"}}, "peers.nearest is another peer than the one of that name"),
+        ({"peers": {"nearest": "bilinear"}}, "peers.nearest is not the peer of that name"),
         ({"peers": "bilinear"}, r"peers must be null, \[NAME, ...\], or with settings {ARM: {peer: NAME"),
         ({"peers": [{"peer": "bilinear"}]}, r"peers must be null, \[NAME, ...\], or with settings"),
-        ({"peers": {"a/b": "bilinear"}}, "arm 'a/b': names are of letters"),
+        ({"peers": {"a/b": "bilinear"}}, "arm 'a/b': names may only have letters"),
         ({"peers": {"a": "bilinear", "b": {"peer": "bilinear"}}}, "arms a and b are the same peer"),
         ({"peers": {"a": "joint_bilateral", "b": {"peer": "joint_bilateral", "window": 5}}}, "are the same peer"),
         ({"peers": {"a": {"peer": "bilinear", "size": 3}}}, "arm a: peer=bilinear has no setting size"),
         ({"arms": {"baseline": [], "a": {"peer": "unheard_of"}}}, "arm a: peer=unheard_of is not registered"),
         ({"arms": {"baseline": [], "a": {"peer": "bilinear", "checkpoint": "x"}}}, "no setting checkpoint"),
-        ({"arms": {"baseline": {"peer": "bilinear"}}}, "baseline=baseline is no arm"),  # that competes
+        ({"arms": {"baseline": {"peer": "bilinear"}}}, "baseline=baseline is not an arm"),  # that competes
     ],
     ids=str,
 )  # fmt: skip

@@ -100,7 +100,7 @@ def test_painting_in_bands_changes_nothing(features, monkeypatch):
 
 
 def test_refusals(features):
-    with pytest.raises(ValueError, match=r"one width, got \[7, 24\] channels"):
+    with pytest.raises(ValueError, match=r"equal numbers of channels, got \[7, 24\]"):
         fit_colours([features, torch.rand(7, 4, 4)])
     with pytest.raises(ValueError, match="got none"):
         fit_colours([])

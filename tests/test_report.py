@@ -233,7 +233,7 @@ def test_two_kinds_of_data_under_one_key_are_refused():
         SweepError, match="task one was measured on different data: arm baseline, seed 0 on images, arm up"
     ):
         gather(PLAN, changed, {})
-    with pytest.raises(SweepError, match="arm up, seed 0, task one say they are of another arm"):
+    with pytest.raises(SweepError, match="arm up, seed 0, task one belong to another arm"):
         gather(PLAN, [Unit("up", 0, "one", "k", "images", scores_of("down", 0.1))], {})
 
 
@@ -289,7 +289,7 @@ def test_a_table_is_the_same_in_markdown_and_on_the_terminal():
     console.print(made.rich())
     assert [line.split() for line in console.file.getvalue().splitlines() if "down" in line] == [["[red]down", "14"]]
     assert [column.justify for column in made.rich(["arm", "ms"]).columns] == ["left", "right"]
-    with pytest.raises(ValueError, match="2 columns, and a row of 1 cells"):
+    with pytest.raises(ValueError, match="2 columns has a row of 1 cells"):
         Table(["arm", "ms"], [["up"]])
 
 
@@ -322,7 +322,7 @@ def test_a_header_says_where_a_report_comes_from():
         (check_name, ["a/b"], "name must be a file name without folders, got 'a/b'"),
         (check_name, [""], "name must be a file name without folders"),
         (check_name, [".."], "name must be a file name without folders"),
-        (check_name, [2024], r"got 2024, which is no text: write 'name=\"2024\"'"),
+        (check_name, [2024], r"got 2024, which is not text: write 'name=\"2024\"'"),
         (check_seeds, [3], "seeds must be a list of whole numbers from 0, got 3"),
         (check_seeds, [[True]], "seeds must be a list of whole numbers from 0"),
         (check_seeds, [[1, 0, 1]], r"seeds=\[1, 0, 1\] names one twice"),

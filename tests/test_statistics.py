@@ -166,9 +166,9 @@ def test_components_are_found_again():
     x = 2 * random.normal(size=(60, 1)) + random.normal(size=(1, 80)) + 3 * random.normal(size=(60, 80))
     found = components_of(x)
     assert (found.seed, found.image, found.residual) == pytest.approx((2, 1, 3), rel=0.25)
-    with pytest.raises(SettingError, match="1 seed does not show how seeds differ: give scores of two seeds"):
+    with pytest.raises(SettingError, match="1 seed does not show how seeds differ: give scores of at least two seeds"):
         components_of(x[:1])
-    with pytest.raises(SettingError, match="1 image does not show how images differ: give scores of two images"):
+    with pytest.raises(SettingError, match="1 image does not show how images differ: give scores of at least two"):
         components_of(x[:, :1])
 
 
@@ -240,7 +240,7 @@ def test_simulated_sweeps_are_written_up(tmp_path):
     files = write_simulation(pd.DataFrame([row, row | {"seeds": 5}]), 300, 0.95, tmp_path, "statistics")
     assert [file.name for file in files] == ["statistics.md", "statistics.csv", "statistics.png"]
     text = files[0].read_text()
-    for part in ("## Simulated sweeps\n\n    experiments.power", "300 sweeps of 4 arms", "(of the bootstrap: 200, ",
+    for part in ("## Simulated sweeps\n\n    experiments.power", "300 sweeps of 4 arms", "(bootstrap: 200, ",
                  "| mean | 3 | 30 | all three | normal | 0.020 | 0.961 | 0.950 | 0.100 | 0.800 |",
                  "(statistics.png)"):  # fmt: skip
         assert part in text
@@ -282,7 +282,9 @@ def test_power_says_what_scores_lack(num_seeds, num_images, lacking, tmp_path):
             rows = [row for i in range(num_images) for row in image_rows(f"{i}", {"cosine": float(random.random())})]
             tables.append(frame(rows, {"task": "t", "data": "d", "backbone": "b", "arm": arm, "seed": seed}))
     pd.concat(tables).to_parquet(tmp_path / "scores.parquet")
-    with pytest.raises(SettingError, match=f"1 {lacking} does not show how {lacking}s differ: give scores of two"):
+    with pytest.raises(
+        SettingError, match=f"1 {lacking} does not show how {lacking}s differ: give scores of at least two"
+    ):
         read_components(settings(components=None, scores=str(tmp_path / "scores.parquet")))
 
 

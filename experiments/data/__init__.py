@@ -1,8 +1,8 @@
 """Data sets: what training and evaluation read. `open_data(config.data)` gives one, whatever its layout on disk.
 
-A data set is an ordered list of samples under unique names. It is opened once: opening lists the files, checks that
-they belong together and computes a fingerprint; reading a sample decodes files (or renders) and may be done from any
-process. One file of this package is one family of layouts; `register_data` offers a class as `data=NAME`.
+A data set is an ordered list of samples with unique names. It is opened once: opening lists the files, checks that they
+belong together, and computes a fingerprint. Reading a sample decodes files (or renders a scene) and works from any
+process. Each file of this package is one family of layouts; `register_data` offers a class as `data=NAME`.
 """
 
 from experiments.data.base import IGNORE, DataError, DataSet, Sample, data_sets, open_data, register_data

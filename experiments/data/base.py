@@ -21,7 +21,7 @@ class DataError(Told, ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with what is known about it; all on one pixel grid."""
+    """One image and its annotations, all on the same pixel grid."""
 
     name: str
     """Unique in its data set, usable as a relative path."""
@@ -34,7 +34,7 @@ class Sample:
     normals: Tensor | None = None
     """(3,H,W) float32 unit vectors in the camera's frame (x right, y down, z forward), 0 where unknown."""
     flow: Tensor | None = None
-    """(2,H,W) float32 displacement in pixels (x, y) to the video's next frame; NaN where it is hidden there."""
+    """(2,H,W) float32 displacement in pixels (x, y) to the video's next frame; NaN where the point is hidden there."""
 
 
 class DataSet(ABC):
@@ -47,12 +47,12 @@ class DataSet(ABC):
     """Name of each video -> its samples in order; None: single images."""
 
     shorter_sides: Sequence[int] | None = None
-    """In pixels, of all images; None: not known without reading them."""
+    """Of all images, in pixels; None: not known without reading the images."""
 
     names: Sequence[str]
-    """Of all samples, in order."""
+    """The names of all samples, in order."""
     fingerprint: str
-    """Hexadecimal digest of what the samples are: equal only if every sample is."""
+    """Hexadecimal digest of the samples: equal only if all samples are equal."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -62,10 +62,10 @@ class DataSet(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Sample:
-        """Reads sample `index`, the same one every time.
+        """Reads sample `index`; the result is the same every time.
 
         Raises:
-            DataError: the file is damaged, or contradicts the layout (sizes, class ids); names the file.
+            DataError: a file is damaged, or does not fit the layout (sizes, class ids). The message names the file.
         """
 
 
@@ -80,6 +80,6 @@ def open_data(config: DictConfig | Mapping[str, Any]) -> DataSet:
     """Opens the data set of a configuration node `{name, ...settings}`, as the Hydra group `data` gives it.
 
     Raises:
-        DataError: unknown name, an unknown, missing or wrong setting, or as the data set's `__init__`.
+        DataError: an unknown name, an unknown, missing or wrong setting, or what the data set's `__init__` raises.
     """
     return _choices.make(config)

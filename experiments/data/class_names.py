@@ -1,4 +1,4 @@
-"""The classes of published data sets: names in the order of their ids, and how fine ids fall into coarse classes."""
+"""The classes of published data sets: names in the order of their ids, and the coarse class of each fine id."""
 
 CAMVID = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
 

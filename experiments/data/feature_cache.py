@@ -1,8 +1,8 @@
-"""Features of frozen encoders, kept on disk: one file for each image and view, found by what it was made from.
+"""A disk cache of frozen encoders' features: one file for each image and view.
 
-The key is a digest of the encoder's weights, its code and the pixels it saw, so a stale entry cannot be found. Entries
-are written beside their place and renamed: concurrent runs may share a folder, and at worst compute the same entry
-twice. An entry carries a checksum; a damaged one is dropped and computed again.
+The key is a digest of the encoder's weights, its code and the input pixels, so a stale entry is never found. An entry
+is written to a temporary file and renamed, so concurrent runs may share a folder; at worst they compute the same entry
+twice. Each entry carries a checksum. A damaged entry is deleted and computed again.
 """
 
 import hashlib
@@ -26,20 +26,20 @@ from experiments.settings import SettingError, check_writable
 
 log = logging.getLogger(__name__)
 
-_SWEEP_EVERY = 256  # entries written between two looks at the size of the folder
-_ABANDONED_S = 3600  # after which a half-written entry is of a process that was killed
+_SWEEP_EVERY = 256  # entries written between two checks of the folder's size
+_ABANDONED_S = 3600  # a half-written entry older than this belongs to a killed process
 
 
 class NotFinite(Told, ValueError):
-    """NaN or infinite numbers where training or evaluation cannot go on with them."""
+    """NaN or infinite numbers, with which training or evaluation cannot go on."""
 
 
 class FeatureCache:
     """A folder of features.
 
     Args:
-        folder: where; made when missing. None: nothing is kept.
-        max_gb: the oldest entries (by use) are removed beyond this size.
+        folder: made when missing. None: nothing is kept.
+        max_gb: when the folder is larger, the least recently used entries are removed.
 
     Raises:
         SettingError: the folder cannot be written to.
@@ -56,19 +56,19 @@ class FeatureCache:
             check_writable(self.folder, "cache.folder")
 
     def encode(self, backbone: Backbone, images: Tensor, names: list[str]) -> Tensor:
-        """(N,3,H,W) RGB in [0,1] -> (N,C,h,w) features, from the cache where they are there. Without gradients.
+        """(N,3,H,W) RGB in [0,1] -> (N,C,h,w) features, from the cache where it has them. Without gradients.
 
-        Entries are stored in half precision; computed ones are rounded to it too, and each image is encoded by
-        itself, so that it makes no difference, not in a bit, whether a feature was found or computed, whether there is
-        a folder, which images are asked for together, or whether the caller is under autocast.
+        Entries are stored in half precision. Computed features are rounded to it too, and each image is encoded alone.
+        So the result is the same, bit for bit, whether a feature was found or computed, whether there is a folder,
+        which images are asked for together, and whether the caller is under autocast.
 
         Raises:
-            NotFinite: the encoder gave NaN, or what half precision cannot hold; names backbone and image.
+            NotFinite: the encoder gave NaN, or numbers too large for half precision; names backbone and image.
         """
         identity = "" if self.folder is None else fingerprint(backbone)
         found = []
         for image, name in zip(images, names, strict=True):
-            # One by one: together, the last bits of each would depend on which others are computed with it.
+            # One by one: in a batch, the last bits of an image would depend on the others.
             place = self._place(identity, image) if self.folder is not None else None
             features = self._read(place) if place else None
             self.hits, self.misses = self.hits + (features is not None), self.misses + (features is None)
@@ -80,7 +80,7 @@ class FeatureCache:
         return torch.stack(found)  # (N,C,h,w)
 
     def _compute(self, backbone: Backbone, image: Tensor, name: str) -> Tensor:
-        """(1,3,H,W) -> (C,h,w) in half precision; what surrounds the call must not round it further."""
+        """(1,3,H,W) -> (C,h,w) in half precision; an autocast around the call has no effect."""
         with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
             features = backbone(image)[0].half()  # (C,h,w)
         if not torch.isfinite(features).all():
@@ -101,15 +101,15 @@ class FeatureCache:
             with safe_open(place, "pt") as file:
                 features, checksum = file.get_tensor("features"), (file.metadata() or {}).get("crc32")
             if checksum == _checksum(features):
-                with suppress(OSError):  # swept just now, say: it must not be made again, empty
-                    os.utime(place)  # used now: removed later than others
+                with suppress(OSError):  # removed just now, say; an empty file must not be made in its place
+                    os.utime(place)  # marks it as just used, so that it is removed later than others
                 return features
             reason = "its checksum is wrong"
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError) as error:
             reason = str(error)
-        log.warning("the cached features %s are damaged (%s): they are computed again", place, reason)
+        log.warning("the cached features %s are damaged (%s) and are computed again", place, reason)
         place.unlink(missing_ok=True)
         return None
 
@@ -121,7 +121,7 @@ class FeatureCache:
             with replacing(place) as part:
                 save_file({"features": features}, part, {"crc32": _checksum(features)})
         except CannotWrite as error:  # a full disk must not end a training that needs no cache
-            log.error("from here on, computed features are not kept: %s", error)
+            log.error("computed features are no longer cached: %s", error)
             self._writes = False
             return
         self._written += 1
@@ -153,10 +153,10 @@ class FeatureCache:
 
 
 class CachedBackbone:
-    """A backbone whose features come from a cache; called as the backbone is, without gradients.
+    """A backbone whose features come from a cache; called like the backbone, without gradients.
 
     Args:
-        shown: what the images are called in errors.
+        shown: the name of the images in errors.
     """
 
     def __init__(self, backbone: Backbone, cache: FeatureCache, shown: str):
@@ -172,7 +172,7 @@ class CachedBackbone:
 
 
 def fingerprint(backbone: Backbone) -> str:
-    """Digest of a backbone: its name, geometry, every weight, and the code that runs it."""
+    """Digest of a backbone: its name, layer, normalisation, every weight, and the code that runs it."""
     known = backbone.__dict__.get("_fingerprint")
     if known is None:
         digest = hashlib.sha256(f"{backbone.name}/{backbone.default_layer}/{backbone.mean}/{backbone.std}".encode())

@@ -1,8 +1,8 @@
-"""Data sets that are files on disk: finds what belongs together, reads it, and says what does not fit.
+"""Data sets that are files on disk: finds the files that belong together, reads them, and reports what does not fit.
 
-`FileSet` is the base of every published layout: a subclass lists `Record`s, the base checks, fingerprints and reads
-them. Two rules hold for all of them: a file without its partner is an error, and pixels are taken as they are stored
-(an EXIF rotation would turn the image and not its labels).
+`FileSet` is the base of every published layout. A subclass lists `Record`s; the base checks, fingerprints and reads
+them. Two rules hold for all: a file without its partner is an error, and pixels are read as stored (an EXIF rotation
+would turn the image but not its labels).
 """
 
 import hashlib
@@ -26,9 +26,9 @@ IMAGES = frozenset((".jpg", ".jpeg", ".png"))
 PNG = frozenset((".png",))
 
 WHOLE = 1 << 30
-"""Up to this many bytes in all, a fingerprint reads every byte of the files."""
+"""Data sets up to this many bytes are read in full for the fingerprint."""
 STRIDE, BLOCK = 1 << 20, 1 << 14
-"""Of larger sets it reads, per file, the size, `BLOCK` bytes in every `STRIDE`, and the last `BLOCK` bytes."""
+"""For larger ones it takes of each file the size, `BLOCK` bytes of every `STRIDE`, and the last `BLOCK` bytes."""
 
 Reader = Callable[[Path], Tensor]
 
@@ -48,11 +48,11 @@ class FileSet(DataSet):
     """Samples that are read from files. Subclasses call `_keep` with what they found."""
 
     layout: ClassVar[str]
-    """What the folder `path` must hold, for people."""
+    """What the folder `path` must contain, as error messages say it."""
     label_classes: np.ndarray
     """(ids,) class of each id in the label files, `IGNORE`, or -1 for ids that must not occur."""
     as_stored: ClassVar[bool] = True
-    """False: turn images upright by their EXIF rotation."""
+    """False: images are turned upright by their EXIF rotation."""
 
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
@@ -87,7 +87,9 @@ class FileSet(DataSet):
 
     def _folder(self, root: Path, inside: str) -> Path:
         if not root.is_dir():
-            raise DataError(f"data={self.choice}: {root} is no folder; data.path must name one with {self.layout}")
+            raise DataError(
+                f"data={self.choice}: {root} is not a folder; data.path must name a folder with {self.layout}"
+            )
         if not (found := root / inside).is_dir():
             raise DataError(
                 f"data={self.choice}: there is no folder {inside} in {root}; data.path must name a folder with "
@@ -111,11 +113,11 @@ class FileSet(DataSet):
             found[name] = path
         if not found:
             wanted = " ".join(f"*{ending}{suffix}" for suffix in sorted(suffixes))
-            raise DataError(f"data={self.choice}: {folder} holds no file {wanted}; expected is {self.layout}")
+            raise DataError(f"data={self.choice}: {folder} has no file {wanted}; expected: {self.layout}")
         return dict(sorted(found.items(), key=lambda item: natural(item[0])))
 
     def _match(self, images: Mapping[str, Path], parts: Mapping[str, Mapping[str, Path]]) -> list[Record]:
-        """Records of images and their `parts` (field of `Record` -> files); neither may be without the other."""
+        """Records of images and their `parts` (field of `Record` -> files); one without its partner is refused."""
         for part, files in parts.items():
             if missing := [str(images[name]) for name in images if name not in files]:
                 raise DataError(f"data={self.choice}: {_some(missing, 'images')} without {part}: {_WAY_OUT}")
@@ -130,7 +132,7 @@ class FileSet(DataSet):
         try:
             names = file.read_text(encoding="utf-8").split()
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"data={self.choice}: {file} lists the images, but: {why(error)}") from error
+            raise DataError(f"data={self.choice}: the list of images {file} cannot be read: {why(error)}") from error
         if not names:
             raise DataError(f"data={self.choice}: {file} lists no image: copy it again or choose another split")
         if twice := [name for name, times in Counter(names).items() if times > 1]:
@@ -138,27 +140,28 @@ class FileSet(DataSet):
         return names
 
     def _only(self, names: Iterable[str], files: Mapping[str, Path], file: Path, what: str) -> dict[str, Path]:
-        """The `files` that `file` lists, all of which must be there."""
+        """The `files` that `file` lists; all of them must exist."""
         names = list(names)
         if missing := [name for name in names if name not in files]:
             raise DataError(f"data={self.choice}: {_some(missing, 'names')} in {file} without {what}: {_WAY_OUT}")
         return {name: files[name] for name in names}
 
     def _keep(self, records: Iterable[Record], settings: Mapping[str, object]) -> None:
-        """Makes `records` the samples. `settings`: whatever else decides what a sample is."""
+        """Makes `records` the samples. `settings` are all other values that change a sample."""
         self.records = list(records)
         self.names = [record.name for record in self.records]
         self.fingerprint = fingerprint(self.choice, settings, self.records)
 
 
-_WAY_OUT = "complete the copy, or remove what is too much"
+_WAY_OUT = "complete the copy, or remove what has no partner"
 
 
 def fingerprint(choice: str, settings: Mapping[str, object], records: Iterable[Record]) -> str:
-    """Hexadecimal digest of names, contents and settings; neither of where the files lie nor of their times.
+    """Hexadecimal digest of names, contents and settings. Location and times of the files do not count.
 
-    Sets of up to 1 GiB are read whole. Of larger ones each file counts with its size and with 16 KiB at its beginning,
-    at each MiB and at its end: a PNG ends with its checksum, but a change that keeps the size of a JPEG may be missed.
+    Data sets of up to 1 GiB are read in full. For larger ones, each file counts with its size and with 16 KiB at its
+    beginning, at each MiB and at its end. A PNG ends with a checksum, so changed pixels are found; a change of a JPEG
+    that keeps its size may be missed.
 
     Raises:
         DataError: a file cannot be read.
@@ -179,7 +182,7 @@ def fingerprint(choice: str, settings: Mapping[str, object], records: Iterable[R
 
 
 def _content(path: Path, size: int, whole: bool) -> bytes:
-    """Digest of a file, or of the blocks of it that stand for it."""
+    """Digest of a file, or of a sample of its blocks."""
     try:
         with path.open("rb") as file:
             if whole:
@@ -194,7 +197,7 @@ def _content(path: Path, size: int, whole: bool) -> bytes:
 
 
 def natural(name: str) -> list[tuple[str, int]]:
-    """Key of the order in which frame2 comes before frame10."""
+    """Sort key by which frame2 comes before frame10."""
     return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
 
 

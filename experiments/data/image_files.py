@@ -1,4 +1,4 @@
-"""From paths to pictures: finds images and reads them as RGB tensors, or says what is wrong with them.
+"""Finds image files and reads them as RGB tensors, or says what is wrong with them.
 
 The bundled photographs are those that scikit-image (public domain, CC0) and scikit-learn (CC-BY-2.0, by
 danielbuechele and vultilion) install with their code; nothing is downloaded.
@@ -58,9 +58,9 @@ SUFFIXES = frozenset(
         ".webp",
     )
 )
-# Pillow also opens containers that run other programs (EPS) or are no photographs (PDF, HDF5): those stay closed.
+# Pillow also opens formats that run other programs (EPS) or are not photographs (PDF, HDF5): those are refused.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-# What Pillow's decoders raise on damaged files; it has no common base.
+# What Pillow's decoders raise on damaged files; there is no common base class.
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 _METADATA_WARNINGS = "(Possibly c|C)orrupt EXIF|Metadata Warning, tag|Truncated File Read|Invalid APNG|.*malformed MPO"
 
@@ -70,7 +70,7 @@ class NoImages(Told, ValueError):
 
 
 class UnreadableImage(ValueError):
-    """A file that is no image, is damaged, or is of a kind that has no obvious RGB reading."""
+    """A file that is not an image, is damaged, or has no clear meaning as RGB."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,17 @@ class ImageFile:
     """One image to work on."""
 
     name: str
-    """Unique among the images of one call and usable as a relative path: what results are called after."""
+    """Unique among the images of one call and usable as a relative path; results are named after it."""
     path: Path
 
 
 def collect(images: str | Iterable[str]) -> list[ImageFile]:
-    """Finds images: `bundled`, one bundled name, a file, a folder (searched to its leaves), a pattern, or several.
+    """Finds images: `bundled`, one bundled name, a file, a folder (with all folders inside), a pattern, or several.
 
-    Folders give the files with an image suffix that are not hidden; files and patterns give all they name.
+    From a folder come all files with an image suffix that are not hidden; a file or pattern gives all that it names.
 
     Raises:
-        NoImages: one of the entries leads to no image; the message names it.
+        NoImages: an entry leads to no image; the message names it.
     """
     entries = [images] if isinstance(images, str) else [str(entry) for entry in images]
     if not entries:
@@ -104,31 +104,31 @@ def bundled(name: str) -> Path:
     """The file of a bundled photograph.
 
     Raises:
-        NoImages: unknown name, or the installed package does not ship it; says which there are.
+        NoImages: unknown name (the message lists the names), or the installed package does not include the file.
     """
     if name not in BUNDLED:
         raise NoImages(f"no bundled photograph is called {name!r}; there are: {', '.join(BUNDLED)}")
     package, inside = BUNDLED[name]
     found = find_spec(package)  # does not import it, which would take seconds
     if found is None or not (path := Path(found.origin).parent / inside).is_file():
-        raise NoImages(f"the installed {package} does not ship {inside}: choose other images")
+        raise NoImages(f"the installed {package} does not include {inside}: choose other images")
     return path
 
 
 def read(path: str | Path, upright: bool = True) -> Tensor:
     """Reads an image as (1,3,H,W) float32 RGB in [0,1], upright (EXIF), the first frame of several.
 
-    Grey becomes three equal channels, transparency is laid over white, palettes and CMYK are converted, 16-bit
-    values keep their meaning (65535 is 1). `upright=False` leaves pixels where they are stored, as labels need it.
+    Grey becomes three equal channels. Transparent pixels are laid over white. Palettes and CMYK are converted. 16-bit
+    values are divided by 65535. `upright=False` keeps pixels where they are stored, so that they match label files.
 
     Raises:
-        UnreadableImage: missing, damaged, empty, or numbers of unknown scale; names the file and the reason.
+        UnreadableImage: missing, damaged, empty, or values of unknown scale; names the file and the reason.
     """
     path = Path(path)
     Image.init()  # without it Pillow knows only some of its formats by name
     try:
         with warnings.catch_warnings():
-            # Large photographs are welcome (twice Pillow's limit is still refused); damaged metadata costs no pixel.
+            # Large photographs are accepted (Pillow still refuses twice its limit). Damaged metadata changes no pixel.
             warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", message=_METADATA_WARNINGS)
             with Image.open(path, formats=_FORMATS) as opened:
@@ -138,7 +138,7 @@ def read(path: str | Path, upright: bool = True) -> Tensor:
 
 
 def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B,3,H,W) RGB in [0,1] -> (B,3,*size), bicubic and antialiased; the same tensor where it is that already."""
+    """(B,3,H,W) RGB in [0,1] -> (B,3,*size), bicubic and antialiased; unchanged if it has that size already."""
     if tuple(image.shape[-2:]) == tuple(size):
         return image
     return F.interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)
@@ -165,8 +165,10 @@ def centre_square(image: Tensor, side: int) -> Tensor:
 
 
 def square_flow(flow: Tensor, side: int) -> Tensor:
-    """(B,2,H,W) flow in pixels -> (B,2,side,side), in pixels of what `centre_square` makes of the frames; of the
-    nearest pixel, so that NaN stays where it is."""
+    """(B,2,H,W) flow in pixels -> (B,2,side,side), for frames that went through `centre_square`, in their pixels.
+
+    Each value is that of the nearest pixel, so that NaN does not spread.
+    """
     height, width = flow.shape[-2:]
     scale = side / min(height, width)
     size = (max(side, round(height * scale)), max(side, round(width * scale)))
@@ -196,7 +198,7 @@ def _find(entry: str) -> list[tuple[Path, str]]:
     if not found:
         what = "the pattern matches no file" if glob.has_magic(entry) else "no such file or folder"
         raise NoImages(
-            f"{entry!r}: {what}; `bundled` in its place is the photographs that come along, or name one of: "
+            f"{entry!r}: {what}; write `bundled` instead for the bundled photographs, or name one of: "
             f"{', '.join(BUNDLED)}"
         )
     return found
@@ -213,12 +215,12 @@ def _in_folder(folder: Path) -> list[tuple[Path, str]]:
             else:
                 ignored += 1
     if ignored:
-        log.info("%s: %d files without an image suffix are left out", folder, ignored)
+        log.info("%s: %d files without an image suffix are skipped", folder, ignored)
     return found
 
 
 def _unique_names(found: dict[Path, str]) -> list[str]:
-    """Names as they are where they differ; with the suffix, then with a number, where they do not."""
+    """Makes names unique: equal ones get their suffix, then a number."""
     count = Counter(found.values())
     names = [name if count[name] == 1 else name + path.suffix.replace(".", "_") for path, name in found.items()]
     taken: set[str] = set()
@@ -232,7 +234,7 @@ def _unique_names(found: dict[Path, str]) -> list[str]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image | np.ndarray:
-    """RGB, or an (H,W) array in [0,1] for the grey modes that are wider than 8 bits."""
+    """RGB, or for grey modes of more than 8 bits an (H,W) array in [0,1]."""
     if image.mode.startswith("I"):
         return _scaled(image, 65535)
     if image.mode == "F":
@@ -260,7 +262,7 @@ def _to_tensor(image: Image.Image | np.ndarray) -> Tensor:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image, or of a format that is not read here"
+        return "not an image, or not in a supported format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""`data=images`: any photographs, without labels: folders, files, patterns, or the bundled ones."""
+"""`data=images`: any photographs without labels, from folders, files, patterns, or the bundled ones."""
 
 import hashlib
 import logging
@@ -13,18 +13,18 @@ log = logging.getLogger(__name__)
 
 @register_data("images")
 class ImageFolder(DataSet):
-    """Photographs of any nesting and size.
+    """Photographs of any size, in folders of any depth.
 
     Args:
-        path: a folder (searched to its leaves), a file, a pattern such as `photos/*.jpg`, `bundled`, or several of
+        path: a folder (with all folders inside), a file, a pattern such as `photos/*.jpg`, `bundled`, or several of
             these.
-        skip_damaged: leave out files that cannot be decoded (each is reported) instead of refusing the folder.
-        min_size: leave out images with a side below this many pixels (each is reported).
-        first, last: keep only images first <= number < last of the list, path after path and each sorted; None: to
-            the end.
+        skip_damaged: leave out files that cannot be decoded, with a warning for each, instead of refusing the folder.
+        min_size: leave out images with a side below this many pixels, with a warning.
+        first, last: keep only the images with first <= number < last. Numbers count the sorted images of one path
+            after the other; None: to the end.
 
     Raises:
-        NoImages: the path leads to no image. DataError: damaged files, or nothing left.
+        NoImages: the path leads to no image. DataError: damaged files, or no image is left.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class ImageFolder(DataSet):
     ):
         self.files = collect(path)[first:last]
         if not self.files:
-            raise DataError(f"data=images: no image of {path} is left between number {first} and {last}")
+            raise DataError(f"data=images: {path} has no image between data.first={first} and data.last={last}")
         digest = hashlib.sha256()
         kept, sides, damaged, small = [], [], [], []
         for file in self.files:
@@ -80,7 +80,7 @@ class ImageFolder(DataSet):
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """What changes when a file does."""
+    """Time and size of a file, to see whether it changed."""
     if not path.exists():
         return 0, 0
     status = path.stat()
@@ -89,5 +89,5 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 @lru_cache(1 << 20)
 def _examined(path: Path, *_stamp: int) -> tuple[int, bytes]:
-    """(shorter side in pixels, digest) of an image that can be decoded; once a process for each file as it stands."""
+    """(shorter side in pixels, digest) of an image that can be decoded; computed once per process and file version."""
     return min(read(path).shape[-2:]), hashlib.sha256(path.read_bytes()).digest()

@@ -1,4 +1,4 @@
-"""Numbers per pixel in PNG files, and the classes they stand for."""
+"""Reads PNG files with one number per pixel, and turns class ids into classes."""
 
 import struct
 import zlib
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from experiments.data.base import DataError
 
-# What Pillow's PNG decoder raises on damaged files; it has no common base.
+# What Pillow's PNG decoder raises on damaged files; there is no common base class.
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 def read_png(path: Path) -> tuple[np.ndarray, str]:
     """The stored values of a PNG, (H,W) or (H,W,channels), and Pillow's name of their mode.
 
-    Checksums are compared: a damaged file may well decode, to other numbers.
+    Checksums are compared, because a damaged file may decode to wrong numbers.
 
     Raises:
         DataError: missing or damaged; names the file.
@@ -36,14 +36,14 @@ def read_png(path: Path) -> tuple[np.ndarray, str]:
 
 
 def read_ids(path: Path) -> np.ndarray:
-    """(H,W) integers as a one-channel or palette PNG stores them.
+    """The (H,W) integers that a one-channel or palette PNG stores.
 
     Raises:
-        DataError: damaged, or a picture of colours instead of numbers; names the file.
+        DataError: damaged, or a colour picture instead of numbers; names the file.
     """
     values, mode = read_png(path)
     if mode not in ("P", "L", "1") and not mode.startswith("I"):
-        raise DataError(f"{path} is a {mode} picture: expected is a PNG with one number (or palette index) per pixel")
+        raise DataError(f"{path} is a {mode} picture: expected a PNG with one number (or palette index) per pixel")
     return values
 
 
@@ -51,7 +51,7 @@ def classes_of(ids: np.ndarray, label_classes: np.ndarray, where: str) -> Tensor
     """(H,W) ids -> (H,W) int64 classes by the table `label_classes`.
 
     Raises:
-        DataError: ids that the table does not know, after the words `where`.
+        DataError: ids that the table does not know; the message begins with `where`.
     """
     known = (ids >= 0) & (ids < len(label_classes))
     classes = np.where(known, label_classes[np.where(known, ids, 0)], -1)  # (H,W)
@@ -60,20 +60,20 @@ def classes_of(ids: np.ndarray, label_classes: np.ndarray, where: str) -> Tensor
         expected = ", ".join(map(str, np.flatnonzero(label_classes >= 0)))
         raise DataError(
             f"{where} does not know class id {', '.join(map(str, unknown[:8]))}{', ...' if len(unknown) > 8 else ''} "
-            f"(it knows {expected}): these labels are of another set or another numbering"
+            f"(it knows {expected}): these labels belong to another data set or use another numbering"
         )
     return torch.from_numpy(classes)
 
 
 def table(classes: Mapping[int, int], size: int = 256) -> np.ndarray:
-    """(size,) int64 lookup of class by id, -1 for ids that must not occur."""
+    """(size,) int64 lookup table, id -> class; -1 for ids that must not occur."""
     lookup = np.full(size, -1, dtype=np.int64)
     lookup[list(classes)] = list(classes.values())
     return lookup
 
 
 def why(error: BaseException) -> str:
-    """What went wrong, without the path."""
+    """What an error says went wrong, without the path."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "not a PNG file"
     if isinstance(error, OSError) and error.strerror:

@@ -1,4 +1,4 @@
-"""Surface normals from depth, and the pinhole camera that this needs."""
+"""Surface normals from depth, and the pinhole camera needed for them."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from experiments.data.base import DataError
 from experiments.data.labels import read_png
 
 JUMP = 0.01
-"""A window whose inverse depths leave their plane by more than this fraction (rms) shows more than one surface."""
+"""A window whose inverse depths deviate from a plane by more than this fraction (rms) shows more than one surface."""
 
 
 @dataclass(frozen=True)
@@ -47,28 +47,28 @@ class Intrinsics:
             lines = path.read_text(encoding="utf-8").splitlines()
             values = [float(word) for line in lines for word in line.partition("#")[0].replace(",", " ").split()]
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror.lower()}; it is named as the file of intrinsics") from error
+            raise DataError(f"the file of intrinsics {path} cannot be read: {error.strerror.lower()}") from error
         except ValueError as error:
-            raise DataError(f"{path} is no file of intrinsics: {error}") from error
+            raise DataError(f"{path} is not a file of intrinsics (fx fy cx cy, or a camera matrix): {error}") from error
         if len(values) in (9, 16):
             side = math.isqrt(len(values))
             matrix = np.array(values).reshape(side, side)
             rest = matrix - np.diag(np.diag(matrix))
             rest[:2, 2] = 0
             if rest.any() or matrix[2, 2] != 1:
-                raise DataError(f"{path} is no camera matrix without skew, [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]")
+                raise DataError(f"{path} is not a camera matrix without skew, [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]")
             values = [matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2]]
         return cls.of(values, str(path))
 
 
 def decode_normals(path: Path, signs: list[int]) -> Tensor:
-    """(3,H,W) float32 unit normals of an RGB PNG that stores (n + 1) / 2 * 255; 0 where it stores no unit vector.
+    """(3,H,W) float32 unit normals of an RGB PNG that stores (n + 1) / 2 * 255; 0 where a pixel is not a unit vector.
 
     Args:
-        signs: three of 1 and -1, that turn the file's axes into x right, y down, z forward.
+        signs: three numbers, 1 or -1, that turn the file's axes into x right, y down, z forward.
 
     Raises:
-        DataError: damaged, not RGB, or most of its surfaces would be seen from behind.
+        DataError: damaged, not RGB, or most normals would point away from the camera.
     """
     values, mode = read_png(path)
     if mode != "RGB":
@@ -88,12 +88,12 @@ def decode_normals(path: Path, signs: list[int]) -> Tensor:
 def normals_from_depth(depth: Tensor, camera: Intrinsics, window: int = 7) -> Tensor:
     """(H,W) metres -> (3,H,W) float32 unit normals towards the camera (x right, y down, z forward), 0 where unknown.
 
-    A plane has an inverse depth that is linear in the pixels. It is fitted to the `window` x `window` pixels around
-    each one by least squares, so planes come out exactly, and sensor noise is averaged. Unknown are pixels without
-    depth, with less than a third of their window known, or at a jump of depth (`JUMP`).
+    The inverse depth of a plane is linear in the pixel coordinates. It is fitted by least squares to the `window` x
+    `window` pixels around each pixel, so planes are exact and sensor noise is averaged. A normal is unknown where the
+    pixel has no depth, where less than a third of its window is known, or at a jump of depth (`JUMP`).
 
     Raises:
-        ValueError: `window` is no odd number of at least 3.
+        ValueError: `window` is not an odd number of at least 3.
     """
     if window < 3 or window % 2 == 0:
         raise ValueError(f"window={window}: give an odd number of pixels, 3 or more")
@@ -113,7 +113,7 @@ def normals_from_depth(depth: Tensor, camera: Intrinsics, window: int = 7) -> Te
     system = np.stack([n, sx, sy, sx, sxx, sxy, sy, sxy, syy], -1).reshape(*z.shape, 3, 3)[enough]  # (K,3,3)
     right = np.stack([d, dx, dy], -1)[enough]  # (K,3)
     level, slope_x, slope_y = (fit := np.linalg.solve(system, right[..., None])[..., 0]).T  # (K,) each
-    squares = over(inverse * inverse, one, one)[enough] - (fit * right).sum(-1)  # (K,) of what the plane leaves
+    squares = over(inverse * inverse, one, one)[enough] - (fit * right).sum(-1)  # (K,) squared residuals
     smooth = (level > 0) & (squares <= n[enough] * (JUMP * level) ** 2)
     rows, columns = np.nonzero(enough)
     across, down = slope_x * camera.fx, slope_y * camera.fy

@@ -23,19 +23,19 @@ COLOUR_CAMERA = Intrinsics(518.857901, 519.469611, 325.582449, 253.736166)
 
 @register_data("nyuv2")
 class NYUv2(FileSet):
-    """NYUv2 as folders of equally named files. There is no one published form: the folders' names are settings.
+    """NYUv2 as folders of equally named files. No folder layout is official, so the folders' names are settings.
 
     Args:
         path: the folder that holds the others.
         split: a folder between `path` and the others, such as train or test; None: there is none.
-        images, depth: folders of images, and of 16-bit PNGs of depth.
-        normals: folder of 8-bit RGB PNGs, (n + 1) / 2 * 255; None: `normals` if there is one.
-        labels: folder of PNG class ids, 0 (and 255) being unlabelled; None: `labels` if there is one.
+        images, depth: the folders of images, and of 16-bit PNGs of depth.
+        normals: the folder of 8-bit RGB PNGs, (n + 1) / 2 * 255; None: `normals`, if that folder exists.
+        labels: the folder of PNG class ids, where 0 and 255 are unlabelled; None: `labels`, if that folder exists.
         num_classes: 40 (Gupta et al. 2013) or 13 (Couprie et al. 2013).
         depth_scale: units per metre in the depth files.
-        normal_signs: what turns stored normals into x right, y down, z forward; [1, -1, -1] where the files have
-            y up, z towards the camera.
-        intrinsics: `[fx, fy, cx, cy]` in pixels, to compute normals from depth where there are none in files. Of
+        normal_signs: factors that turn stored normals into x right, y down, z forward; [1, -1, -1] if the files have
+            y up and z towards the camera.
+        intrinsics: `[fx, fy, cx, cy]` in pixels, to compute normals from depth if no files have them. For
             complete 640x480 images: [518.857901, 519.469611, 325.582449, 253.736166].
 
     Raises:
@@ -65,12 +65,12 @@ class NYUv2(FileSet):
             if inside is not None or (root / part).is_dir():
                 parts[part] = self._find(self._folder(root, inside or part), PNG)
         if num_classes not in (13, 40):
-            raise DataError(f"data=nyuv2: data.num_classes={num_classes}; known are 13 and 40")
+            raise DataError(f"data=nyuv2: data.num_classes={num_classes} must be 13 or 40")
         if len(normal_signs) != 3 or any(abs(sign) != 1 for sign in normal_signs):
-            raise DataError(f"data=nyuv2: data.normal_signs={normal_signs}; give three of 1 and -1")
+            raise DataError(f"data=nyuv2: data.normal_signs={normal_signs}: give three of 1 and -1")
         if intrinsics is not None and "normals" in parts:
             raise DataError(
-                f"data=nyuv2: {root} has normals in files, and data.intrinsics would compute them: keep one"
+                f"data=nyuv2: {root} has files of normals, and data.intrinsics would compute them: keep one"
             )
         self.depth_scale, self.normal_signs = check_depth_scale(depth_scale), list(normal_signs)
         self.camera = None if intrinsics is None else Intrinsics.of(intrinsics, "data.intrinsics")
@@ -105,10 +105,10 @@ class NYUv2Mat(DataSet):
     Args:
         path: the file, or the folder that holds it.
         split: all, or the authors' train or test, which `splits.mat` beside the file lists.
-        raw_depth: depth as measured, 0 where it was not, instead of filled in.
+        raw_depth: depth as measured, 0 where it is missing, instead of the authors' filled-in depth.
 
     Raises:
-        DataError: a file is missing, or the file is another one.
+        DataError: a file is missing, or the file is not NYUv2's.
     """
 
     def __init__(self, path: str, split: str = "all", raw_depth: bool = False):
@@ -119,7 +119,7 @@ class NYUv2Mat(DataSet):
             count = len(content["images"])
             for key in (self.depth_key, "labels"):
                 if content[key].shape != (count, *content["images"].shape[2:]):
-                    raise DataError(f"{self.file}: {key} is of shape {content[key].shape}: this is another file")
+                    raise DataError(f"{self.file}: {key} has shape {content[key].shape}: this is another file")
             self.classes = tuple("".join(map(chr, content[name][:].ravel())) for name in content["names"][0])
         self.label_classes = table({i + 1: i for i in range(len(self.classes))} | {0: IGNORE}, len(self.classes) + 1)
         self.numbers = list(range(1, count + 1)) if split == "all" else self._split(split, count)
@@ -146,7 +146,7 @@ class NYUv2Mat(DataSet):
             with h5py.File(self.file, "r") as content:
                 yield content
         except OSError as error:
-            raise DataError(f"{self.file} is missing, damaged or no HDF5 file: {error}") from error
+            raise DataError(f"{self.file} is missing, damaged or not an HDF5 file: {error}") from error
         except KeyError as error:
             raise DataError(f"{self.file} is not nyu_depth_v2_labeled.mat: {error}") from error
 
@@ -161,5 +161,5 @@ class NYUv2Mat(DataSet):
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"split {split} is listed in {file}, which is missing or damaged: {error}") from error
         if not numbers or numbers[0] < 1 or numbers[-1] > count or len(set(numbers)) < len(numbers):
-            raise DataError(f"{file}: the numbers of split {split} are not different ones of 1..{count}")
+            raise DataError(f"{file}: the numbers of split {split} are not distinct numbers in 1..{count}")
         return numbers

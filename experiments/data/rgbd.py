@@ -1,4 +1,4 @@
-"""`data=rgbd`: colour with metric depth, as depth cameras record it; normals where the camera is known."""
+"""`data=rgbd`: colour images with metric depth from depth cameras; with normals if the camera is known."""
 
 import math
 from dataclasses import replace
@@ -15,20 +15,20 @@ from experiments.data.normals import Intrinsics, normals_from_depth
 
 
 def read_depth(path: Path, depth_scale: float) -> Tensor:
-    """(H,W) float32 metres of a 16-bit PNG with `depth_scale` units per metre; its 0 and 65535 (unknown) become 0.
+    """(H,W) float32 metres from a 16-bit PNG with `depth_scale` units per metre; 0 and 65535 (unknown) become 0.
 
     Raises:
         DataError: damaged, or not 16-bit.
     """
     values = read_ids(path)
     if values.dtype.itemsize < 2:
-        raise DataError(f"{path} has 8 bits per pixel: that is a picture of depth, expected are 16-bit numbers")
+        raise DataError(f"{path} has 8 bits per pixel: this is a picture of depth; expected are 16-bit numbers")
     values = values.astype(np.int64)
     return torch.from_numpy(np.where(values == 65535, 0, values) / depth_scale).float()
 
 
 def check_depth_scale(depth_scale: float) -> float:
-    """Passes on a positive number. Raises DataError: it is none."""
+    """Returns a positive number unchanged. Raises DataError for anything else."""
     if not (math.isfinite(depth_scale) and depth_scale > 0):
         raise DataError(f"data.depth_scale={depth_scale}: give the units per metre, such as 1000 for millimetres")
     return depth_scale
@@ -39,16 +39,17 @@ class RGBD(FileSet):
     """Folders of colour and depth: `NAME.color.jpg|png` beside `NAME.depth.png` (7-Scenes), or `rgb/` and `depth/`
     with equal names.
 
-    Normals are computed from depth if the intrinsics are given: of the camera whose pixels both show. They are never
-    guessed from a file that lies there, since depth is often published reprojected into another camera.
+    Normals are computed from depth if the intrinsics are given. These must be of the camera that colour and depth are
+    aligned to. They are never taken from a file in the folder by themselves, because published depth is often
+    reprojected into another camera.
 
     Args:
         path: the folder; `NAME.color` files may lie in folders inside it.
         depth_scale: units per metre in the depth files (7-Scenes and most: 1000; TUM: 5000).
         intrinsics: `[fx, fy, cx, cy]` in pixels.
-        intrinsics_file: instead, a text file with these four numbers or a camera matrix; relative to `path`, or
-            absolute.
-        normal_window: side in pixels of the window that gives one normal.
+        intrinsics_file: instead of `intrinsics`, a text file with these four numbers or a camera matrix; relative to
+            `path`, or absolute.
+        normal_window: side in pixels of the window that a normal is fitted to.
 
     Raises:
         DataError: folders or files are missing or do not belong together, or a setting makes no sense.

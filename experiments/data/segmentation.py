@@ -1,7 +1,7 @@
 """Images with one class per pixel in the folders their authors publish: CamVid, VOC, ADE20K, COCO-Stuff, Cityscapes.
 
-torchvision's loaders of VOC and Cityscapes are not used: they compare no names or sizes, know one place for the folders
-and take seconds to import. The tests hold the Cityscapes classes against its table.
+torchvision's loaders of VOC and Cityscapes are not used: they do not compare names or sizes, accept only one folder
+layout, and take seconds to import. The tests compare the Cityscapes classes with torchvision's table.
 """
 
 from pathlib import Path
@@ -73,7 +73,7 @@ class ADE20K(FileSet):
     Args:
         path: the folder `ADEChallengeData2016`, with `images/` and `annotations/`.
         split: train or val.
-        background: count id 0 ("none of the 150") as class 0 of 151, instead of ignoring it.
+        background: make id 0 ("none of the 150") class 0 of 151 instead of ignoring it.
 
     Raises:
         DataError: folders or files are missing, or do not belong together.

@@ -1,4 +1,4 @@
-"""Digests of source code, which comments and docstrings do not change: of a file, of a module and what it imports."""
+"""Digests of source code (a file, or a module with its imports) that comments and docstrings do not change."""
 
 import ast
 import hashlib
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @cache
 def encoder_version() -> str:
-    """Digest of the code that encodes images, and of what it is made of."""
+    """Digest of the code that encodes images, and of the packages it uses."""
     packages = ("torch", "torchvision", "timm", "scikit-image")
     known = [module_digest("core.backbones"), *(f"{name}={version(name)}" for name in packages)]
     return hashlib.sha256(" ".join(known).encode()).hexdigest()
@@ -17,7 +17,7 @@ def encoder_version() -> str:
 
 @cache
 def module_digest(name: str) -> str:
-    """Of a module's file, and of those of its package that it imports, directly or not."""
+    """Digest of a module's file and of all files of its package that it imports, directly or indirectly."""
     found: dict[str, str] = {}
     waiting = [name]
     while waiting:
@@ -34,7 +34,7 @@ def file_digest(path: Path) -> str:
 
 
 def meaning(source: str) -> str:
-    """What of a source file can change what it does: its syntax tree without docstrings."""
+    """The part of a source file that can change its behaviour: the syntax tree without docstrings."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
@@ -48,13 +48,13 @@ def _file_of(module: str) -> Path | None:
 
     try:
         spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # a name that is imported from a module is not always a module
+    except ModuleNotFoundError:  # a name imported from a module need not be a module
         return None
     return None if spec is None or spec.origin is None or not spec.has_location else Path(spec.origin)
 
 
 def _imports(source: str, module: str, is_package: bool) -> list[str]:
-    """The modules of its own package, or what may be such, that a source file imports."""
+    """The modules of its own package that a source file imports; some of the names may not be modules."""
     inside, names = module.split("."), []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

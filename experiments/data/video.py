@@ -54,10 +54,10 @@ class Frames(Videos):
     """Any video as a folder of its frames, or a folder of such folders; frame10 comes after frame9.
 
     Args:
-        path: the folder. Frames that lie in it directly are one video of its name; each folder in it is one otherwise.
+        path: the folder. If it holds frames, they are one video of its name; otherwise each folder in it is one video.
 
     Raises:
-        DataError: no frames, or frames beside folders of frames.
+        DataError: no frames, or frames next to folders.
     """
 
     layout = "frames (.jpg, .png), or folders of frames"
@@ -69,7 +69,7 @@ class Frames(Videos):
         loose = [found for found in root.iterdir() if found.suffix.lower() in IMAGES and found.is_file()]
         if folders and loose:
             raise DataError(
-                f"data=frames: {root} holds frames ({loose[0].name}) and folders ({folders[0].name}): a video is a "
+                f"data=frames: {root} has frames ({loose[0].name}) and folders ({folders[0].name}): a video is a "
                 "folder with frames only; move one of the two"
             )
         if not folders:

@@ -1,9 +1,9 @@
-"""Peers: other ways to upsample features, called as AnyUp is.
+"""Peers: other methods to upsample features, called like AnyUp.
 
-One file is one method or one family; `register_peer` offers a class by name, and dropping a file in is all it takes.
-Arms of sweeps and evaluations name a peer with its settings and weights, `peer_from_config` makes it. The ceilings,
-which no method can be expected to pass, are no peers (`experiments.measuring.ceilings`): they know the answer, or run
-the encoder again.
+Each file is one method or one family of methods. `register_peer` gives a class its name; a new file is all it takes.
+Arms of sweeps and evaluations name a peer with its settings and weights, and `peer_from_config` makes it. Ceilings
+(`experiments.measuring.ceilings`) are not peers: they know the answer or run the encoder again, so no method is
+expected to beat them.
 """
 
 from experiments.peers.base import (

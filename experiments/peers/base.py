@@ -1,4 +1,4 @@
-"""What a peer is, and how one is registered, set up and made."""
+"""The class of peers, and how one is registered, configured and made."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -21,41 +21,44 @@ PeerNode = str | Mapping[str, Any] | DictConfig
 
 
 class CannotUpsample(Told, ValueError):
-    """What a peer cannot take: another number of channels, another factor, a grid below its window; says which."""
+    """An input that a peer does not support: its channels, the factor, a grid below its window; says which."""
 
 
 class Peer(nn.Module, ABC):
-    """Another method to upsample features, called as AnyUp is.
+    """Another method to upsample features, called like AnyUp.
 
-    Settings: the arguments of `__init__`, each with a type. A file is a `Path`; a method with trained weights has the
-    argument `weights: Path` (`Path | None = None` if it makes sense without), and reads it with `load_weights`.
-    `__init__` may raise ValueError or OSError for what it cannot use; initial weights are the same every time.
+    The settings are the arguments of `__init__`, each with a type. A file is a `Path`. A method with trained weights
+    has the argument `weights: Path` (`Path | None = None` if it works without), and reads it with `load_weights`.
+    `__init__` may raise ValueError or OSError for values that it cannot use. Its initial weights are the same every
+    time.
 
-    What it may rely on: forward is called in eval mode under `torch.no_grad()`, never under `torch.inference_mode()`,
-    so a method that optimises for each image may use `torch.enable_grad()`. Equal inputs must give equal outputs, and
-    an image must not see the others of its batch. What it cannot take, it refuses: `channels`, `factor`, or
-    `CannotUpsample` of its own, raised in forward before anything is computed.
+    What a peer may rely on: forward is called in eval mode under `torch.no_grad()`, never under
+    `torch.inference_mode()`, so a method that optimises for each image may use `torch.enable_grad()`.
 
-    `experiments.train` trains AnyUp only. To be trained there, a peer must have random weights without `weights`, must
-    give gradients to all its parameters in train mode at any output size, and forward must take `generator` as AnyUp's
-    does; and the training's model, checkpoint and resuming must be taught to name a peer (`make_model`, `core.save`).
+    What a peer must keep: equal inputs give equal outputs, and an image does not depend on the others of its batch. It
+    refuses inputs that it does not support, by `channels`, by `factor`, or by raising `CannotUpsample` in forward
+    before anything is computed.
+
+    `experiments.train` trains only AnyUp. To train a peer there, it would need random weights without `weights`,
+    gradients for all its parameters in train mode at any output size, and a `generator` argument of forward as AnyUp
+    has. The training's model, checkpoint and resuming would have to name a peer (`make_model`, `core.save`).
     """
 
     choice: ClassVar[str]
     """The name it is registered under."""
     channels: int | None = None
-    """The number of channels C that it takes, where it was made for one encoder; None: any."""
+    """The number of channels C, for a peer made for one encoder; None: any."""
     linear_in_values: ClassVar[bool] = False
-    """Whether an output is a sum of features with weights that add up to 1 and do not depend on them: a linear head may
-    then be applied before, to fewer values."""
+    """Whether each output is a weighted sum of features, with weights that sum to 1 and do not depend on the features.
+    A linear head may then be applied before upsampling, to fewer values."""
     factor: int | None = None
-    """The only number of times that it enlarges the feature grid; None: any output size."""
+    """How many times it enlarges the feature grid, if it has one fixed factor; None: any output size."""
 
     def __call__(self, image: Tensor, features: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
-        """Upsamples, or refuses what it cannot take.
+        """Upsamples, or refuses inputs that it does not support.
 
         Raises:
-            CannotUpsample: it cannot take these features, or not give this size.
+            CannotUpsample: it does not support these features or this output size.
         """
         if self.channels is not None and features.shape[1] != self.channels:
             raise CannotUpsample(
@@ -85,7 +88,8 @@ class Peer(nn.Module, ABC):
         """
 
     def load_weights(self, path: Path) -> None:
-        """Takes the weights of a file, .safetensors or .pth/.pt/.bin without code; it must have exactly this module's.
+        """Loads the weights of a file, .safetensors or .pth/.pt/.bin without code; names and shapes must be this
+        module's.
 
         Raises:
             WeightsError: damaged, unsafe, or with other names or shapes. FileNotFoundError: no such file.
@@ -119,7 +123,7 @@ def peer_from_config(node: PeerNode) -> Peer:
     settings = peer_settings(node)
     name = settings["name"]
     try:
-        with named_stream(0, f"peer/{name}"):  # initial weights, if only to be overwritten
+        with named_stream(0, f"peer/{name}"):  # for the initial weights, even if they are overwritten
             return _choices.make(settings).eval()
     except (ValueError, OSError) as error:
         reason = str(error).partition("\n")[0]
@@ -127,7 +131,7 @@ def peer_from_config(node: PeerNode) -> Peer:
 
 
 def peer_settings(node: PeerNode) -> dict[str, Any]:
-    """What a node says, checked: {"name": NAME} and all settings of that peer, left-out ones with their defaults.
+    """The checked settings of a node: {"name": NAME} and all settings of that peer, with defaults where left out.
 
     Raises:
         SettingError: unknown name, an unknown, missing or wrong setting, or a file that does not exist; names it.
@@ -139,7 +143,7 @@ def peer_settings(node: PeerNode) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise SettingError(f"{str(error).splitlines()[0]}; give it a value") from error
     if not isinstance(values, Mapping) or "peer" not in values or "name" in values:
-        raise SettingError(f"a peer is NAME, or {{peer: NAME, SETTING: VALUE, ...}}, got {values}")
+        raise SettingError(f"a peer must be NAME, or {{peer: NAME, SETTING: VALUE, ...}}, got {values}")
     values = dict(values)
     settings = _choices.settings({"name": values.pop("peer"), **values})
     for key, value in settings.items():
@@ -149,7 +153,7 @@ def peer_settings(node: PeerNode) -> dict[str, Any]:
 
 
 def peer_identity(node: PeerNode) -> dict[str, Any]:
-    """JSON values that are equal for two nodes only if they are the same peer: files count by their content.
+    """JSON values that are equal for two nodes only if they give the same peer. Files count by their content.
 
     Raises:
         SettingError: as `peer_settings`.
@@ -165,14 +169,14 @@ def named_peers(setting: DictConfig | ListConfig | None) -> dict[str, PeerNode]:
             neither weights nor settings.
 
     Raises:
-        SettingError: neither of them, one name twice, or an arm that has the name of another peer.
+        SettingError: another form, one name twice, or an arm with the name of another peer.
     """
     if setting is None:
         return {name: name for name, cls in peers().items() if _is_complete(cls)}
     if isinstance(setting, DictConfig):
         for arm in setting:
             if arm in peers() and peer_settings(setting[arm])["name"] != arm:
-                raise SettingError(f"peers.{arm} is another peer than the one of that name: call the arm otherwise")
+                raise SettingError(f"peers.{arm} is not the peer of that name: give the arm another name")
         return {str(arm): setting[arm] for arm in setting}
     names = list(setting) if isinstance(setting, ListConfig) else [setting]
     if not isinstance(setting, ListConfig) or not all(isinstance(name, str) for name in names):

@@ -20,20 +20,20 @@ class Interpolation(Peer):
 
 @register_peer("nearest")
 class Nearest(Interpolation):
-    """Every output takes the cell that its centre lies in."""
+    """Each output takes the cell that contains its centre."""
 
     mode = "nearest-exact"
 
 
 @register_peer("bilinear")
 class Bilinear(Interpolation):
-    """Linear in both directions: what every difference is measured against."""
+    """Linear in both directions; the reference that evaluations compare with."""
 
     mode = "bilinear"
 
 
 @register_peer("bicubic")
 class Bicubic(Interpolation):
-    """Cubic convolution with a = -0.75; has negative weights, so that outputs may leave the features' hull."""
+    """Cubic convolution with a = -0.75. Some weights are negative, so outputs may leave the features' convex hull."""
 
     mode = "bicubic"

@@ -8,12 +8,12 @@ def nearby(length: int, outputs: int, window: int, device: torch.device | str = 
     """Along one axis, the `window` cells around the cell that each output position lies in.
 
     Returns:
-        (outputs,window) int64 numbers of the cells, those outside replaced by the outermost ones; (outputs,window)
-        bool, whether a cell was inside; (outputs,window) float64 distance from the position to the cell's centre
-        (or where it would be), in cells.
+        (outputs,window) int64 indices of the cells, where a cell outside is replaced by the outermost one;
+        (outputs,window) bool, whether the cell is inside; (outputs,window) float64 distance from the position to the
+        cell's centre (also for cells outside), in cells.
 
     Raises:
-        ValueError: the window is not odd, so that it has no middle.
+        ValueError: the window is not odd and so has no middle.
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"a window must be a positive odd number of cells, got {window}")

@@ -1,6 +1,5 @@
-"""Reports: tables, figures and pictures from plain results; nothing is measured here.
+"""Reports: tables, figures and pictures from plain results. Nothing is measured here.
 
-`markdown` is how all tables and numbers look, `tracking.provenance.Origin` how all headers begin. A file each for the
-sweep (`tables`, of what `results` describes), the evaluation, the benchmark, training steps, correctness, power and
-simulations.
+`markdown` formats all tables and numbers, and `tracking.provenance.Origin` all headers. Sweeps (`tables`, with their
+classes in `results`), evaluations, benchmarks, training steps, correctness, power and simulations have a file each.
 """

@@ -35,20 +35,20 @@ COLUMNS = {
 }
 _IN_TERMINAL = ("size", "dtype", "arm", "ms", "x faster", "MB", "remark")
 NOTES = """\
-- ms: median of the runs. On CPU by the clock; on a GPU between two events of its queue, which is synchronised.
-- x faster: the first arm's time divided by this arm's of the same round, median over rounds, with the 95 % interval
-  of a bootstrap over rounds. CPU: the same of the CPU time of the process, which its neighbours disturb less.
-- MB: 10^6 bytes, peak above the level with model and inputs in place, output included. On CPU resident memory of a
-  fresh process per arm and size; on a GPU allocated (reserved).
+- ms: median of the runs. CPU: wall-clock time; GPU: time between two events of its queue, after synchronisation.
+- x faster: the first arm's time divided by this arm's in the same round, median over rounds, with the 95 % interval
+  of a bootstrap over rounds. CPU: the same for the process's CPU time, which other processes disturb less.
+- MB: 10^6 bytes at the peak, on top of model and inputs, output included. CPU: resident memory of a fresh process per
+  arm and size; GPU: allocated (reserved).
 - budget: output + 3 image-sized buffers of 128 channels (3·H·W·512 B in float32) + 10 %.
-- GFLOP: of one forward; matrix products and convolutions only, a multiply-add counts as two. For our arms counted on
-  the plain path; the fast one takes fewer for its 3x3 convolution (Winograd).
-- differs: largest difference from the first arm's output (training step: gradient of all weights), relative to the
-  largest value. An arm that differs too much is called wrong and not timed."""
+- GFLOP: of one forward; only matrix products and convolutions, a multiply-add counts as two. Our arms are counted on
+  the plain path; the fast path needs fewer for its 3x3 convolution (Winograd).
+- differs: largest difference from the first arm's output (training step: from its gradient of all weights), relative to
+  the largest value. An arm that differs too much is called wrong and not timed."""
 
 
 def header(config: DictConfig, device: torch.device) -> str:
-    """Markdown: the command, and where and with what it runs."""
+    """The header in Markdown: the command, the machine and the versions."""
     rounds = f"rounds: {config.num_warmup} to warm up, up to {config.num_runs} timed; all arms in turn in one process"
     origin = Origin.of_this_process(
         "experiments.benchmark",
@@ -63,7 +63,7 @@ def write(rows: Sequence[Row], out_dir: Path, name: str, top: str, done: str = "
     """Writes NAME.md, NAME.csv and NAME.png, each whole or not at all -> their paths.
 
     Args:
-        top: what the Markdown begins with.
+        top: the beginning of the Markdown.
         done: a remark on rows that are still missing.
     """
     paths = [out_dir / f"{name}.{suffix}" for suffix in ("md", "csv", "png")]
@@ -113,7 +113,7 @@ def cost_table(rows: Sequence[Row]) -> Table:
 
 
 def rich_table(rows: Sequence[Row]) -> rich.table.Table:
-    """What matters most of it, for the terminal."""
+    """The most important columns, for the terminal."""
     return cost_table(rows).rich(_IN_TERMINAL)
 
 
@@ -132,7 +132,7 @@ def metrics(row: Row) -> dict[str, float]:
 
 
 def plot(rows: Sequence[Row]) -> Figure:
-    """Time and memory of forwards against the output's side; a cross marks an arm that ran out of memory."""
+    """Time and memory of forwards by the output's side; a cross marks an arm that ran out of memory."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = figure.subplots(1, 2)
     forwards = [row for row in rows if not row.case.training]

@@ -1,4 +1,4 @@
-"""What each arm costs (`experiments.cost.arm_cost`) as a table."""
+"""The cost of each arm (`experiments.cost.arm_cost`) as a table."""
 
 import pandas as pd
 
@@ -8,7 +8,7 @@ COLUMNS = ["arm", "parameters", "ms", "times the baseline's", "MB", "memory, tim
 
 
 def cost_section(costs: pd.DataFrame) -> str:
-    """A section of Markdown: what was measured, and one line per arm."""
+    """A Markdown section: the conditions, and one line per arm."""
     parts = ["## Cost of one forward", conditions(costs), cost_table(costs).markdown()]
     return "\n\n".join(filter(None, parts))
 
@@ -26,7 +26,7 @@ def cost_table(costs: pd.DataFrame) -> Table:
 
 
 def conditions(costs: pd.DataFrame) -> str:
-    """What was measured, and on what; nothing of older costs that do not say it."""
+    """The conditions of the measurement; empty for older costs that do not have them."""
     if "num_runs" not in costs:
         return ""
     row = costs.iloc[0]

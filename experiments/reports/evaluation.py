@@ -1,4 +1,4 @@
-"""Scores of an evaluation -> tables for terminal and files, and the metrics of a run."""
+"""The scores of an evaluation as tables for terminal and files, and as metrics of a run."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,16 +17,16 @@ from experiments.statistics.verdicts import FLOOR, Comparison, bases, table
 from experiments.tracking.provenance import Origin
 
 NOTES = f"""\
-- Behind each value the mean paired difference to {FLOOR} with its interval; over what it speaks is said at each table,
-  and of an arm that differs from the others in its verdict. One seed says nothing of other seeds, and of one image
-  there is no interval.
+- After each value comes the mean paired difference to {FLOOR}, with its interval. The line above a table says what the
+  intervals hold for; if an arm differs from the others in this, its verdict says so. One seed says nothing about other
+  seeds, and one image gives no interval.
 - gap closed: (arm - {FLOOR}) / (encoder - {FLOOR}); left out where the encoder at the higher resolution is not clearly
   better than {FLOOR}.
-- verdict: of checkpoints, corrected for their number (Holm), in the first measure of the table.
-- NAME, blurred: features blurred by the width that is best on the other images. Blur alone improves cosine and error,
-  which say something of an arm only beyond the best blurred one.
-- upsampled: probes trained on the arm's features. transferred: trained on low-resolution features, enlarged
-  bilinearly, and applied to the arm's.
+- verdict: only for checkpoints, in the first measure of the table, corrected for their number (Holm).
+- NAME, blurred: the same for features blurred by the width that is best on the other images. Blur alone improves cosine
+  and error, so only a gain beyond the best blurred one counts.
+- upsampled: probes trained on the arm's features. transferred: probes trained on bilinearly enlarged low-resolution
+  features, and applied to the arm's.
 - Scores per image: the .parquet file of the same name."""
 
 
@@ -50,7 +50,7 @@ def write(
 def markdown(
     results: Sequence[Comparison], num_seeds: int, costs: pd.DataFrame | None, config: DictConfig, origin: Origin
 ) -> str:
-    """All of it."""
+    """The whole report."""
     sizes = ", ".join(f"{name} {config[f'{name}_size']}" for name in ("image", "encoder", "guidance", "output"))
     task = ", ".join(f"{k} {v}" for k, v in OmegaConf.to_container(config.task, resolve=True).items() if k != "name")
     facts = [
@@ -67,7 +67,7 @@ def markdown(
 
 
 def rich_tables(results: Sequence[Comparison], costs: pd.DataFrame | None = None) -> list[rich.table.Table]:
-    """For the terminal: the first measure of each task with all that is known of it, the other values, and costs."""
+    """For the terminal: the first measure of each task in full, the values of up to three others, and costs."""
     shown = []
     for name, of_task in by_task(results).items():
         first, *others = dict.fromkeys(one.measure for one in of_task)
@@ -91,7 +91,7 @@ def _heading(task: str, of_task: Sequence[Comparison]) -> str:
 
 
 def _table(of_task: Sequence[Comparison]) -> Table:
-    """One line per arm of a task: its name, each measure with its difference, gap closed and verdict of the first."""
+    """One line per arm of a task: name, measures with differences, gap closed and verdict of the first measure."""
     measures = list(dict.fromkeys(one.measure for one in of_task))
     several = len({one.basis for one in of_task if one.difference is not None}) > 1
     rows = []
@@ -127,7 +127,7 @@ def by_task(results: Sequence[Comparison]) -> dict[str, list[Comparison]]:
 
 
 def by_arm(results: Sequence[Comparison]) -> dict[str, dict[str, Comparison]]:
-    """Of one task: arm -> measure -> result."""
+    """For one task: arm -> measure -> result."""
     found: dict[str, dict[str, Comparison]] = {}
     for one in results:
         found.setdefault(one.arm, {})[one.measure] = one

@@ -1,4 +1,4 @@
-"""Pictures of a sweep: differences to the baseline with their intervals, and quality against cost."""
+"""Figures of a sweep: differences to the baseline with their intervals, and quality against cost."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ _MAX_COLUMNS = 3
 
 
 def panels(comparisons: Sequence[Comparison]) -> dict[tuple[str, str, str], list[Comparison]]:
-    """Task, data and backbone -> the comparisons of its first measure, which the pictures show."""
+    """Task, data and backbone -> the comparisons of its first measure, which the figures show."""
     found: dict[tuple[str, str, str], list[Comparison]] = {}
     for one in comparisons:
         of_family = found.setdefault(one.family, [])
@@ -43,9 +43,9 @@ def title_of(measure: str) -> str:
 
 
 def forest(comparisons: Sequence[Comparison], confidence: float) -> Figure:
-    """Differences to the baseline, an arm a line, a panel for each task; the first measure of each.
+    """Differences to the baseline: one line per arm, one panel per task, for the first measure of each task.
 
-    Panels are as wide as the intervals of arms with verdicts; references beyond are arrows at the edge, with numbers.
+    The axis covers the intervals of arms with verdicts. References outside it are arrows at the edge, with numbers.
     """
     found = panels(comparisons)
     arms = list(dict.fromkeys(one.arm for one in comparisons if one.difference))
@@ -69,7 +69,7 @@ def forest(comparisons: Sequence[Comparison], confidence: float) -> Figure:
 
 
 def cost_quality(comparisons: Sequence[Comparison], costs: pd.DataFrame) -> Figure:
-    """Quality against the time of one forward relative to the baseline's, with the line of what nothing beats."""
+    """Quality against the time of one forward relative to the baseline's, with the Pareto front."""
     times = costs.set_index("arm")["time_ratio"].dropna()
     found = panels(comparisons)
     figure, places = _grid(len(found), 3.5)
@@ -88,7 +88,7 @@ def cost_quality(comparisons: Sequence[Comparison], costs: pd.DataFrame) -> Figu
 
 
 def front(points: Sequence[tuple[float, float]], better: int) -> list[tuple[float, float]]:
-    """(cost, quality) of those that nothing cheaper equals, cheapest first."""
+    """The Pareto front: (cost, quality) of the points that no cheaper one equals, cheapest first."""
     kept: list[tuple[float, float]] = []
     for cost, quality in sorted(points, key=lambda point: (point[0], -better * point[1])):
         if not kept or better * quality > better * kept[-1][1]:
@@ -102,7 +102,7 @@ def _title(family: tuple[str, str, str]) -> str:
 
 
 def _limits(of_family: Sequence[Comparison]) -> tuple[float, float]:
-    """Of the axis of differences: zero and the intervals of all arms with verdicts, or, without any, of all."""
+    """Limits of the axis of differences: zero and the intervals of arms with verdicts, or of all if there are none."""
     known = [one for one in of_family if one.difference]
     known = [one for one in known if one.verdict != "reference"] or known
     ends = [0.0, *(end for one in known for end in vars(one.difference).values() if end is not None)]

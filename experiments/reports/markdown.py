@@ -1,4 +1,4 @@
-"""How all reports look: tables, for Markdown and the terminal from the same cells, and numbers with their intervals."""
+"""The format of all reports: tables for Markdown and terminal from the same cells, numbers with their intervals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from experiments.statistics.intervals import Interval
 
 @dataclass
 class Table:
-    """Cells under columns; each row has as many as there are columns.
+    """A table; each row has one cell per column.
 
     Raises:
         ValueError: a row has more or fewer.
@@ -21,18 +21,18 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     title: str = ""
-    """For the terminal; in Markdown headings say it."""
+    """For the terminal; in Markdown there are headings."""
     caption: str = ""
     """Below the table on the terminal."""
     left: Sequence[str] | None = None
-    """Columns of words, which begin at the left; numbers end at the right. None: the first."""
+    """Columns that are aligned left (words); the others are aligned right (numbers). None: the first."""
     styles: Sequence[str] = field(default_factory=list)
-    """Of the rows on the terminal, as Rich names them."""
+    """Styles of the rows on the terminal, by Rich's names."""
 
     def __post_init__(self) -> None:
         for row in self.rows:
             if len(row) != len(self.columns):
-                raise ValueError(f"{len(self.columns)} columns, and a row of {len(row)} cells: {list(row)}")
+                raise ValueError(f"a table of {len(self.columns)} columns has a row of {len(row)} cells: {list(row)}")
 
     def markdown(self) -> str:
         """Lines of Markdown, without a line break at the end."""
@@ -55,25 +55,25 @@ class Table:
         return made
 
     def _sides(self) -> list[bool]:
-        """Of each column: whether it begins at the left."""
+        """For each column, whether it is aligned left."""
         left = self.columns[:1] if self.left is None else self.left
         return [name in left for name in self.columns]
 
 
 def number(value: float | None, digits: int) -> str:
-    """With that many digits behind the point; nothing where it is not known (None, NaN)."""
+    """With that many digits after the point; empty if it is not known (None, NaN)."""
     return "" if value is None or value != value else f"{value:.{digits}f}"
 
 
 def with_interval(value: float, low: float | None, high: float | None, digits: int, sign: str = "") -> str:
-    """`2.00 [1.80, 2.20]`, or without ends that are not known; with `sign="+"` all numbers have theirs."""
+    """`2.00 [1.80, 2.20]`, without the ends if they are not known; with `sign="+"` all numbers have a sign."""
     shape = f"{sign}.{digits}f"
     ends = "" if low is None or high is None else f" [{low:{shape}}, {high:{shape}}]"
     return f"{value:{shape}}{ends}"
 
 
 def signed(interval: Interval | None, digits: int = 4) -> str:
-    """A difference: `+0.0123 [+0.0100, +0.0150]`; nothing where there is none."""
+    """A difference: `+0.0123 [+0.0100, +0.0150]`; empty if there is none."""
     return "" if interval is None else with_interval(interval.value, interval.low, interval.high, digits, "+")
 
 
@@ -85,5 +85,5 @@ def times_faster(ratio: float | None, low: float | None, high: float | None) -> 
 
 
 def _in_markdown(cell: str) -> str:
-    """A cell may hold what would end it: a remark is an error's text, say."""
+    """Escapes what would end a cell. A remark may be the text of an error, for example."""
     return " ".join(cell.split("\n")).replace("|", "\\|")

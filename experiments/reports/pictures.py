@@ -1,6 +1,6 @@
-"""Pictures of features: one PCA for all that is compared, so that equal colours mean equal features.
+"""Pictures of features: one PCA for everything compared, so that equal colours mean equal features.
 
-Pure functions, made for notebooks as much as for the command line::
+Pure functions, for notebooks and for the command line::
 
     colours = fit_colours([features, output])
     panel({"image": rgb, "low-res": colours.paint(features), "AnyUp": colours.paint(output)})
@@ -20,7 +20,7 @@ from core.streams import named_stream
 _FIT_SIDE = 64
 """Every column is sampled at this many rows and columns to fit the colours."""
 _BAND_VALUES = 2**24
-"""Values projected at once: beside its input `paint` needs about 150 MB, whatever the size."""
+"""Values projected at once, so that `paint` needs about 150 MB on top of its input, whatever the size."""
 _MARGIN, _TITLE, _FONT = 10, 26, 16
 """Layout of a panel in pixels."""
 
@@ -41,8 +41,8 @@ class Colours:
     def paint(self, features: Tensor, size: tuple[int, int] | None = None) -> np.ndarray:
         """(C,h,w) or (1,C,h,w) features of any real dtype on any device -> (h,w,3) float32 RGB in [0,1].
 
-        With `size` (rows, columns) the features are enlarged bilinearly first; projecting commutes with
-        interpolating, so only three channels are ever enlarged.
+        With `size` (rows, columns), the features are enlarged bilinearly first. Projection commutes with interpolation,
+        so only three channels are enlarged.
         """
         features = _one(features)
         rows = max(1, _BAND_VALUES // (features.shape[0] * features.shape[2]))
@@ -60,8 +60,8 @@ class Colours:
 def fit_colours(columns: Sequence[Tensor], percentile: float = 1.0) -> Colours:
     """Fits one PCA, and one range per component, to all `columns`: each (C,h,w) or (1,C,h,w), of any h and w.
 
-    Every column counts alike, whatever its size. The range leaves out `percentile` per cent of the samples at
-    either end, so that a few outliers do not grey the rest.
+    Every column has the same weight, whatever its size. The range leaves out `percentile` per cent of the samples at
+    either end, so that a few outliers do not make the rest grey.
 
     Raises:
         ValueError: no columns, columns of different width C, or values that are not finite.
@@ -69,10 +69,10 @@ def fit_colours(columns: Sequence[Tensor], percentile: float = 1.0) -> Colours:
     samples = [_sample(_one(column)) for column in columns]
     widths = {sample.shape[1] for sample in samples}
     if len(widths) != 1:
-        raise ValueError(f"common colours need features of one width, got {sorted(widths) or 'none'} channels")
+        raise ValueError(f"common colours need equal numbers of channels, got {sorted(widths) or 'none'}")
     vectors = torch.cat(samples).double()  # (columns·64·64,C)
     if not torch.isfinite(vectors).all():
-        raise ValueError("some features are not finite: no colours can be fitted to them")
+        raise ValueError("some features are not finite, so no colours can be fitted to them")
     mean = vectors.mean(0)
     with named_stream(0, "colours"):  # the method draws random directions
         axes = torch.pca_lowrank(vectors - mean, q=min(6, *widths), center=False, niter=4)[2].T  # (q,C)
@@ -91,7 +91,8 @@ def panel(columns: Mapping[str, np.ndarray | Tensor]) -> Image.Image:
     """Pictures side by side (one above the other when they are wide), each under its title.
 
     Each is (h,w,3), or an image tensor (3,H,W) or (1,3,H,W), with values in [0,1]. All are shown at the size of the
-    largest, within 224 to 1024 pixels: a smaller one keeps its square pixels, so its resolution can be seen.
+    largest, within 224 to 1024 pixels. Smaller ones are enlarged without smoothing, so that their resolution
+    is visible.
     """
     pictures = {title: _pixels(values) for title, values in columns.items()}
     height, width = max((picture.shape[:2] for picture in pictures.values()), key=lambda size: size[0] * size[1])

@@ -29,14 +29,14 @@ def write(config: DictConfig, components: Components, table: pd.DataFrame) -> li
 
 
 def markdown(config: DictConfig, components: Components, table: pd.DataFrame, picture: str) -> str:
-    """All of it; `picture` is the name of the plot's file."""
+    """The whole report; `picture` is the name of the plot's file."""
     origin = Origin.of_this_process("experiments.power", "experiments.power.main(config), from Python")
     known = ", ".join(f"{name} {value:.3g}" for name, value in vars(components).items())
     source = f"of {Path(str(config.scores)).name}" if config.scores else "as given"
     parts = [
         origin.header("Seeds and images that an effect needs"),
-        f"Deviations of the difference between two arms: {known} ({source}). {config.num_arms} arms, intervals of "
-        f"{config.confidence:.0%}; cells: chance to show the effect.",
+        f"Standard deviations of the difference between two arms: {known} ({source}). {config.num_arms} arms, "
+        f"intervals of {config.confidence:.0%}. Each cell: the chance to show the effect.",
     ]
     for effect, rows in table.groupby("effect", sort=False):
         wide = rows.pivot(index="seeds", columns="images", values="power")
@@ -59,7 +59,7 @@ def rich_table(table: pd.DataFrame, wanted: float) -> rich.table.Table:
 
 
 def needed(table: pd.DataFrame, effect: float, wanted: float) -> str:
-    """In words: the sizes with the fewest seeds, and then the fewest images, that reach the wanted power."""
+    """The sizes that reach the wanted power with the fewest seeds, and then the fewest images, in words."""
     enough = table[(table["effect"] == effect) & (table["power"] >= wanted)].sort_values(["seeds", "images"])
     if enough.empty:
         return f"none of these sizes shows it with a chance of {wanted:.0%}:"
@@ -73,7 +73,7 @@ def needed(table: pd.DataFrame, effect: float, wanted: float) -> str:
 
 
 def plot(table: pd.DataFrame, wanted: float) -> Figure:
-    """Power against the number of images, a line for each number of seeds, a panel for each effect."""
+    """Power against the number of images; one line per number of seeds, one panel per effect."""
     effects = list(dict.fromkeys(table["effect"]))
     figure = Figure(figsize=(1 + 3.5 * len(effects), 3.2), layout="constrained")
     for axes, effect in zip(figure.subplots(1, len(effects), squeeze=False, sharey=True)[0], effects, strict=True):

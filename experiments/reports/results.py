@@ -1,4 +1,4 @@
-"""What a sweep's report is made of: what was planned, what was measured, what failed, and where it all comes from."""
+"""The parts of a sweep's report: what was planned, what was measured, what failed, and the origin."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from experiments.tracking.provenance import Origin
 
 @dataclass(frozen=True)
 class Planned:
-    """One arm with one seed, and the tasks it is to be measured on."""
+    """One arm with one seed, and the tasks to measure it on."""
 
     arm: str
     kind: str
@@ -25,7 +25,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a sweep is to measure; kept with its run, so that its tables can be made again from there."""
+    """Everything that a sweep is to measure. The run keeps it, so that the tables can be made again from there."""
 
     name: str
     baseline: str
@@ -44,7 +44,7 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Equal for equal plans of equal things."""
+        """Equal only for plans with equal content."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -62,21 +62,21 @@ class Results:
 
     plan: Plan
     scores: pd.DataFrame
-    """Of all arms that have every seed on every task."""
+    """The scores of all arms that are complete: every seed on every task."""
     failures: Mapping[str, str] = field(default_factory=dict)
     """Arm -> why it is not in the tables."""
     notes: list[str] = field(default_factory=list)
-    """What a reader must know of how they were measured."""
+    """Remarks on the measurement that a reader must know."""
     data: Mapping[str, str] = field(default_factory=dict)
     """Task -> fingerprint of what it was measured on."""
     costs: pd.DataFrame | None = None
-    """Of `experiments.cost.arm_cost`."""
+    """From `experiments.cost.arm_cost`."""
     origin: Origin | None = None
-    """What made them; None: not known."""
+    """How they were made; None: not known."""
     run_id: str = ""
-    """Of the sweep, where they come from the tracking store."""
+    """The sweep's run, if they come from the tracking store."""
 
     @property
     def seeds(self) -> list[int]:
-        """All that were planned."""
+        """All planned seeds."""
         return sorted({member.seed for member in self.plan.members})

@@ -1,4 +1,4 @@
-"""docs/statistics.md: what the intervals assume, and how often they and the verdicts are wrong in simulated sweeps."""
+"""Writes docs/statistics.md: the assumptions of the intervals, and how often intervals and verdicts are wrong."""
 
 from pathlib import Path
 
@@ -14,39 +14,43 @@ TEXT = """\
 # How differences are judged
 
 An arm is compared with the baseline on the same images and with the same seeds. A measure is a ratio of sums over
-images (`experiments/statistics/scores.py`); its jackknife pseudo-values, one per seed and image, are what a mean over
-images would average, so that mIoU and means go the same way. With S seeds and N images their difference d is taken as
+images (`experiments/statistics/scores.py`). It is turned into jackknife pseudo-values, one per seed and image. For a
+mean over images, these are the values of the images, so mIoU and means are treated alike. With S seeds and N images,
+their difference d is modelled as
 
     d[s, i] = true difference + seed[s] + image[i] + rest[s, i]
 
-and both seeds and images as drawn from more of them: an interval is to hold for other seeds and other images. The
-squared standard error of the mean of d is at most the variance of the seeds' means over S plus that of the images'
-means over N; both contain the rest's part, which is subtracted once. With three seeds the first is a guess from two
-degrees of freedom, the second is well known. The half width is therefore (Banerjee, Sankhya 1961)
+Seeds and images are both taken as random samples, so that the interval holds for other seeds and other images. The
+squared standard error of the mean of d is at most the variance of the seeds' means divided by S (`seeds`), plus the
+variance of the images' means divided by N (`images`). Both contain the part of the rest (`rest`), so it is subtracted
+once. With three seeds, the first is estimated with two degrees of freedom and is poorly known; the second is well
+known. The half width is therefore (Banerjee, Sankhya 1961)
 
     sqrt(t(S - 1)^2 · seeds + t(N - 1)^2 · images - z^2 · rest)
 
-which covers at least as often as it says, whatever the shares of the two are. Its price: where neither seeds nor
-images have an effect of their own it is wider than needed, with three seeds twice as wide. The usual single quantile
-(Satterthwaite) is narrower and was tried: with three seeds whose effect is large, and four arms, it called identical
-arms different in 14 of 100 sweeps. The percentile bootstrap over seeds and images (Owen 2007), given beside it in the
-.csv, is in the table. With one seed nothing is known of others, and the verdict says "over images only"; of one
-image there is no interval at all, however many seeds it was measured with.
+It covers the true difference at least as often as it claims, whatever the shares of seeds and images are. The price:
+where neither seeds nor images have an effect of their own, it is wider than needed, with three seeds twice as wide. The
+usual single quantile (Satterthwaite) is narrower and was tried. With four arms and three seeds whose effect is large,
+it called identical arms different in 14 of 100 sweeps. The .csv of a sweep also gives the percentile bootstrap over
+seeds and images (Owen 2007), and the table below shows how often that is wrong.
 
-p is the least error for which the interval leaves out 0, after Holm's correction for the number of arms within one
-measure of one task. Measures and tasks are judged one by one.
+One seed says nothing about other seeds, and the verdict then says "over images only". With one image there is no
+interval at all, however many seeds it was measured with.
+
+p is the smallest error level at which the interval excludes 0, after Holm's correction for the number of arms within
+one measure of one task. Measures and tasks are judged one by one.
 
 {header}
 
-{num_sweeps} sweeps of 4 arms and a baseline for each line (of the bootstrap: {num_bootstrap}, Bonferroni-corrected).
+Each line: {num_sweeps} sweeps of 4 arms and a baseline (bootstrap: {num_bootstrap}, Bonferroni-corrected).
 
-- False: sweeps of identical arms in which any arm is said to help or hurt; nominal: at most {error:.0%}.
-- Coverage: intervals that hold the true difference; nominal: at least {confidence:.0%}. "Arms differ": where all arms
-  truly differ from the baseline.
-- Spread: deviations of seeds, images and rest are 0, 0 and .3 ("no seed effect"), .1, .3 and .3 ("all three"), .3, .3
-  and .1 ("large seed effect").
-- Tails: normal deviates, or Student's t with 3 degrees of freedom. mIoU: 11 classes, of which images show some, in
-  sizes that differ hundredfold.
+- False: share of sweeps of identical arms in which some arm is said to help or hurt. It should be at most {error:.0%}.
+- Coverage: share of intervals that contain the true difference. It should be at least {confidence:.0%}. "Arms
+  differ": all arms truly differ from the baseline.
+- Spread: the standard deviations of seeds, images and rest. "No seed effect": 0, 0 and .3. "All three": .1, .3 and .3.
+  "Large seed effect": .3, .3 and .1.
+- Tails: normal deviates, or Student's t with 3 degrees of freedom ("heavy"). miou: 11 classes; each image shows some of
+  them, in sizes that differ a hundredfold.
 """
 
 

@@ -1,4 +1,4 @@
-"""A sweep in words and numbers: Markdown, CSV, the terminal, and what goes to MLflow."""
+"""The report of a sweep: Markdown, CSV, figures, tables for the terminal, and what goes to MLflow."""
 
 import os
 from collections.abc import Sequence
@@ -21,26 +21,26 @@ from experiments.tracking.run import Run
 
 COLUMNS = ("arm", "mean", "difference", "p", "verdict", "gap closed")
 BLUR_COLUMNS = ("blurred", "beyond blur")
-"""Of measures that blur improves."""
+"""Further columns for measures that blur improves."""
 STYLES = {"helps": "green", "hurts": "red", "reference": "dim", "baseline": "bold"}
 NOTES = """\
-- Difference: to the baseline, of the same images and seeds, mean over seeds; the interval holds for other seeds and
-  other images (docs/statistics.md), or for what the verdict says. In the .csv also the percentile bootstrap over both,
-  too narrow for few seeds.
-- Verdict: helps or hurts where the difference is shown after Holm's correction for the number of arms compared, within
-  this measure on this task; p is the corrected value. "Not shown" says no more than that: not that arms are equal.
-- Blurred: the arm's features blurred by the width that is best on the other images. Beyond blur: the difference to the
-  best blurred baseline (the baseline's or bilinear features, blurred). Blur alone improves these measures, so that an
-  arm helps only where it is better than both.
+- Difference: the arm minus the baseline, on the same images with the same seeds, mean over seeds. The interval holds
+  for other seeds and other images (docs/statistics.md), unless the verdict says otherwise. The .csv also has the
+  percentile bootstrap over both, which is too narrow with few seeds.
+- Verdict: helps or hurts if the difference is shown after Holm's correction for the number of arms compared, within
+  this measure on this task. p is the corrected value. "Not shown" does not mean that arms are equal.
+- Blurred: the arm's features, blurred by the width that is best on the other images. Beyond blur: the difference to the
+  best blurred baseline (the baseline's or bilinear features, blurred). Blur alone improves these measures, so an arm
+  helps only if it is better than both.
 - Gap closed: (arm - bilinear) / (encoder - bilinear); left out where the encoder is not clearly better than bilinear.
-- Peers have no training and no verdict; the ceiling is the encoder itself at a higher resolution. What is the same for
-  all seeds was measured once, and of a checkpoint the spread over trainings is not known.
-- Scores per image: the file NAME_scores.parquet that the command writes, and its run has."""
+- Peers are not trained and get no verdict. The ceiling is the encoder itself at a higher resolution. An arm that is the
+  same for all seeds was measured once; for a checkpoint, the spread over trainings is not known.
+- Scores per image: NAME_scores.parquet, which the command writes and the run keeps."""
 
 
 @dataclass
 class Report:
-    """A sweep, compared."""
+    """The report of a sweep: results, comparisons, and the files written."""
 
     results: Results
     comparisons: list[Comparison]
@@ -48,11 +48,13 @@ class Report:
 
 
 def write_report(results: Results, folder: Path) -> Report:
-    """Compares, and writes NAME.md, NAME.csv, NAME_forest.png, NAME_scores.parquet, and, of costs, NAME_costs.csv and
-    NAME_cost_quality.png; each whole or not at all.
+    """Compares the arms and writes the files, each whole or not at all.
+
+    They are NAME.md, NAME.csv, NAME_forest.png, NAME_scores.parquet, and with costs NAME_costs.csv and
+    NAME_cost_quality.png.
 
     Raises:
-        ScoreError: as `verdicts.compare`. CannotWrite: the disk is full, say.
+        ScoreError: as `verdicts.compare`. CannotWrite: for example, the disk is full.
     """
     plan = results.plan
     comparisons = compare(results.scores, plan.baseline, plan.competing, plan.confidence)
@@ -77,7 +79,7 @@ def write_report(results: Results, folder: Path) -> Report:
 
 
 def record_report(report: Report, run: Run) -> None:
-    """Puts tables, pictures and differences into the sweep's run."""
+    """Records tables, figures and differences in the sweep's run."""
     for file in report.files:
         run.file(file, f"report/{file.name.removeprefix(report.results.plan.name).lstrip('._') or 'report'}")
     values = {}
@@ -88,12 +90,12 @@ def record_report(report: Report, run: Run) -> None:
             values |= {f"{key}/{end}": value for end, value in known.items() if value is not None}
     run.metrics(values)
     if report.results.costs is None:
-        run.text("", "report/costs.csv")  # of an earlier start, maybe
+        run.text("", "report/costs.csv")  # replaces one of an earlier start
     run.tag("failed", "; ".join(f"{arm}: {reason}" for arm, reason in report.results.failures.items()))
 
 
 def markdown(results: Results, comparisons: Sequence[Comparison]) -> str:
-    """All of it."""
+    """The whole report."""
     parts = [_header(results), *_failures(results)]
     for family in panels(comparisons):
         parts.append(f"## {' / '.join(family)}")
@@ -107,7 +109,7 @@ def markdown(results: Results, comparisons: Sequence[Comparison]) -> str:
 
 
 def rich_tables(report: Report) -> list[rich.table.Table]:
-    """What matters most of it, for the terminal: the first measure of each task, and the costs."""
+    """For the terminal: the first measure of each task, and the costs."""
     tables = []
     for family, rows in panels(report.comparisons).items():
         title = f"{' / '.join(family)}: {title_of(rows[0].measure)}, {rows[0].num_images} images"
@@ -119,7 +121,7 @@ def rich_tables(report: Report) -> list[rich.table.Table]:
 
 
 def show(report: Report) -> None:
-    """Prints it, as the last thing a command does: the tables, what a reader must know, and where the files are."""
+    """Prints the report at the end of a command: tables, remarks, and paths of the files."""
     console = Console()
     for shown in rich_tables(report):
         console.print(shown)
@@ -128,7 +130,7 @@ def show(report: Report) -> None:
 
 
 def provenance(results: Results) -> Origin | None:
-    """What made the results, with what they were measured on and what a reader must know; None: not known."""
+    """The origin of the results, with data fingerprints and remarks; None: not known."""
     if results.origin is None:
         return None
     return replace(results.origin, data=dict(results.data), notes=tuple(results.notes))

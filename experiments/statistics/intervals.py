@@ -1,7 +1,7 @@
 """Intervals for differences between methods that were measured on the same images, with one seed or several.
 
-`Spread`'s intervals hold for other seeds and other images even with three seeds (docs/statistics.md: what is assumed,
-and how often it is wrong in simulated sweeps, beside the two-way bootstrap).
+The intervals of `Spread` hold for other seeds and other images, even with three seeds. docs/statistics.md has the
+assumptions, and how often the intervals are wrong in simulated sweeps, compared with the two-way bootstrap.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ _LEAST_P = 1e-12
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and how far chance in the choice of images may have moved it; `low` and `high` None: unknown."""
+    """An estimate with the ends of its confidence interval; `low` and `high` None: unknown."""
 
     value: float
     low: float | None
@@ -28,31 +28,31 @@ class Interval:
 class Spread:
     """A mean over seeds x images, and the parts of its squared standard error; arrays of one shape, or numbers.
 
-    With value = mean + seed + image + residual, all of the right side random, the squared standard error is at most
-    `seeds` + `images`: the variance of the means of seeds over their number, and the same for images. Both hold the
-    residual's part, which `both` estimates. The two are known from few seeds and from many images, so each gets the
-    quantile of its own degrees of freedom (Banerjee, Sankhya 1961): the half width is
+    The model is value = mean + seed + image + residual, with random seed, image and residual. The squared standard
+    error is then at most `seeds` + `images`: the variance of the seeds' means divided by their number, and the same for
+    images. Both contain the residual's part, which `both` estimates. `seeds` is known from few seeds and `images` from
+    many images, so each gets the quantile of its own degrees of freedom (Banerjee, Sankhya 1961). The half width is
 
         sqrt(t(num_seeds - 1)^2 seeds + t(num_images - 1)^2 images - z^2 both)
 
-    which covers whatever the shares of the two are, where Satterthwaite's single quantile does not.
+    It covers whatever the shares of the two are. Satterthwaite's single quantile does not.
     """
 
     mean: np.ndarray
     seeds: np.ndarray
     images: np.ndarray
     both: np.ndarray
-    """The residual's part, but no more than either of the two, so that what is subtracted was added."""
+    """The residual's part, limited to the smaller of the two, so that no more is subtracted than was added."""
     num_seeds: int
     num_images: int
 
     @property
     def known(self) -> bool:
-        """Whether it holds for other images: of one image nothing is known, however many seeds there are."""
+        """Whether there is an interval: one image says nothing about other images, however many seeds there are."""
         return self.num_images > 1
 
     def half_width(self, error: ArrayLike) -> np.ndarray:
-        """Of the interval that misses with probability `error` at most; infinite where nothing is known."""
+        """Half width of the interval that misses with probability `error` at most; infinite where nothing is known."""
         if not self.known:
             return np.full(np.shape(self.mean), np.inf)
         upper = 1 - np.asarray(error, np.float64) / 2
@@ -63,7 +63,7 @@ class Spread:
         return np.sqrt(np.maximum(squared, 0))
 
     def p_value(self) -> np.ndarray:
-        """The least error at which the interval leaves out 0 (from 1e-12); 1 where nothing is known, or all is 0."""
+        """Smallest error level at which the interval excludes 0 (at least 1e-12); 1 if nothing is known or all is 0."""
         low, high = np.full(np.shape(self.mean), np.log(_LEAST_P)), np.zeros(np.shape(self.mean))
         for _ in range(50):
             middle = (low + high) / 2
@@ -73,15 +73,15 @@ class Spread:
         return np.where(certain, 1.0, np.exp(high))
 
     def interval(self, confidence: float = 0.95) -> Interval:
-        """Of a single mean."""
+        """The interval of a single mean."""
         value, half = float(self.mean), float(self.half_width(1 - confidence))
         return Interval(value, value - half, value + half) if self.known else Interval(value, None, None)
 
 
 def spread(values: np.ndarray) -> Spread:
-    """(...,S,N) values of S seeds on the same N images -> what their means owe to chance.
+    """(...,S,N) values of S seeds on the same N images -> the spread of their means.
 
-    Seeds that all gave the same on every image count as one: nothing is known about others.
+    Seeds that all gave the same values count as one seed, which says nothing about others.
     """
     if values.shape[-2] > 1 and (values == values[..., :1, :]).all():
         values = values[..., :1, :]
@@ -99,20 +99,20 @@ def spread(values: np.ndarray) -> Spread:
 
 
 def pseudo_values(statistic: Callable[[np.ndarray], np.ndarray], num_images: int) -> np.ndarray:
-    """The jackknife's pseudo-values, whose spread over images is that of the statistic (Tukey 1958).
+    """The jackknife's pseudo-values; their spread over images estimates that of the statistic (Tukey 1958).
 
     Args:
         statistic: (R,N) weights of the images -> (R,S) values of S seeds; an image of weight 0 is left out.
 
     Returns:
-        (S,N). Of a mean over images: the values of the images. With one image: its value.
+        (S,N). For a mean over images, these are the values of the images; with one image, its value.
     """
     whole = np.atleast_2d(statistic(np.ones((1, num_images))))[0]  # (S,)
     if num_images == 1:
         return whole[:, None]
     without = np.atleast_2d(statistic(1 - np.eye(num_images)))  # (N,S)
     pseudo = num_images * whole[:, None] - (num_images - 1) * without.T  # (S,N)
-    return pseudo + (whole - pseudo.mean(1))[:, None]  # about the value itself, without the jackknife's correction
+    return pseudo + (whole - pseudo.mean(1))[:, None]  # centred at the value, without bias correction
 
 
 def two_way_bootstrap(
@@ -122,10 +122,10 @@ def two_way_bootstrap(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile interval of the mean over seeds, with seeds and images drawn again (Owen, AoAS 2007), to compare with.
+    """Percentile interval of the mean over seeds, with seeds and images resampled (Owen, AoAS 2007), for comparison.
 
-    With few seeds it is too narrow: three of them, drawn again, have a third less variance than three others would, and
-    a ninth of the draws has only one of them.
+    With few seeds it is too narrow. Three seeds, resampled, have a third less variance than three new ones would, and a
+    ninth of the resamples contains only one seed.
 
     Args:
         statistic: as for `pseudo_values`.
@@ -140,7 +140,7 @@ def two_way_bootstrap(
 
 
 def holm(p_values: ArrayLike, axis: int = -1) -> np.ndarray:
-    """p values adjusted for their number: the chance of any false one stays below the level (Holm 1979)."""
+    """p values corrected for their number, so that the chance of any false one stays below the level (Holm 1979)."""
     p = np.moveaxis(np.asarray(p_values, np.float64), axis, -1)
     order = p.argsort(-1)
     count = p.shape[-1]

@@ -1,8 +1,8 @@
-"""How many seeds and images an effect needs to be shown (settings: configs/power.yaml).
+"""How many seeds and images are needed to show an effect (settings: configs/power.yaml).
 
-What decides are three deviations of the difference between two arms: from seed to seed, from image to image whatever
-the seed, and the rest. They are taken from the scores of a sweep, or given. Sweeps of normal deviates with these are
-then drawn, of other sizes, and compared as `experiments.statistics.verdicts` does it.
+This depends on three standard deviations of the difference between two arms: between seeds, between images (the same
+for all seeds), and of the rest. They are given, or estimated from the scores of a sweep. Sweeps of other sizes are then
+drawn from normal distributions with these deviations, and judged as `experiments.statistics.verdicts` does.
 """
 
 import logging
@@ -37,12 +37,12 @@ _COMPONENTS = f"components={_DEVIATIONS}"
 
 @dataclass(frozen=True)
 class Components:
-    """Deviations of the difference between two arms."""
+    """Standard deviations of the difference between two arms."""
 
     seed: float
-    """Of its mean over all images, from seed to seed."""
+    """Between seeds, of its mean over all images."""
     image: float
-    """Of its mean over all seeds, from image to image."""
+    """Between images, of its mean over all seeds."""
     residual: float
 
 
@@ -50,13 +50,13 @@ def components_of(values: np.ndarray) -> Components:
     """(S,N) differences of S seeds on N images -> their deviations, by the analysis of variance.
 
     Raises:
-        SettingError: fewer than two seeds or images; says which.
+        SettingError: fewer than two seeds or images; the message says which.
     """
     num_seeds, num_images = values.shape
     for count, what in ((num_seeds, "seed"), (num_images, "image")):
         if count < 2:
             raise SettingError(
-                f"{count} {what} does not show how {what}s differ: give scores of two {what}s at least, or "
+                f"{count} {what} does not show how {what}s differ: give scores of at least two {what}s, or "
                 f"{_COMPONENTS}"
             )
     of_seeds, of_images = values.mean(1), values.mean(0)
@@ -76,11 +76,11 @@ def power(
     confidence: float = 0.95,
     num_draws: int = 4000,
 ) -> float:
-    """Chance that an effect is shown, in its direction, when `num_arms` are compared.
+    """Chance that an effect is shown, with the right sign, when `num_arms` are compared.
 
     Args:
-        num_arms: the p value is corrected as if no other arm were shown (Bonferroni), the worst that Holm's method
-            does to it.
+        num_arms: the p value is corrected as if no other arm had a verdict (Bonferroni), the worst case of Holm's
+            method.
     """
     random = np.random.default_rng(0)
     seed, image, residual = (deviation**2 for deviation in astuple(components))
@@ -98,11 +98,11 @@ def power(
 
 
 def read_components(config: DictConfig) -> Components:
-    """As given, or of the scores of a sweep.
+    """The given deviations, or those of the scores of a sweep.
 
     Raises:
-        SettingError: neither or both, or scores in which task, measure or arm have to be chosen.
-        ScoreError: the file is no table of scores.
+        SettingError: neither or both are given, or the scores need a choice of task, measure or arm.
+        ScoreError: the file is not a table of scores.
     """
     if (config.scores is None) == (config.components is None):
         raise SettingError(f"give either scores=FILE.parquet or {_COMPONENTS}")
@@ -117,10 +117,10 @@ def read_components(config: DictConfig) -> Components:
     for column in ("measure", "task"):
         rows = _chosen(rows, column, config[column])
     if len(rows.drop_duplicates(FAMILY)) > 1:
-        raise SettingError("the scores are of several data sets or backbones: choose a task of one")
+        raise SettingError("the scores are of several data sets or backbones: choose a task that has one of each")
     found = arrays(rows)
     names = [name for name in found if name != config.baseline and len(found[name][1]) > 1]
-    names = names or [name for name in found if name != config.baseline]  # of one seed: refused by name below
+    names = names or [name for name in found if name != config.baseline]  # all of one seed: refused below, by name
     if config.arm is not None and config.arm == config.baseline:
         raise SettingError(f"arm={config.arm} is the baseline: its difference to itself is zero; choose another arm")
     names = names if config.arm is None else [config.arm]
@@ -142,7 +142,7 @@ def _deviation(key: str, value: object) -> float:
 
 
 def curves(config: DictConfig, components: Components) -> pd.DataFrame:
-    """One row per effect, number of seeds and number of images: its power."""
+    """The power, one row per effect, number of seeds and number of images."""
     rows = []
     for effect in config.effects:
         for num_seeds in config.seeds:
@@ -163,10 +163,10 @@ def _chosen(rows: pd.DataFrame, column: str, choice: str | None) -> pd.DataFrame
 
 
 def check_settings(config: DictConfig) -> None:
-    """Refuses what could only fail later.
+    """Checks the settings before anything is computed.
 
     Raises:
-        SettingError: names the setting and what it may be.
+        SettingError: names the setting and its allowed values.
     """
     _check_list("effects", config.effects, "numbers", _is_number)
     _check_list("seeds", config.seeds, "whole numbers from 1", lambda value: type(value) is int and value >= 1)
@@ -183,7 +183,7 @@ def check_settings(config: DictConfig) -> None:
 
 
 def _check_list(name: str, values: object, of: str, is_one: Callable[[object], bool]) -> None:
-    """Each of them is a line, a column or a heading of the tables, so none may be there twice."""
+    """Checks a list. Its values become lines, columns or headings of the tables, so none may occur twice."""
     if not isinstance(values, ListConfig) or not values or not all(map(is_one, values)):
         raise SettingError(f"{name} must be a list of {of}, got {values}")
     check_once(name, values)

@@ -1,7 +1,7 @@
-"""Scores on disk: a Parquet file that also says what they were made with.
+"""Scores on disk: a Parquet file that also says what the scores were made with.
 
-That is kept in the file's own metadata, under one key. pandas' `DataFrame.attrs` would be lost by most operations on
-the way there.
+That is stored in the file's own metadata, under one key. pandas' `DataFrame.attrs` would not do: most operations lose
+it.
 """
 
 import json
@@ -32,12 +32,12 @@ def write_scores(path: Path, scores: pd.DataFrame, made: Mapping[str, Any]) -> N
 
 
 def read_scores(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Reads scores -> them, and what they were made with; empty where the file does not say it.
+    """Reads scores -> (scores, what they were made with); the second is empty if the file does not say it.
 
-    Files of earlier versions say it in what pandas keeps of a table's `attrs`.
+    Files of earlier versions have it in the `attrs` that pandas stores.
 
     Raises:
-        ScoreError: there is no such file, or it is no table.
+        ScoreError: there is no such file, or it is not a table.
     """
     try:
         table = pq.read_table(path)

@@ -1,12 +1,12 @@
-"""Scores: what an evaluation measured, per image, in the one form that tables, intervals and sweeps are made from.
+"""Scores: the results of an evaluation per image, in one form for tables, intervals and sweeps.
 
 A measure is a ratio of sums over images, averaged over its parts::
 
     value = mean over parts of (sum over images of numerator) / (sum over images of denominator)
 
-so that a mean over images (one part, denominator 1), a mean over pixels (denominator: pixels) and the mean IoU of a
-whole data set (a part for each class; intersection, union) are the same thing, and drawing images again for a
-bootstrap needs nothing but these sums. A part whose denominators are all 0 (a class that never occurs) does not count.
+So a mean over images (one part, denominator 1), a mean over pixels (denominator: number of pixels) and the mean IoU of
+a whole data set (one part per class; intersection, union) have the same form. Resampling images for a bootstrap needs
+only these sums. A part whose denominators are all 0 (a class that never occurs) does not count.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,38 +18,39 @@ import pandas as pd
 from experiments.errors import Told
 
 KEYS = ["task", "data", "backbone", "arm", "seed", "image", "measure", "part"]
-"""Name a row; no two rows share them. `part` is a class id, or 0 for measures without classes."""
+"""These columns identify a row. `part` is a class id, or 0 for measures without classes."""
 VALUES = ["numerator", "denominator"]
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What a measure's numbers mean."""
+    """The meaning of a measure's numbers."""
 
     better: int
     """+1: more is better; -1: less is."""
     unit: str = ""
     title: str = ""
-    """For tables; empty: its name."""
+    """The name in tables; empty: the measure's own name."""
     blurred: str = ""
-    """The measure that holds the same of blurred features, where blur alone improves this one: an arm then only helps
-    if it is better than the best blurred baseline. Empty: blur gains nothing."""
+    """If blur alone improves this measure: the name of the same measure of blurred features. An arm then helps only if
+    it
+    is better than the best blurred baseline. Empty: blur does not improve it."""
 
 
 MEASURES: dict[str, Measure] = {}
-"""By name; each file of a task registers its own."""
+"""All measures by name; each task's file registers its own."""
 
 
 def is_control(measure: str) -> bool:
-    """Whether a measure is that of blurred features, which stands beside another and is no result of its own."""
+    """Whether a measure is one of blurred features, which is only shown beside the measure it belongs to."""
     return any(known.blurred == measure for known in MEASURES.values())
 
 
 def register_measures(measures: Mapping[str, Measure]) -> None:
-    """Says what measures mean, by name; the same again changes nothing.
+    """Registers measures by name. Registering the same again changes nothing.
 
     Raises:
-        ValueError: a name that means something else already.
+        ValueError: the name is registered with another meaning.
     """
     for name, measure in measures.items():
         if MEASURES.setdefault(name, measure) != measure:
@@ -57,15 +58,15 @@ def register_measures(measures: Mapping[str, Measure]) -> None:
 
 
 class ScoreError(Told, ValueError):
-    """Scores that must not be averaged: a value is missing, repeated or not finite; names arm and image."""
+    """Scores that must not be averaged: a value is missing, repeated or not finite. The message names arm and image."""
 
 
 def image_rows(
     image: str, values: Mapping[str, float | tuple[float, float] | tuple[np.ndarray, np.ndarray]]
 ) -> Iterator[dict[str, object]]:
-    """The rows of one image: measure -> its value there, or (numerator, denominator), or arrays of them by part.
+    """The rows of one image. `values`: measure -> value, or (numerator, denominator), or arrays of both by part.
 
-    Parts with numerator and denominator 0 make no row.
+    Parts with numerator and denominator 0 give no row.
     """
     for measure, value in values.items():
         numerator, denominator = value if isinstance(value, tuple) else (value, 1.0)
@@ -86,18 +87,16 @@ def frame(rows: list[dict[str, object]], names: Mapping[str, object]) -> pd.Data
 
 
 def check(scores: pd.DataFrame) -> pd.DataFrame:
-    """The scores, if they may be averaged.
+    """Returns the scores, if they may be averaged.
 
     Raises:
-        ScoreError: a column is missing, a measure is unknown, two rows share their keys, a value is not finite, or
-            the arms that have a measure do not have it of the same images.
+        ScoreError: a column is missing, a measure is unknown, two rows have the same keys, a value is not finite, or
+            not all arms have a measure for the same images.
     """
     if missing := [column for column in [*KEYS, *VALUES] if column not in scores]:
         raise ScoreError(f"scores lack the columns {', '.join(missing)}")
     if unknown := sorted(set(scores["measure"]) - set(MEASURES)):
-        raise ScoreError(
-            f"unknown measures {', '.join(unknown)}; experiments/statistics/scores.py lists: {', '.join(MEASURES)}"
-        )
+        raise ScoreError(f"unknown measures {', '.join(unknown)}; the tasks register: {', '.join(MEASURES)}")
     if twice := scores[scores.duplicated(KEYS)].to_dict("records"):
         raise ScoreError(f"{len(twice)} scores occur twice, the first: {_where(twice[0])}")
     if bad := scores[~np.isfinite(scores[VALUES]).all(axis=1)].to_dict("records"):

@@ -1,4 +1,4 @@
-"""Simulated sweeps whose truth is known: how often verdicts are wrong, and intervals miss (docs/statistics.md)."""
+"""Simulated sweeps with known differences: how often are verdicts wrong, and do intervals miss (docs/statistics.md)?"""
 
 import itertools
 from collections.abc import Sequence
@@ -22,17 +22,18 @@ SPREADS = {
 EFFECT = 0.3
 """True difference of arms that differ."""
 BOOTSTRAP_SWEEPS = 200
-"""At most: the bootstrap takes most of the time."""
+"""Largest number of sweeps with the bootstrap, which takes most of the time."""
 _BOOTSTRAP_RESAMPLES = 500
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A sweep: how large it is, and what chance does to its results.
+    """The size of a sweep, and the random parts of its results.
 
-    An arm's value of a seed on an image is a sum of draws of the given deviations, between arms independent: one for
-    its seed, one for the image, one for both. For `miou` the sum moves the logits of the pixels' being right, of all
-    classes together, and images differ in which classes they show (absent ones are common), and in how much of each.
+    An arm's value for a seed on an image is a sum of random draws with the given deviations, independent between arms:
+    one for the seed, one for the image, one for both together. For `miou` the sum shifts the logits of pixels being
+    right, for all classes together. Images then differ in which classes they show (many are absent), and in their
+    sizes.
     """
 
     num_seeds: int = 3
@@ -40,7 +41,7 @@ class Scenario:
     num_arms: int = 4
     """Besides the baseline."""
     seed: float = 0.1
-    """Deviations: of a seed's values on all images, ..."""
+    """Standard deviations: of a seed's values on all images, ..."""
     image: float = 1.0
     """... of an arm's values on an image, with any seed, ..."""
     residual: float = 1.0
@@ -53,14 +54,14 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Rates:
-    """Of wrong statements about simulated sweeps."""
+    """How often statements about simulated sweeps are wrong."""
 
     false_positives: float
-    """Sweeps of identical arms in which some arm is said to help or hurt."""
+    """Share of sweeps of identical arms in which some arm is said to help or hurt."""
     coverage: float
-    """Intervals that hold the true difference."""
+    """Share of intervals that contain the true difference."""
     bootstrap_false_positives: float | None
-    """The same with the two-way percentile bootstrap, Bonferroni-corrected."""
+    """As `false_positives`, with the two-way percentile bootstrap, Bonferroni-corrected."""
     bootstrap_coverage: float | None
     num_sweeps: int
 
@@ -76,9 +77,9 @@ def simulate(
     """Draws sweeps, compares their arms with the baseline as a report does, and counts.
 
     Args:
-        effect: true difference of all arms to the baseline: in values, or for `miou` in logits. Where it is not 0,
-            `false_positives` is the power to say anything, right or wrong.
-        num_resamples: of the bootstrap to compare with, which takes most of the time; None: without.
+        effect: true difference of all arms to the baseline, in values, or for `miou` in logits. If it is not 0,
+            `false_positives` counts the sweeps with any verdict, right or wrong.
+        num_resamples: of the bootstrap, which takes most of the time; None: no bootstrap.
     """
     random = np.random.default_rng(seed)
     truth = true_difference(scenario, effect)
@@ -144,7 +145,7 @@ def true_difference(scenario: Scenario, effect: float) -> float:
 
 
 def stacked(spreads: Sequence[Spread]) -> Spread:
-    """Spreads of equally many seeds and images as one, of arrays."""
+    """Joins spreads with equal numbers of seeds and images into one of arrays."""
     arrays = [np.stack([getattr(one, name) for one in spreads]) for name in ("mean", "seeds", "images", "both")]
     return Spread(*arrays, spreads[0].num_seeds, spreads[0].num_images)
 
@@ -153,7 +154,7 @@ def draw_scores(scenario: Scenario, effect: float, random: np.random.Generator) 
     """One sweep -> (numerators, denominators), each (S,N,K), of the baseline and then of each arm."""
     arms = range(scenario.num_arms + 1)
     if scenario.measure == "mean":
-        shared = random.standard_normal((1, scenario.num_images))  # difficult images are difficult for all arms
+        shared = random.standard_normal((1, scenario.num_images))  # a difficult image is so for all arms
         values = [(shared + _draws(scenario, random) + effect * (arm > 0))[..., None] for arm in arms]
         return [(numerator, np.ones_like(numerator)) for numerator in values]
     pixels = _pixels(scenario.num_images, random)
@@ -171,7 +172,7 @@ def _difference(arm: tuple, baseline: tuple, weights: np.ndarray) -> np.ndarray:
 
 
 def _draws(scenario: Scenario, random: np.random.Generator) -> np.ndarray:
-    """(S,N): what chance adds to an arm."""
+    """(S,N): the random part of an arm's values."""
     total = np.zeros((scenario.num_seeds, scenario.num_images))
     for deviation, shape in (
         (scenario.seed, (scenario.num_seeds, 1)),

@@ -1,10 +1,10 @@
-"""Scores -> what is said about each arm: its difference to the baseline with an interval, a verdict, the gap it closes.
+"""Compares arms by their scores: difference to the baseline with an interval, verdict, share of the gap closed.
 
-Differences are paired: of the same images and the same seeds. An interval holds for other seeds and other images
-(`intervals.Spread`), or for what `Comparison.basis` says; a verdict takes into account how many arms were compared
-(Holm over the arms that compete, within one measure of one task; measures and tasks are looked at one by one, so a
-claim over several of them needs more). Of a measure that blur improves (`Measure.blurred`), an arm only helps where it
-also beats the best blurred baseline: the blurred baseline or blurred bilinear upsampling, whichever is better.
+Differences are paired: they compare the same images and the same seeds. An interval holds for other seeds and other
+images (`intervals.Spread`), unless `Comparison.basis` says otherwise. A verdict is corrected for the number of
+competing arms (Holm, within one measure of one task). Measures and tasks are judged one by one, so a claim over several
+of them needs a further correction. For a measure that blur improves (`Measure.blurred`), an arm helps only if it also
+beats the best blurred baseline: the blurred baseline or blurred bilinear upsampling, whichever is better.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -19,7 +19,7 @@ from experiments.statistics.scores import MEASURES, Measure, ScoreError, check, 
 
 FAMILY = ["task", "data", "backbone"]
 FLOOR, CEILING = "bilinear", "encoder"
-"""The share of the gap between these two is what an arm closes."""
+"""The gap closed by an arm is its share of the way from the first to the second."""
 
 
 @dataclass(frozen=True)
@@ -32,26 +32,26 @@ class Comparison:
     measure: str
     arm: str
     mean: float
-    """Over seeds."""
+    """Mean over seeds."""
     difference: Interval | None
     """To the baseline; None for the baseline itself."""
     p_value: float | None
-    """Adjusted for the number of arms; None for what does not compete."""
+    """Corrected for the number of arms; None for an arm that does not compete."""
     verdict: str
     """helps, hurts, not shown; baseline; reference (peers and ceilings)."""
     basis: str
-    """Over what the interval speaks, where that is not seeds and images: one seed, or what gave the same with all, says
-    nothing of other seeds; one image says nothing of other images, and there is no interval."""
+    """What the interval holds for, if not for other seeds and other images; else empty. One seed (or equal results with
+    all seeds) says nothing about other seeds. One image says nothing about other images, and there is no interval."""
     gap_closed: Interval | None
-    """None where encoder and bilinear are not there, or not clearly apart."""
+    """None if encoder or bilinear is missing, or the encoder is not clearly better."""
     num_seeds: int
     num_images: int
     blurred: float | None
-    """The mean of blurred features, of a measure that blur improves: each image at the width that is best on others."""
+    """For a measure that blur improves: the mean of blurred features, each image at the width best on the others."""
     beyond_blur: Interval | None
-    """The difference to the best blurred baseline; None for a measure that blur does not improve, and without one."""
+    """The difference to the best blurred baseline; None if there is none, or if blur does not improve the measure."""
     bootstrap: Interval | None
-    """The difference with its two-way percentile bootstrap, to compare with; too narrow for few seeds."""
+    """The difference with a two-way percentile bootstrap, for comparison; too narrow with few seeds."""
 
     @property
     def family(self) -> tuple[str, str, str]:
@@ -66,16 +66,16 @@ def compare(
     confidence: float = 0.95,
     num_resamples: int = 2000,
 ) -> list[Comparison]:
-    """Compares every arm of `scores` with the baseline, measure by measure, arms in the order of the rows.
+    """Compares every arm of `scores` with the baseline, for each measure, arms in the order of the rows.
 
     Args:
-        scores: of `experiments.statistics.scores`. An arm with one seed, where the baseline has several, is taken as
-            the same for each of them (a peer).
-        competing: arms that get a verdict.
-        num_resamples: of the bootstrap that is given beside the interval; 0: without.
+        scores: see `experiments.statistics.scores`. If an arm has one seed and the baseline several, the arm (a peer)
+            counts as the same for all seeds.
+        competing: the arms that get a verdict.
+        num_resamples: of the bootstrap that is given beside the interval; 0: no bootstrap.
 
     Raises:
-        ScoreError: as `check`; the baseline is missing on some task, or an arm has other seeds.
+        ScoreError: as `check`; the baseline is missing on a task, or an arm has other seeds than the baseline.
     """
     check(scores)
     compared = []
@@ -95,7 +95,7 @@ def compare(
 
 
 def table(comparisons: list[Comparison]) -> pd.DataFrame:
-    """One row per comparison, intervals in columns NAME, NAME_low, NAME_high."""
+    """One row per comparison; an interval takes the columns NAME, NAME_low, NAME_high."""
     rows = []
     for one in comparisons:
         row = asdict(one)
@@ -108,7 +108,7 @@ def table(comparisons: list[Comparison]) -> pd.DataFrame:
 
 
 def bases(comparisons: Iterable[Comparison]) -> str:
-    """Over what the intervals of some comparisons speak, in words; where arms differ in that, all there is."""
+    """What the intervals of some comparisons hold for, in words; if arms differ in that, all of it."""
     found = dict.fromkeys(one.basis or "over seeds and images" for one in comparisons if one.difference is not None)
     return "; ".join(found) or "none"
 
@@ -123,7 +123,7 @@ Sums = tuple[np.ndarray, np.ndarray]
 
 
 class _Measured:
-    """One measure on one task: all arms."""
+    """All arms, for one measure on one task."""
 
     def __init__(
         self,
@@ -193,7 +193,7 @@ class _Measured:
         return self._spread(self.sums[name], self.control) if self.control is not None else None
 
     def _p_value(self, to_baseline: Spread, beyond: Spread | None) -> float:
-        """Of a difference to the baseline; for the better, where blur gains too, of one to both (the larger of two)."""
+        """Of the difference to the baseline; if blur gains too, the larger of this and of beating blur."""
         p = float(to_baseline.p_value())
         if not self.blur_helps or to_baseline.mean * self.better <= 0:
             return p
@@ -218,7 +218,7 @@ class _Measured:
         statistic = partial(difference, self.sums[name], self.sums[self.baseline])
         try:
             low, high = two_way_bootstrap(statistic, self.num_images, confidence, num_resamples)
-        except ScoreError:  # a draw without any image that has the measure: there are too few of them
+        except ScoreError:  # a resample in which no image has the measure, because few images have it
             return None
         return Interval(float(statistic(np.ones((1, self.num_images))).mean()), low, high)
 
@@ -232,7 +232,7 @@ def _basis(of_arm: Spread | None) -> str:
 
 
 def arrays(rows: pd.DataFrame) -> dict[str, tuple[Sums, list[int]]]:
-    """Arm -> its sums, over the images on which any arm has the measure, and its seeds."""
+    """Arm -> (its sums over all images for which any arm has the measure, its seeds)."""
     images = sorted(set(rows.loc[rows["denominator"] > 0, "image"]))
     arrays = {}
     for arm, of_arm in rows.groupby("arm", sort=False):

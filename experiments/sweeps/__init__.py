@@ -1,4 +1,4 @@
-"""Sweeps: `arms` are read from the configuration, a `members` entry is an arm with a seed, `results` gathers what they
-reached, `sweep` runs them all, `stored` reads them back from the tracking store; `code_version` says which code a
-result depends on.
+"""Sweeps. `arms` reads the arms from the configuration. A member (`members`) is one arm with one seed. `sweep` runs all
+members, `results` gathers their scores, and `stored` reads them back from the tracking store. `code_version` says which
+code a result depends on.
 """

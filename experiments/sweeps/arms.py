@@ -1,4 +1,4 @@
-"""The arms of a sweep: what `configs/ablate.yaml` names, composed and checked before anything is computed."""
+"""Reads the arms of a sweep (`configs/ablate.yaml`), and checks them before anything is computed."""
 
 import hashlib
 import itertools
@@ -45,20 +45,20 @@ class Arm:
 
     name: str
     kind: str
-    """trained; checkpoint, peer, ceiling: the same for all seeds."""
+    """trained, or checkpoint, peer, ceiling, which are the same for all seeds."""
     training: DictConfig | None = None
-    """Of a trained arm: its configuration (of experiments.training.loop), with any seed and out_dir."""
+    """For a trained arm: its configuration of experiments.train; seed and out_dir do not matter."""
     checkpoint: Path | None = None
     peer: PeerNode | None = None
-    """Of a peer: its name, or with settings and weights `{peer: NAME, SETTING: VALUE, ...}`."""
+    """For a peer: NAME, or with settings and weights `{peer: NAME, SETTING: VALUE, ...}`."""
 
     @property
     def competes(self) -> bool:
-        """Whether a verdict is asked for; peers and ceilings are references."""
+        """Whether the arm gets a verdict; peers and ceilings are references."""
         return self.kind in ("trained", "checkpoint")
 
     def key(self, seed: int) -> str:
-        """Digest of what the arm's results with this seed depend on, apart from the evaluation."""
+        """Digest of everything that the arm's results with this seed depend on, except the evaluation."""
         if self.training is not None:
             settings = deciding_settings(self.training) | {"seed": seed}
             known = {"settings": settings, "data": fingerprint_of(self.training.data), "files": files_of(settings)}
@@ -74,12 +74,12 @@ class Arm:
             return code_version(classes=[peers()[peer_identity(self.peer)["name"]]])
         config = self.training
         if self.checkpoint is not None:
-            with suppress(core.WeightsError, OSError):  # which this arm fails of, when it is measured
+            with suppress(core.WeightsError, OSError):  # the arm fails with this error when it is measured
                 config = checkpoint.read(self.checkpoint)[1]
         return code_version([(hook, config[hook]["name"]) for hook in HOOK_POINTS if hook in config] if config else [])
 
     def model(self, trained: Path | None = None) -> nn.Module | Ceiling:
-        """The upsampler, from what training left at `trained`, or what stands in its place.
+        """The upsampler: from the checkpoint `trained` or the arm's own, or the peer or ceiling.
 
         Raises:
             WeightsError, OSError: the checkpoint cannot be used.
@@ -95,19 +95,19 @@ def read_arms(config: DictConfig) -> list[Arm]:
     """All arms of a sweep: those of `arms` and `product`, then `peers`, then `ceilings`.
 
     Raises:
-        SettingError: no arms, two of one name or of one training, no baseline among them, an unknown override, a peer
-            that is unknown or cannot be made, a file that is missing.
+        SettingError: there are no arms, two arms have one name or the same training, the baseline is missing, an
+            override is unknown, a peer is unknown or cannot be made, or a file is missing.
     """
     check_names("arms", "product", "peers")
     arms = [_arm(name, value, config) for name, value in _named(config).items()]
     if not arms:
         raise SettingError(
-            "there are no arms: '+arms={NAME: [OVERRIDE, ...], ...}', or '+product={KEY: [VALUE, ...], ...}'"
+            "there are no arms: add '+arms={NAME: [OVERRIDE, ...], ...}', or '+product={KEY: [VALUE, ...], ...}'"
         )
     arms += [_peer(name, node) for name, node in named_peers(config.peers).items()]
     for name in config.ceilings:
         if name not in ceilings():
-            raise SettingError(f"ceilings={name} is none; there are: {', '.join(ceilings())}")
+            raise SettingError(f"ceilings={name} is not a ceiling; there are: {', '.join(ceilings())}")
         arms.append(Arm(name, "ceiling"))
     names = [arm.name for arm in arms]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -115,16 +115,16 @@ def read_arms(config: DictConfig) -> list[Arm]:
             f"two arms are called {', '.join(twice)}: arms, product, peers and ceilings share their names"
         )
     if config.baseline not in [arm.name for arm in arms if arm.competes]:
-        raise SettingError(f"baseline={config.baseline} is no arm; there are: {', '.join(names)}")
+        raise SettingError(f"baseline={config.baseline} is not an arm; there are: {', '.join(names)}")
     _check_distinct(arms)
     return arms
 
 
 def composed(name: str, overrides: Sequence[str]) -> DictConfig:
-    """A configuration of `configs/`, as a command line would give it; of two overrides of one key the later counts.
+    """Composes a configuration of `configs/` as a command line does. Of two overrides of one key the later wins.
 
     Raises:
-        SettingError: what Hydra says about an override.
+        SettingError: with Hydra's message about an override.
     """
     last = {override.partition("=")[0].lstrip("+"): override for override in overrides}
     discover()  # Hydra needs all choices before it composes
@@ -142,7 +142,7 @@ def strings(config: DictConfig, *path: str) -> list[str]:
     """The overrides in a list of the configuration, which may refer to other lists and to settings.
 
     Raises:
-        SettingError: it refers to a setting that has no value yet, or is no list of strings.
+        SettingError: it refers to a setting without a value, or is not a list of strings.
     """
     name, node = ".".join(path), config
     try:
@@ -161,7 +161,7 @@ def _flat(node: object) -> list[object]:
 
 
 def check_names(*keys: str) -> None:
-    """Refuses what Hydra lets pass: one name twice in a mapping on the command line, where only the last would count.
+    """Refuses a name that occurs twice in a mapping on the command line, of which Hydra would silently use the last.
 
     Raises:
         SettingError: names it.
@@ -174,7 +174,7 @@ def check_names(*keys: str) -> None:
 
 
 def _top_names(text: str) -> list[str]:
-    """The keys of a mapping as Hydra writes it, `{key: value, ...}`, those of mappings inside it apart."""
+    """The keys of a mapping as Hydra writes it, `{key: value, ...}`, without those of mappings inside it."""
     names, depth, start = [], 0, 0
     for position, letter in enumerate(text):
         if depth == 1 and letter == ":" and start:
@@ -187,12 +187,12 @@ def _top_names(text: str) -> list[str]:
 
 
 def standalone(node: DictConfig) -> DictConfig:
-    """A part of a configuration by itself, with what it refers to."""
+    """A copy of a part of a configuration, with all references resolved."""
     return OmegaConf.create(OmegaConf.to_container(node, resolve=True))
 
 
 def ceilings() -> list[str]:
-    """All that some task can measure."""
+    """All ceilings that some task can measure."""
     return sorted({name for task in tasks().values() for name in task.ceilings})
 
 
@@ -202,7 +202,7 @@ def digest_of(values: Mapping[str, object]) -> str:
 
 
 def fingerprint_of(data: DictConfig) -> str:
-    """Of the data set of a configuration node; opened once a process.
+    """Fingerprint of the data set of a configuration node, which is opened once per process.
 
     Raises:
         DataError: as `open_data`.
@@ -211,12 +211,12 @@ def fingerprint_of(data: DictConfig) -> str:
 
 
 def names_of(data: DictConfig) -> frozenset[str]:
-    """Of all samples of a data set; raises as `fingerprint_of`."""
+    """Names of all samples of a data set; raises as `fingerprint_of`."""
     return _known_of(json.dumps(OmegaConf.to_container(data, resolve=True, enum_to_str=True)))[1]
 
 
 def _named(config: DictConfig) -> dict[str, object]:
-    """Name -> overrides, {checkpoint: FILE or NAME} or {peer: NAME, ...}; the product's arms have theirs as names."""
+    """Name -> overrides, {checkpoint: FILE or NAME} or {peer: NAME, ...}. Overrides name the arms of `product`."""
     named: dict[str, object] = {name: config.arms[name] for name in config.arms or {}}
     values: dict[str, list[object]] = {}
     for key, node in dict(config.product or {}).items():
@@ -234,13 +234,13 @@ def _named(config: DictConfig) -> dict[str, object]:
 
 def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
-        raise SettingError(f"arm {name!r}: names are of letters, digits and -_.+=, for they name files")
+        raise SettingError(f"arm {name!r}: names may only have letters, digits and -_.+=, because they name files")
 
 
 def _peer(name: str, node: PeerNode) -> Arm:
     _check_name(name)
     try:
-        peer_from_config(node)  # what it refuses is known before anything is computed
+        peer_from_config(node)  # to find errors before anything is computed
     except SettingError as error:
         raise SettingError(f"arm {name}: {error}") from error
     return Arm(name, "peer", peer=OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node)
@@ -263,7 +263,7 @@ def _arm(name: str, value: object, config: DictConfig) -> Arm:
         return Arm(name, "checkpoint", checkpoint=path)
     overrides = value if isinstance(value, list) else strings(config, "arms", name)
     if any(override.lstrip("+").partition("=")[0] == "seed" for override in [*strings(config, "train"), *overrides]):
-        raise SettingError(f"arm {name} sets a seed: all arms have the same ones, those of seeds=[...]")
+        raise SettingError(f"arm {name} sets a seed: all arms have the same seeds; set them with seeds=[...]")
     try:
         training = composed("train", [*strings(config, "train"), *overrides, f"device={config.device}"])
         training.tracking = standalone(config.tracking)
@@ -271,7 +271,7 @@ def _arm(name: str, value: object, config: DictConfig) -> Arm:
             raise SettingError("stop_after: a sweep trains to the last step; shorten it with steps=...")
         with torch.random.fork_rng():
             make_model(training)
-    except (ValueError, OSError) as error:  # what Hydra, the fillers and the checkpoint to start from refuse
+    except (ValueError, OSError) as error:  # of Hydra, the fillers, or the checkpoint to start from
         raise SettingError(f"arm {name}: {str(error).splitlines()[0]}") from error
     return Arm(name, "trained", training)
 
@@ -285,20 +285,20 @@ def _check_distinct(arms: Sequence[Arm]) -> None:
         settings = json.dumps([arm.kind, known], sort_keys=True)
         if settings in seen:
             raise SettingError(
-                f"arms {seen[settings]} and {arm.name} are the same {'training' if arm.training else 'peer'}: what "
-                "changes nothing would be measured twice; leave one out"
+                f"arms {seen[settings]} and {arm.name} are the same {'training' if arm.training else 'peer'}, which "
+                "would be measured twice: leave one out"
             )
         seen[settings] = arm.name
 
 
 def files_of(settings: object) -> dict[str, str]:
-    """Files that settings name (weights to start from, an encoder's), by path or name -> digest of their content."""
+    """Files named in settings (weights to start from, an encoder's): path or name -> digest of the content."""
     if isinstance(settings, Mapping):
         return {path: known for value in settings.values() for path, known in files_of(value).items()}
     if isinstance(settings, list):
         return {path: known for value in settings for path, known in files_of(value).items()}
     if isinstance(settings, str) and settings in checkpoint.BUNDLED:
-        # published weights never change: their name will do
+        # published weights never change, so their name is enough
         return {settings: content_digest(checkpoint.BUNDLED[settings])}
     if isinstance(settings, str) and settings and Path(settings).expanduser().is_file():
         return {settings: content_digest(Path(settings).expanduser())}

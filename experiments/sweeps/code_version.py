@@ -1,7 +1,7 @@
-"""Which code a result depends on: a digest that comments, docstrings, reports and new ideas do not change.
+"""The code that a result depends on, as a digest that comments, docstrings, reports and new ideas do not change.
 
-What a backbone or a checkpoint is read from counts with the settings that name it; of the weights that come along only
-the embedded encoder's have no such name.
+Files of backbones and checkpoints count with the settings that name them. Of the included weights, only those of the
+embedded encoder are named by no setting, so they are part of the digest.
 """
 
 import hashlib
@@ -16,27 +16,27 @@ from experiments.data.source_digest import file_digest, module_digest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _TRAINING = ("core", "experiments/data", "experiments/training")
-"""Rooms that the result of a training depends on."""
+"""Rooms that trained weights depend on."""
 _WATCHING = ("experiments/training/validation.py", "experiments/training/curves.py")
-"""Files in them that only watch it: a change there asks for no training."""
+"""Files in these rooms that only observe a training: a change there requires no new training."""
 _BESIDE = ("experiments/training/benchmark.py", "experiments/training/distillation.py")
-"""Files in them that no result of a sweep comes from: they time steps, and make weights that count themselves."""
+"""Files in these rooms that no result of a sweep depends on."""
 _MEASURING = ("experiments/measuring", "experiments/peers", "experiments/statistics/scores.py")
-"""Rooms, and a file, that measured results depend on besides."""
+"""Further rooms, and a file, that measured scores depend on."""
 _PACKAGES = ("torch", "torchvision", "timm", "torchmetrics")
 
 
 def code_version(fillers: Iterable[tuple[str, str]] = (), classes: Iterable[type] = ()) -> str:
-    """Digest of the code that trains, with the packages of the given fillers (hook point, name) and other classes.
+    """Digest of the training code, and of the modules of the given fillers (hook point, name) and other classes.
 
-    An extension counts only where it is used, with what it imports of its own package, so that a new idea in
-    `extensions/` invalidates no result of others.
+    An extension counts only where it is used, together with what it imports from its own package. So a new idea in
+    `extensions/` does not invalidate the results of others.
     """
     digest = hashlib.sha256(_own_code(training=True).encode())
     modules = set()
     for cls in (*(choices(hook)[name] for hook, name in fillers), *classes):
         package = cls.__module__.partition(".")[0]
-        if package == "__main__":  # a notebook's cell: there is no file
+        if package == "__main__":  # a notebook's cell, which has no file
             digest.update(repr(_meaning_of(cls, set())).encode())
         elif package not in ("core", "experiments"):
             modules.add(cls.__module__)
@@ -46,7 +46,7 @@ def code_version(fillers: Iterable[tuple[str, str]] = (), classes: Iterable[type
 
 
 def evaluation_version() -> str:
-    """Digest of the code that measures, and of all that it measures with."""
+    """Digest of the measuring code and of all code that it uses."""
     return hashlib.sha256(_own_code(training=False).encode()).hexdigest()
 
 
@@ -62,7 +62,7 @@ def _own_code(training: bool) -> str:
 
 
 def _meaning_of(value: object, seen: set[str]) -> object:
-    """What a function, class or constant does, as far as its compiled code says it; `seen`: globals already told."""
+    """What a function, class or constant does, as far as its compiled code shows; `seen`: globals already included."""
     if isinstance(value, FunctionType):
         used = [(name, value.__globals__[name]) for name in _names(value.__code__) if name in value.__globals__]
         own = [(name, one) for name, one in used if _is_of_a_notebook(one) and name not in seen]
@@ -78,13 +78,13 @@ def _meaning_of(value: object, seen: set[str]) -> object:
 
 
 def _names(code: CodeType) -> list[str]:
-    """All names that code, and code inside it, may look up."""
+    """All names that code, or code nested in it, may look up."""
     inner = [name for one in code.co_consts if isinstance(one, CodeType) for name in _names(one)]
     return list(dict.fromkeys([*code.co_names, *inner]))
 
 
 def _is_of_a_notebook(value: object) -> bool:
-    """Constants, and functions and classes that were defined in a cell."""
+    """Whether it is a constant, or a function or class defined in a cell."""
     if isinstance(value, FunctionType | type):
         return value.__module__ == "__main__"
     return isinstance(value, str | int | float | tuple | bytes)

@@ -1,14 +1,14 @@
-"""One arm with one seed: its folder, what is done there (train, evaluate on each task), and what is already done.
+"""One arm with one seed: its folder, the work done there (train, evaluate on each task), and what is finished.
 
 `OUT_DIR/members/ARM-SEED-KEY/`, KEY a digest of configuration, code and training data (`Arm.key`):
 
-    last.safetensors, state.safetensors   of the training, which goes on where it was left
-    trained.json                          the training is done
-    TASK-KEY.parquet                      scores, KEY of the task's configuration, code and data; whole or absent
-    TASK-KEY/                             pictures of the images it did worst on
+    last.safetensors, state.safetensors   weights and state of the training, from which it resumes
+    trained.json                          exists when the training is finished
+    TASK-KEY.parquet                      scores, KEY a digest of the task's settings, code and data; whole or absent
+    TASK-KEY/                             pictures of the images with the worst scores
     runs.json                             sweep's run -> this member's run, and whether all is recorded there
     failed.json                           why it failed the last time, and an identifier of that failure
-    lock                                  held by the process at work here
+    lock                                  held by the process that works here
 """
 
 import json
@@ -51,23 +51,23 @@ log = logging.getLogger(__name__)
 
 _FREE_KEYS = ("tracking", "out_dir", "device", "cache", "name", "confidence")
 _UNUSED_KEYS = ("checkpoints", "peers", "ceilings", "seeds", "cost")
-"""Settings of an evaluation that do not change its scores, and those that only its own command reads."""
+"""Settings of an evaluation that do not change its scores, and settings that only `experiments.evaluate` reads."""
 
 
 @dataclass
 class SweepTask:
-    """An evaluation that all arms go through; opened when the first of them needs it, and then shared by all."""
+    """An evaluation of all arms. It is opened when an arm first needs it, and shared by all."""
 
     name: str
     config: DictConfig
     renames: bool = False
-    """Whether its scores are called after it, and not after the kind of task, because another's would be called so."""
+    """Whether its scores get its own name instead of that of the kind of task, which another task has as well."""
     _told: set[str] = field(default_factory=set)
-    """Arms that a warning was given about."""
+    """Arms that it has warned about."""
 
     @property
     def trains(self) -> bool:
-        """Whether it trains probes, with the seed: then arms that are the same for all seeds differ too."""
+        """Whether it trains probes with the seed. Then even arms that are the same for all seeds differ."""
         return tasks()[self.config.task.name].trains
 
     @property
@@ -77,7 +77,7 @@ class SweepTask:
 
     @property
     def of(self) -> tuple[str, str, str]:
-        """Kind of task, data and backbone: what scores say of it."""
+        """Kind of task, data and backbone, as in the scores."""
         return self.config.task.name, self.config.val_data.name, self.config.backbone.name
 
     @cached_property
@@ -85,24 +85,24 @@ class SweepTask:
         return Evaluation(self.config)
 
     def open(self) -> None:
-        """Opens it, if it is not.
+        """Opens it, if it is not open.
 
         Raises:
             SettingError: it refuses its settings. DataError: its data cannot be opened.
         """
         try:
-            self.evaluation  # noqa: B018  a property that is computed once
+            self.evaluation  # noqa: B018  a property, computed once
         except SettingError as error:
             raise SettingError(f"task {self.name}: {error}") from error
 
     @property
     def key(self) -> str:
-        """Digest of what its scores depend on, and of their name where that is its own. Raises as `measured`."""
+        """Digest of what its scores depend on, and of its name if the scores have it. Raises as `measured`."""
         return digest_of({"measured": self.measured, "called": self.name}) if self.renames else self.measured
 
     @cached_property
     def measured(self) -> str:
-        """Digest of settings, code and data; known without opening it.
+        """Digest of settings, code and data; does not open it.
 
         Raises:
             DataError: its data cannot be opened.
@@ -115,7 +115,7 @@ class SweepTask:
         return digest_of(known)
 
     def unit(self, arm: Arm, seed: int, model: nn.Module | Ceiling, member: str) -> Unit:
-        """What an arm reaches, and what the tables must say of it; `member` is its key.
+        """Measures an arm -> its scores, with the remarks for the tables; `member` is the arm's key.
 
         Raises:
             as `Evaluation.scores`, and ScoreError as `check`.
@@ -127,12 +127,12 @@ class SweepTask:
         if seen := self._seen_by(arm):
             notes.append(f"{self.name}: {seen} of the {len(self.evaluation.image_names)} images were trained on")
             if arm.name not in self._told:
-                log.warning("arm %s, %s; data.last=N, val_data.first=N divide a folder", arm.name, notes[-1])
+                log.warning("arm %s, %s; to split a folder, set data.last=N and val_data.first=N", arm.name, notes[-1])
                 self._told.add(arm.name)
         return Unit(arm.name, seed, self.name, member, self.evaluation.fingerprint, check(scores), notes)
 
     def _seen_by(self, arm: Arm) -> int:
-        """How many of its images the arm was trained on, as far as files of one name in one kind of data are one."""
+        """How many of its images the arm was trained on. Images of one name in one kind of data count as the same."""
         if arm.training is None or arm.training.data.name != self.config.val_data.name:
             return 0
         return len(names_of(arm.training.data) & set(self.evaluation.image_names))
@@ -142,10 +142,10 @@ def read_tasks(config: DictConfig) -> list[SweepTask]:
     """The tasks of a sweep, composed.
 
     Raises:
-        SettingError: none, two of one name or that are the same, or an unknown override.
+        SettingError: there are no tasks, two have one name or are the same evaluation, or an override is unknown.
     """
     if not config.tasks:
-        raise SettingError("there are no tasks: '+tasks={NAME: [OVERRIDES of experiments.measuring.evaluation], ...}'")
+        raise SettingError("there are no tasks: add '+tasks={NAME: [OVERRIDES of experiments.evaluate], ...}'")
     check_names("tasks")
     found: list[SweepTask] = []
     for name in config.tasks:
@@ -166,12 +166,12 @@ def read_tasks(config: DictConfig) -> list[SweepTask]:
 
 
 class Member:
-    """An arm with a seed, and the tasks it is measured on."""
+    """An arm with a seed, and the tasks that it is measured on."""
 
     def __init__(self, arm: Arm, seed: int, tasks: list[SweepTask], out_dir: Path):
         self.arm, self.seed, self.tasks, self.key = arm, seed, tasks, arm.key(seed)
         self.folder = out_dir / "members" / f"{arm.name}-{seed}-{self.key[:12]}"
-        self._former = self._noted()  # known by what it says: times of a shared disk are of another clock
+        self._former = self._noted()  # an earlier failure; not told by its time, as a shared disk has another clock
 
     @property
     def name(self) -> str:
@@ -182,7 +182,7 @@ class Member:
         return Planned(self.arm.name, self.arm.kind, self.seed, self.key, [task.name for task in self.tasks])
 
     def units(self) -> list[Unit]:
-        """What has been measured so far."""
+        """The scores measured so far."""
         files = {task.name: self.scores_file(task) for task in self.tasks}
         return [Unit.read(path, self.arm.name, self.seed, task) for task, path in files.items() if path.exists()]
 
@@ -195,7 +195,7 @@ class Member:
         return self.arm.training is None or (self.folder / "trained.json").exists()
 
     def prepare(self, sweep: DictConfig) -> None:
-        """Opens all that its training needs, so that what that refuses is known before anything is computed.
+        """Opens all that its training needs, to find errors before anything is computed.
 
         Raises:
             SettingError: names the arm.
@@ -207,28 +207,28 @@ class Member:
                 raise SettingError(f"arm {self.arm.name}: {str(error).splitlines()[0]}") from error
 
     def is_done(self, parent: str) -> bool:
-        """Whether all is computed, and recorded below the sweep's run."""
+        """Whether everything is computed, and recorded below the sweep's run."""
         done = all(self.scores_file(task).exists() for task in self.tasks)
         return done and (not parent or self._runs().get(parent, {}).get("complete", False))
 
     @property
     def failure(self) -> str:
-        """Why it failed the last time, in this process or beside it; what failed before is tried again. Else empty."""
+        """Why it failed during this sweep, in this or another process, else empty. Earlier failures are tried again."""
         noted = self._noted()
         return noted["reason"] if noted and noted != self._former else ""
 
     def fail(self, reason: str) -> None:
-        """Notes that it failed."""
+        """Stores that it failed, and why."""
         _write(self.folder / "failed.json", {"reason": reason, "id": uuid.uuid4().hex})
 
     def _noted(self) -> dict:
         return _read(self.folder / "failed.json")
 
     def complete(self, sweep: DictConfig, parent: str) -> None:
-        """Does what is not done yet, and records it as a run below `parent`; the folder must be locked.
+        """Does the work that is missing, and records it as a run below `parent`. The folder must be locked.
 
         Raises:
-            Whatever training or evaluating this arm raises; its run is then FAILED, with the reason as a tag.
+            Whatever training or evaluating this arm raises. Its run is then FAILED, with the reason as a tag.
         """
         (self.folder / "failed.json").unlink(missing_ok=True)
         config = self._config(sweep)
@@ -241,13 +241,13 @@ class Member:
                 checkpoint = self._train(config, run)
                 for task in self.tasks:
                     self._evaluate(task, checkpoint, run)
-            except Exception as error:  # whatever it is, the run says so
+            except Exception as error:  # whatever it is, the run records it
                 run.tag("failure", reason_of(error))
                 raise
         self._note_run(parent, run, complete=True)
 
     def _train(self, config: DictConfig, run: Run) -> Path | None:
-        """Trains what is to be trained, from where it was left -> its weights."""
+        """Trains the arm if it needs training, and resumes if it was begun -> its weights."""
         if self.arm.training is None:
             return self.arm.checkpoint
         checkpoint = self.folder / "last.safetensors"
@@ -283,7 +283,7 @@ class Member:
         run.metrics(means(unit.scores))
 
     def _config(self, sweep: DictConfig) -> DictConfig:
-        """What is recorded of it: the training's configuration, or for another arm what it is read from or made of."""
+        """The configuration to record: that of the training, or the checkpoint or peer of another arm."""
         if self.arm.training is not None:
             config = self.arm.training.copy()
             config.seed, config.out_dir, config.resume = self.seed, str(self.folder), "auto"
@@ -306,7 +306,7 @@ class Member:
 
 
 def reason_of(error: Exception) -> str:
-    """One line."""
+    """An error in one line: its type and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:500]
 
 

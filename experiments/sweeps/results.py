@@ -1,4 +1,4 @@
-"""What a sweep has measured, gathered from its members, wherever they were kept: complete, or refused by name."""
+"""Gathers the results of a sweep from its members, from disk or from MLflow. Incomplete ones are refused by name."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ from experiments.statistics.scores import KEYS, VALUES, ScoreError, check, sums,
 
 
 class SweepError(Told, ValueError):
-    """Results that cannot be compared: the baseline failed, nothing is there, or one name stands for several things."""
+    """Results that cannot be compared: the baseline failed, or two different results have one name."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """The scores of one arm with one seed on one task, and what they were made with."""
+    """The scores of one arm with one seed on one task, and their origin."""
 
     arm: str
     seed: int
@@ -27,25 +27,25 @@ class Unit:
     member: str
     """Digest of the arm's configuration, code and training data."""
     fingerprint: str
-    """Of the evaluation."""
+    """Fingerprint of the evaluation."""
     scores: pd.DataFrame
     notes: list[str] = field(default_factory=list)
-    """What the tables must say of them."""
+    """Remarks on the scores that the tables must show."""
 
     def write(self, path: Path) -> None:
-        """To a Parquet file that says what they were made with.
+        """Writes them to a Parquet file, which also says what they were made with.
 
         Raises:
-            CannotWrite: the disk is full, say.
+            CannotWrite: for example, the disk is full.
         """
         write_scores(path, self.scores, {"member": self.member, "fingerprint": self.fingerprint, "notes": self.notes})
 
     @classmethod
     def read(cls, path: Path, arm: str, seed: int, task: str) -> "Unit":
-        """From the file that `write` made.
+        """Reads a file that `write` made.
 
         Raises:
-            ScoreError: it cannot be read, or does not say what it was made with.
+            ScoreError: it cannot be read, or does not say what its scores were made with.
         """
         scores, made = read_scores(path)
         if missing := [key for key in ("member", "fingerprint") if key not in made]:
@@ -57,14 +57,14 @@ class Unit:
 
 
 def gather(plan: Plan, units: Iterable[Unit], reasons: Mapping[str, str]) -> Results:
-    """Puts the units of a sweep together; an arm counts only when all that was planned of it is there.
+    """Joins the units of a sweep. An arm is used only if all its planned units are there; otherwise it is a failure.
 
     Args:
         reasons: arm -> why it failed, where that is known.
 
     Raises:
-        SweepError: no results of the baseline; two units of one arm, seed and task that differ, or of one task that
-            were measured on different data.
+        SweepError: the baseline is incomplete, two units of one arm, seed and task differ, or units of one task were
+            measured on different data.
         ScoreError: as `scores.check`.
     """
     found: dict[tuple[str, int, str], Unit] = {}
@@ -105,14 +105,14 @@ def _add(found: dict[tuple[str, int, str], Unit], unit: Unit) -> None:
     rows = unit.scores
     if set(rows["arm"]) != {unit.arm} or set(rows["seed"]) != {unit.seed}:
         raise SweepError(
-            f"the scores of arm {unit.arm}, seed {unit.seed}, task {unit.task} say they are of another arm"
+            f"the scores of arm {unit.arm}, seed {unit.seed}, task {unit.task} belong to another arm or seed"
         )
     before = found.setdefault(key, unit)
     if before is not unit and not _same(before, unit):
         raise SweepError(
             f"there are two different results of arm {unit.arm}, seed {unit.seed}, task {unit.task}: of "
             f"{before.member[:12]} on {before.fingerprint[:12]}, and of {unit.member[:12]} on {unit.fingerprint[:12]}. "
-            "They are of two sweeps: give each its own name"
+            "They belong to two sweeps: give each sweep its own name"
         )
 
 

@@ -1,9 +1,9 @@
 """Ablations: arms x seeds x tasks, trained, measured and compared with a baseline.
 
-The unit of work is an arm with a seed (experiments/sweeps/members.py). Any number of processes may run the same command
-at the same time, on one machine or on several that share `out_dir` (and its file locks): each takes the next unit that
-nobody works at. One of them leads: it keeps the sweep's MLflow run, waits for the others and makes the report. Whoever
-is killed, the others, or the next one to come, go on.
+The unit of work is a member: an arm with a seed (experiments/sweeps/members.py). Any number of processes may run the
+same command at the same time, on one machine or on several that share `out_dir` and its file locks. Each process takes
+the next member that no other works on. One process leads: it keeps the sweep's MLflow run, waits for the others and
+writes the report. If any process is killed, the others, or one that is started later, do its work.
 """
 
 import json
@@ -43,10 +43,10 @@ _POLL_S = 0.5
 
 
 def ablate(config: DictConfig) -> Report | None:
-    """Does what is missing of a sweep, and compares its arms; None: another process leads, and reports.
+    """Does the missing work of a sweep and compares its arms; None: another process leads and writes the report.
 
     Raises:
-        SettingError, DataError, TrackingUnavailable: found before anything is computed.
+        SettingError, DataError, TrackingUnavailable: raised before anything is computed.
         SweepError, ScoreError: the baseline failed, or results contradict each other.
     """
     sweep = Sweep(config)
@@ -54,7 +54,7 @@ def ablate(config: DictConfig) -> Report | None:
         try:
             lock = lock_folder(sweep.folder / "lead")
         except Locked:
-            sweep.follow()  # and then see whether there still is somebody who leads
+            sweep.follow()  # then try again to lead, in case the leader died
             continue
         try:
             return sweep.lead()
@@ -64,7 +64,7 @@ def ablate(config: DictConfig) -> Report | None:
 
 
 class Sweep:
-    """A sweep: everything read and checked, ready to work."""
+    """A sweep with its settings read and checked, ready to run."""
 
     def __init__(self, config: DictConfig):
         check_settings(config)
@@ -85,33 +85,33 @@ class Sweep:
                 member.prepare(config)
         for task in tasks:
             if not all(member.scores_file(task).exists() for member in self.members if task in member.tasks):
-                task.open()  # so that what it refuses is known before anything is trained
+                task.open()  # to find errors before anything is trained
         planned = [member.planned for member in self.members]
         self.plan = Plan(config.name, config.baseline, config.confidence, planned)
 
     def lead(self) -> Report:
-        """Works, waits for those who help, and reports; all of it within the sweep's run."""
+        """Works, waits for the helping processes, and writes the report, all within the sweep's run."""
         known = self._known_run()
         with track(self.config, pick_device(self.config.device), run_id=known or None) as run, logging_redirect_tqdm():
             self._note_run(run.run_id)
             run.tag("sweep", self.config.name)
             run.text(self.plan.to_json(), "plan.json")
             while self.work(run.run_id):
-                time.sleep(_POLL_S)  # others are at work; should they die, their units are free again
+                time.sleep(_POLL_S)  # other processes are at work; if they die, their members are free again
             return self.report(run)
 
     def follow(self) -> None:
-        """Works beside the process that leads, below its run."""
+        """Helps the process that leads, and records below its run."""
         deadline = time.monotonic() + 60
         while self._known_run() is None:
             if time.monotonic() > deadline:
-                raise SettingError(f"{self.folder} is in use by another sweep: give this one another name or out_dir")
+                raise SettingError(f"{self.folder} is in use by another sweep: give this sweep another name or out_dir")
             time.sleep(_POLL_S)
         with logging_redirect_tqdm():
             self.work(self._known_run() or "")
 
     def work(self, parent: str) -> bool:
-        """Goes once through all members, and does what is missing of those that are free -> whether others have any."""
+        """Goes once through all members and completes those that are free -> whether other processes hold some."""
         busy = False
         for member in self._in_order():
             if self._settled(member, parent):
@@ -129,7 +129,7 @@ class Sweep:
         return busy
 
     def report(self, run: Run) -> Report:
-        """Compares what there is, and writes and records it."""
+        """Compares the results, and writes and records the report."""
         results = self.results()
         results.origin = Origin.of_this_process("experiments.ablate", "experiments.ablate.ablate(config), from Python")
         run.text(provenance(results).to_json(), "origin.json")
@@ -140,7 +140,7 @@ class Sweep:
         return report
 
     def results(self) -> Results:
-        """What all members have measured.
+        """The results of all members.
 
         Raises:
             SweepError, ScoreError: as `gather`.
@@ -154,9 +154,9 @@ class Sweep:
     def _complete(self, member: Member, parent: str) -> None:
         try:
             member.complete(self.config, parent)
-        except TrackingUnavailable:  # not the arm's fault
+        except TrackingUnavailable:  # no failure of the arm
             raise
-        except Exception as error:  # an arm is somebody's idea: whatever it raises must not stop the others
+        except Exception as error:  # an arm may be new code: its errors must not stop the others
             log.error("arm %s failed: %s", member.name, reason_of(error))
             log.debug("arm %s", member.name, exc_info=error)
             member.fail(reason_of(error))
@@ -169,14 +169,14 @@ class Sweep:
         return self.members[start:] + self.members[:start]
 
     def _models(self, results: Results) -> Iterator[tuple[str, torch.nn.Module]]:
-        """One model of each arm that is in the tables, ceilings apart."""
+        """One model of each arm in the tables, except ceilings."""
         for member in self.members:
             arm = member.arm
             if member.seed == self.config.seeds[0] and arm.kind != "ceiling" and arm.name not in results.failures:
                 yield arm.name, arm.model(member.folder / "last.safetensors" if arm.training is not None else None)
 
     def _known_run(self) -> str | None:
-        """The run of this very sweep, if one was begun."""
+        """The run of exactly this sweep, if one was begun."""
         path = self.folder / "sweep.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return known["run"] if known.get("plan") == self.plan.digest else None
@@ -187,10 +187,10 @@ class Sweep:
 
 
 def check_settings(config: DictConfig) -> None:
-    """Refuses what could only fail later.
+    """Checks the settings before anything is computed.
 
     Raises:
-        SettingError: names the setting and what it may be.
+        SettingError: names the setting and its allowed values.
     """
     check_name(config.name)
     check_seeds(config.seeds)
@@ -200,7 +200,7 @@ def check_settings(config: DictConfig) -> None:
 
 
 def check_resolves(config: DictConfig) -> None:
-    """Refuses what could not be recorded: a setting, maybe of a task that was left out, that refers to a missing one.
+    """Refuses a setting that refers to a missing one, even in a task that is left out: it could not be recorded.
 
     Raises:
         SettingError: names it.

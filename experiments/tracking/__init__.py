@@ -1,4 +1,4 @@
-"""Tracking: a `run` is journalled on disk first (`spool`), sent on beside the work (`uploader`, `recording`), and
-kept by MLflow (`store`, the only file that imports it). `sync` sends on what was left on disk, `provenance` says what
-made a result.
+"""Tracking. A `run` is written to a journal on disk first (`spool`), sent in the background (`uploader`, `recording`) or
+later (`sync`), and kept by MLflow (`store`, the only file that imports it). `provenance` records what a result was made
+with.
 """

@@ -1,4 +1,4 @@
-"""What a result came from: commit, uncommitted changes, packages, machine, memory."""
+"""What a result was made with: commit, uncommitted changes, packages, machine, memory."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 
 @dataclass(frozen=True)
 class Origin:
-    """What made a table: kept with it, so that it can be made again elsewhere and later without saying otherwise."""
+    """What a table was made with. It is stored with the results, so a table that is made again says the same."""
 
     command: str
     date: str
@@ -31,11 +31,11 @@ class Origin:
     """Whether there were uncommitted changes."""
     packages: str
     machine: str = ""
-    """As `machine` says it; empty: not known, or of no account."""
+    """As `machine` gives it; empty: not known, or irrelevant."""
     data: Mapping[str, str] = field(default_factory=dict)
-    """What was measured, or measured on -> its fingerprint."""
+    """Name of the data -> fingerprint."""
     notes: tuple[str, ...] = ()
-    """What a reader must know of how it was made."""
+    """Remarks on how it was made that a reader must know."""
 
     @classmethod
     def of_this_process(
@@ -46,10 +46,10 @@ class Origin:
         data: Mapping[str, str] | None = None,
         notes: Iterable[str] = (),
     ) -> "Origin":
-        """`module` as the command line calls it; `otherwise` where no command line is."""
+        """The origin of results made now, by `module` on a command line; `otherwise` names it without one."""
         command = otherwise
         if HydraConfig.initialized():
-            called = HydraConfig.get().job.config_name  # another command may be made of this one
+            called = HydraConfig.get().job.config_name  # one command may call another (fidelity, evaluate)
             module = f"experiments.{called}" if called else module
             command = shlex.join(["python", "-m", module, *HydraConfig.get().overrides.task])
         commit, changes = git_state(Path(__file__))
@@ -67,10 +67,10 @@ class Origin:
         return cls(**values | {"notes": tuple(values.get("notes", ()))})
 
     def header(self, title: str, facts: Iterable[str] = (), level: int = 1) -> str:
-        """What a report begins with, in Markdown: its title, the command, and a list.
+        """The beginning of a report in Markdown: title, command, and a list.
 
         Args:
-            facts: what was asked for (sizes, seeds, confidence), a line each. level: of the heading.
+            facts: the settings (sizes, seeds, confidence), one per line. level: of the heading.
         """
         fingerprints = ", ".join(f"{name} {digest[:12]}" for name, digest in self.data.items())
         lines = [str(self), self.machine, *facts, fingerprints and f"fingerprints: {fingerprints}", self.packages]
@@ -83,7 +83,7 @@ class Origin:
 
 
 def machine(device: torch.device, num_threads: int, arithmetic: str, tf32: bool = False) -> str:
-    """Processor or GPU, system, threads, and in which arithmetic was computed (float32, say)."""
+    """Processor or GPU, system, threads, and the arithmetic of the computation (such as float32)."""
     known = [device_name(device), platform.system(), f"{num_threads} CPU thread{'s' * (num_threads > 1)}", arithmetic]
     if device.type == "cuda":
         known += [f"CUDA {torch.version.cuda}", f"TF32 {'on' if tf32 else 'off'}"]
@@ -112,9 +112,9 @@ def environment() -> dict[str, Any]:
 
 
 def git_state(source: Path) -> tuple[str, str]:
-    """(commit, what differs from it) of the checkout that `source` belongs to; both empty when it is in none.
+    """(commit, uncommitted changes) of the checkout that contains `source`; both empty if there is none.
 
-    New source files count as differences: an idea often is one.
+    New source files count as changes, because an idea often is a new file.
     """
     if not _git(source.parent, "ls-files", "--", source.name):
         return "", ""
@@ -125,7 +125,7 @@ def git_state(source: Path) -> tuple[str, str]:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """What git prints; nothing where it is not installed, refuses, or takes too long."""
+    """The output of git; empty if git is not installed, refuses, or takes too long."""
     try:
         command = ["git", "-C", str(folder), "-c", "core.quotepath=off", *arguments]
         return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30).stdout.strip()
@@ -134,6 +134,6 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def peak_memory_mb() -> float:
-    """The most this process has held so far, in 1e6 bytes; Linux counts in KiB, macOS in bytes."""
+    """The peak memory of this process so far, in 1e6 bytes. (Linux counts in KiB, macOS in bytes.)"""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return (peak if sys.platform == "darwin" else peak * 2**10) / 1e6

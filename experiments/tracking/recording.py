@@ -1,4 +1,4 @@
-"""The life of a run: what is noted when it starts and when it ends, whatever store it goes to."""
+"""The life of a run: what is recorded at its start and end, for any store."""
 
 import json
 import logging
@@ -33,17 +33,17 @@ class LiveStore(Store, Protocol):
         """Makes a run -> its identifier."""
 
     def end_orphans(self) -> None:
-        """Sets KILLED what dead processes of this user on this machine left RUNNING."""
+        """Marks runs as KILLED that dead processes of this user on this machine left RUNNING."""
 
 
 @contextmanager
 def record(
     config: DictConfig, device: str, store: LiveStore | None, run_id: str | None, parent: str | None
 ) -> Iterator[Run]:
-    """Records the block; see `experiments.tracking.store.track`. Without a store all of it stays in the spool.
+    """Records the block; see `experiments.tracking.store.track`. Without a store, everything stays in the spool.
 
     Raises:
-        TrackingUnavailable: the store or the spool takes nothing; before the block starts.
+        TrackingUnavailable: the store or the spool cannot be used; raised before the block starts.
     """
     started = time.perf_counter()
     run = _begin(config, device, store, run_id, parent)
@@ -98,14 +98,17 @@ def _begin(config: DictConfig, device: str, store: LiveStore | None, run_id: str
 
 
 def _open(config: DictConfig, start: Record, store: LiveStore | None, run_id: str | None) -> Run:
-    """Makes the run in the store, where there is one, and opens its journal."""
+    """Makes the run in the store, if there is one, and opens its journal."""
     spool = Path(config.tracking.spool_dir)
     if store is not None:
         try:
             store.end_orphans()
             run_id = run_id or store.create(start)
         except (StoreAway, StoreRefuses) as error:
-            raise TrackingUnavailable(f"no run can be begun in the tracking store: {error}") from error
+            raise TrackingUnavailable(
+                f"no run can be started in the tracking store: {error}. Add tracking.offline=true to upload it "
+                "later, or tracking.enabled=false"
+            ) from error
         waiting = [folder for folder in folders(spool) if folder.name != run_id and not is_open(folder)]
         if waiting:
             log.warning("%d earlier runs wait in %s; upload them with: %s", len(waiting), spool, _sync(config))

@@ -1,4 +1,4 @@
-"""What an experiment records: every call writes to the run's journal and returns; nothing here waits for a server."""
+"""What an experiment records. Every call writes to the run's journal and returns; none waits for a server."""
 
 import logging
 import platform
@@ -28,8 +28,8 @@ _KEY_LENGTH = 250  # what MLflow takes
 class Run:
     """One run, or, with tracking switched off, a stand-in that records nothing.
 
-    No call raises because of the store, the disk or an odd name: a training does not die of its records. What cannot
-    be written is told once.
+    No call raises because of the store, the disk or an unusual name, so that recording never stops a training. What
+    cannot be written is reported once.
     """
 
     def __init__(self, journal: Journal | None = None, run_id: str = "") -> None:
@@ -80,11 +80,11 @@ class Run:
                 journal.append({"kind": "tag", "key": clean_key(key), "value": clean_text(str(value))})
 
     def data(self, name: str, fingerprint: str) -> None:
-        """Says which data the run has seen: the tag `data.<name>`, such as `data.train`."""
+        """Records the fingerprint of the run's data as the tag `data.<name>`, such as `data.train`."""
         self.tag(f"data.{name}", fingerprint)
 
     def end(self, status: str) -> None:
-        """Notes how the run ended; `track` does it."""
+        """Records how the run ended; `track` calls it."""
         if self.journal is not None:
             with self._tolerant(self.journal) as journal:
                 journal.append({"kind": "end", "time": now_ms(), "status": status})
@@ -112,7 +112,7 @@ class SystemMetrics:
         self._process.cpu_percent()
 
     def sample(self) -> tuple[dict[str, float], int]:
-        """(values since the sample before, seconds since the start)."""
+        """(values since the previous sample, seconds since the start)."""
         memory = psutil.virtual_memory()
         values = {
             "cpu_utilization_percentage": psutil.cpu_percent(),
@@ -128,9 +128,9 @@ class SystemMetrics:
 
 
 def _gpu(index: int) -> dict[str, float]:
-    """Memory that this process holds, and the load where nvidia-ml-py is installed; makes no context on the GPU."""
+    """Memory that this process holds, and the load if nvidia-ml-py is installed; creates no context on the GPU."""
     held = torch.cuda.memory_reserved(index)
-    if not held:  # somebody else's
+    if not held:  # this process does not use it
         return {}
     values = {
         f"gpu_{index}_memory_usage_megabytes": held / 1e6,
@@ -140,13 +140,13 @@ def _gpu(index: int) -> dict[str, float]:
         from pynvml import NVMLError
     except ModuleNotFoundError:
         return values
-    with suppress(NVMLError, RuntimeError):  # not every GPU tells
+    with suppress(NVMLError, RuntimeError):  # not every GPU reports it
         values[f"gpu_{index}_utilization_percentage"] = float(torch.cuda.utilization(index))
     return values
 
 
 def process_tags() -> dict[str, str]:
-    """Which process records a run, so that a later one can tell whether it still lives."""
+    """Tags that identify the process that records a run, so that a later process can tell whether it is alive."""
     process = psutil.Process()
     boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")  # Linux
     return {
@@ -160,7 +160,7 @@ def process_tags() -> dict[str, str]:
 
 
 def is_alive(tags: Mapping[str, str]) -> bool:
-    """Whether the process of `process_tags` still runs; where that cannot be known, as in another container, yes."""
+    """Whether the process of `process_tags` still runs; true if that cannot be known, as in another container."""
     mine = process_tags()
     if tags["process.host"] != mine["process.host"]:
         return True
@@ -170,7 +170,7 @@ def is_alive(tags: Mapping[str, str]) -> bool:
         return True
     try:
         process = psutil.Process(int(tags["process.pid"]))
-        same = abs(process.create_time() - float(tags["process.started"])) < 2  # else the number was given again
+        same = abs(process.create_time() - float(tags["process.started"])) < 2  # otherwise the number was reused
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
@@ -182,26 +182,26 @@ def now_ms() -> int:
 
 
 def clean_key(key: str) -> str:
-    """The name of a metric, tag or parameter with `_` for what the store refuses."""
+    """The name of a metric, tag or parameter, with `_` for characters that the store refuses."""
     return clean_name(key, r"[^\w.\- :/]")[:_KEY_LENGTH]
 
 
 def clean_name(name: str, forbidden: str = "[#?%]") -> str:
-    """`name` with `_` for what matches `forbidden`, and no empty, `.` or `..` step.
+    """`name` with `_` for what matches `forbidden`, and without empty, `.` or `..` steps.
 
-    By default what an artifact's name would be cut at on its way to a server.
+    The default are the characters at which a server would cut off an artifact's name.
     """
     steps = re.sub(forbidden, "_", clean_text(name)).split("/")
     return "/".join(step for step in steps if step not in ("", ".", "..")) or "unnamed"
 
 
 def clean_text(text: str) -> str:
-    """`text` with `?` for what UTF-8 cannot hold, such as the odd bytes of a file name."""
+    """`text` with `?` for what UTF-8 cannot hold, such as invalid bytes of a file name."""
     return text.encode("utf-8", "replace").decode()
 
 
 def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested configuration -> its scalars under dotted keys; lists stay in the YAML, where they are readable."""
+    """Nested configuration -> its scalars under dotted keys, without lists, which are readable in the YAML."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Journals: what a run records is written here first, and from here it goes to the tracking store.
+"""Journals. What a run records is written to its journal first, and sent to the tracking store from there.
 
 One folder per run, `<spool_dir>/<run id>/`:
 
@@ -8,14 +8,15 @@ One folder per run, `<spool_dir>/<run id>/`:
         {"kind": "metrics", "time": MS, "step": 3, "values": {"loss": 0.5}}
         {"kind": "tag", "key": "claim", "value": "none"}
         {"kind": "file", "name": "pictures/a.png", "copy": "files/17/a.png", "bytes": 120}
-        {"kind": "end", "time": MS, "status": "FINISHED"}       with "process", when it was concluded and not witnessed
-    files/          copies of what was kept; a number's folder gets its name when it is complete
-    position.json   how many bytes of the journal the store has got, and under which identifier
-    refused.jsonl   records the store will never take, with its reasons
+        {"kind": "end", "time": MS, "status": "FINISHED"}       with "process", if it was added for a dead run
+    files/          copies of the artifacts, one numbered folder each (NUMBER.part until it is complete)
+    position.json   how many bytes of the journal the store has, and the run's identifier there
+    refused.jsonl   records that the store will never take, with the reasons
     lock            held by the process that writes or uploads
 
-Times are milliseconds since 1970. A resumed run has several start records. Every line reaches the system before the
-call that makes it returns, so a killed process loses nothing; a line cut short is cut off when the journal is reopened.
+Times are milliseconds since 1970. A resumed run has several start records. Every line is passed to the operating system
+before the call that makes it returns, so a killed process loses nothing. An incomplete last line is removed when the
+journal is opened again.
 """
 
 import json
@@ -44,8 +45,8 @@ FIELDS = {
     "file": {"name", "copy", "bytes"},
     "end": {"time", "status"},
 }
-"""What a record of each kind has at least."""
-_IN_MEMORY = 10_000  # records kept while the disk takes none
+"""The fields that a record of each kind must have."""
+_IN_MEMORY = 10_000  # records kept in memory while the disk cannot be written
 
 
 class SpoolError(OSError):
@@ -59,9 +60,9 @@ class Journal:
         self.folder, self.path = folder, folder / "journal.jsonl"
         self._lock, self._writing = lock, threading.Lock()
         self._unwritten: deque[bytes] = deque(maxlen=_IN_MEMORY)
-        self._half = False  # whether the file ends in a part of a line
+        self._half = False  # whether the file ends in an incomplete line
         self.cut = _cut_broken_end(self.path)
-        """What stood after the last complete line when the journal was opened."""
+        """The incomplete last line that was removed when the journal was opened; else empty."""
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self.offset, self.store_id = self._read_position()
 
@@ -70,11 +71,11 @@ class Journal:
         """Opens the journal of a run, new or left by an earlier process.
 
         Raises:
-            Locked: somebody has it open.
+            Locked: it is open already, here or in another process.
             SpoolError: it cannot be read or written.
         """
         if not re.fullmatch(r"[A-Za-z0-9][\w\-]{0,255}", run_id, re.ASCII):
-            raise SpoolError(f"{run_id!r} does not name a run")
+            raise SpoolError(f"{run_id!r} is not a run's identifier")
         folder = spool_dir.resolve() / run_id
         lock = -1
         try:
@@ -91,7 +92,7 @@ class Journal:
         """Writes one record.
 
         Raises:
-            SpoolError: the disk does not take it. It stays in memory and is tried again with the next one.
+            SpoolError: it cannot be written. It stays in memory and is tried again with the next record.
         """
         line = json.dumps(record).encode() + b"\n"
         with self._writing:
@@ -99,10 +100,10 @@ class Journal:
             self._flush()
 
     def keep(self, name: str, write: Callable[[Path], object]) -> None:
-        """Keeps the artifact `name`; `write` makes it at the path that it is given.
+        """Keeps the artifact `name`; `write` is called with the path to write it to.
 
         Raises:
-            SpoolError: it cannot be written. Nothing of it is left.
+            SpoolError: it cannot be written. No part of it is left.
         """
         number = str(time.time_ns())
         part = self.folder / "files" / f"{number}.part"
@@ -119,39 +120,39 @@ class Journal:
         self.append({"kind": "file", "name": name, "copy": copy.as_posix(), "bytes": size})
 
     def read(self, offset: int, limit: int | None = None) -> Iterator[tuple[Record, int]]:
-        """(record, where the next begins) from `offset` on; a line that is none comes as kind `broken`.
+        """(record, offset of the next) from `offset` on; a line that is not a record comes with the kind `broken`.
 
         Raises:
-            SpoolError: the disk does not give it.
+            SpoolError: the file cannot be read.
         """
         try:
             with self.path.open("rb") as file:
                 file.seek(offset)
                 lines = list(islice(file, limit))
-        except FileNotFoundError:  # somebody has deleted it under the run
+        except FileNotFoundError:  # it was deleted during the run
             return
         except OSError as error:
             raise SpoolError(f"{self.path} cannot be read: {error.strerror or error}") from error
         for line in lines:
-            if not line.endswith(b"\n"):  # being written
+            if not line.endswith(b"\n"):  # still being written
                 return
             offset += len(line)
             yield _parse(line), offset
 
     def unwritten(self) -> list[Record]:
-        """Records that the disk has not taken; they are the caller's now."""
+        """Returns and forgets the records that could not be written to disk."""
         with self._writing:
             lines = list(self._unwritten)
             self._unwritten.clear()
         return [json.loads(line) for line in lines]
 
     def put_back(self, records: list[Record]) -> None:
-        """Takes back what could not be sent either."""
+        """Takes back records that could not be sent either."""
         with self._writing:
             self._unwritten.extendleft(json.dumps(record).encode() + b"\n" for record in reversed(records))
 
     def advance(self, offset: int, store_id: str) -> None:
-        """Notes what the store has got. A note that the disk does not take is harmless: the store knows doubles."""
+        """Stores how much the store has. If this cannot be written, records are sent twice, which is harmless."""
         self.offset, self.store_id = offset, store_id
         part = self.folder / "position.part"
         try:
@@ -161,10 +162,10 @@ class Journal:
             log.debug("position of %s: %s", self.folder, error)
 
     def refuse(self, record: Record, reason: str) -> None:
-        """Puts aside what the store will never take.
+        """Puts aside a record that the store will never take.
 
         Raises:
-            SpoolError: the disk does not take it.
+            SpoolError: it cannot be written.
         """
         try:
             with (self.folder / "refused.jsonl").open("a") as file:
@@ -178,17 +179,17 @@ class Journal:
         return len(path.read_bytes().splitlines()) if path.exists() else 0
 
     def close(self) -> None:
-        """Lets go of the journal; it stays."""
+        """Closes the journal and keeps it."""
         if self._file >= 0:
             os.close(self._file)
             unlock_folder(self.folder, self._lock)
             self._file = -1
 
     def remove(self) -> None:
-        """Deletes the journal with its files, and lets go of it."""
+        """Deletes the journal with its files, and closes it."""
         gone = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.done")
         if self.folder.exists():
-            self.folder.rename(gone)  # at once: half a journal would look like a whole one
+            self.folder.rename(gone)  # atomic: a half-deleted journal would look complete
         self.close()
         shutil.rmtree(gone, ignore_errors=True)
 
@@ -207,9 +208,9 @@ class Journal:
             raise SpoolError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
     def _write(self, line: bytes) -> None:
-        """Writes all of a line, or cuts off again what was written of it."""
+        """Writes a whole line, or removes the part of it that was written."""
         size = os.fstat(self._file).st_size
-        rest = line = b"\n" * self._half + line  # what could not be cut off is ended, and is read as a broken line
+        rest = line = b"\n" * self._half + line  # ends a part that could not be removed; it is read as a broken line
         try:
             while rest:
                 rest = rest[os.write(self._file, rest) :]
@@ -225,7 +226,7 @@ class Journal:
         try:
             position = json.loads((self.folder / "position.json").read_text())
             offset, store_id = int(position["offset"]), str(position["store_id"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):  # then all of it is sent again
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # then everything is sent again
             return 0, ""
         return (offset, store_id) if 0 < offset <= self.path.stat().st_size else (0, "")
 
@@ -237,7 +238,7 @@ def folders(spool_dir: Path) -> list[Path]:
 
 
 def first_record(folder: Path) -> Record:
-    """What a journal starts with; empty when it has no complete line, or is not ours to read."""
+    """The first record of a journal; empty if it has no complete line, or may not be read."""
     try:
         with (folder / "journal.jsonl").open("rb") as file:
             line = file.readline()
@@ -247,7 +248,7 @@ def first_record(folder: Path) -> Record:
 
 
 def is_open(folder: Path) -> bool:
-    """Whether somebody records or uploads this run, or only another user may."""
+    """Whether a process records or uploads this run, or only another user may open it."""
     try:
         unlock_folder(folder, lock_folder(folder))
     except (Locked, PermissionError):
@@ -266,7 +267,7 @@ def _parse(line: bytes) -> Record:
 
 
 def _cut_broken_end(path: Path) -> bytes:
-    """Cuts off what a killed process left after the last complete line -> what it was."""
+    """Removes what a killed process left after the last complete line -> the removed bytes."""
     if not path.exists():
         return b""
     with path.open("r+b") as file:
@@ -279,5 +280,5 @@ def _cut_broken_end(path: Path) -> bytes:
         tail = tail.rpartition(b"\n")[2]
         file.truncate(end - len(tail))
     if tail:
-        log.warning("%s ended in a broken line, which is cut off: %r", path, tail[:200])
+        log.warning("%s ended in an incomplete line, which is removed: %r", path, tail[:200])
     return tail

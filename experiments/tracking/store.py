@@ -1,11 +1,11 @@
-"""What is kept about a run, in MLflow: the only file that imports it, and only when a run starts.
+"""Runs in MLflow. This is the only file that imports MLflow, and it does so only when a run starts.
 
-Kept of every run: resolved configuration, one tag per hook point, git commit with the uncommitted changes, seed,
-device, package versions, time, peak memory, load of the machine, and whatever the experiment logs. The store is
-`mlflow.db` with the artifacts in `mlruns/`, both in the working directory, unless `MLFLOW_TRACKING_URI` names another.
+Every run has: resolved configuration, one tag per hook point, git commit with the uncommitted changes, seed, device,
+package versions, time, peak memory, load of the machine, and whatever the experiment logs. The store is `mlflow.db`
+with the artifacts in `mlruns/`, both in the working directory, unless `MLFLOW_TRACKING_URI` names another.
 
-Everything is written to a journal first (spool.py), and a thread sends it on (uploader.py): a store that goes away
-neither stops nor slows a run, and what it has not got at the end `experiments.sync` brings it.
+Everything is written to a journal first (spool.py), and a thread sends it to the store (uploader.py). A store that goes
+away neither stops nor slows a run. `experiments.sync` uploads what is missing at the end.
 """
 
 import logging
@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 __all__ = ["Run", "TrackingUnavailable", "open_store", "read_metrics", "scalars", "store_uri", "track"]
 
 DEFAULT_URI = "sqlite:///mlflow.db"
-_FIRST_CALL_S = 5  # seconds until a silent server counts as unreachable
+_FIRST_CALL_S = 5  # seconds after which a server that does not answer counts as unreachable
 _LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "60"}
-"""Left to itself MLflow tries for minutes; here the uploader tries again. A large file is answered late."""
+"""By default MLflow retries for minutes; here the uploader retries. The timeout is long because of large files."""
 
 
 @contextmanager
@@ -45,8 +45,8 @@ def track(
 ) -> Iterator[Run]:
     """Runs the block as one MLflow run: FINISHED at its end, FAILED (or KILLED, when interrupted) on an exception.
 
-    `config.tracking` is described in configs/tracking/default.yaml; the whole of `config` is recorded. With `run_id`
-    an earlier run goes on; with `parent` (a run or its identifier) the run is listed below another.
+    configs/tracking/default.yaml describes `config.tracking`; the whole of `config` is recorded. With `run_id` an
+    earlier run is continued. With `parent` (a run or its identifier) the run is listed below another.
 
     Raises:
         TrackingUnavailable: the store cannot be reached or written, within seconds and before the block starts.
@@ -66,10 +66,10 @@ def store_uri() -> str:
 
 
 def open_store() -> "MlflowStore":
-    """The store at `store_uri()`, after it has given one answer.
+    """The store at `store_uri()`, after it has answered once.
 
     Raises:
-        TrackingUnavailable: within seconds.
+        TrackingUnavailable: it does not answer within seconds, or cannot be used.
     """
     uri = store_uri()
     _import_mlflow()
@@ -79,13 +79,13 @@ def open_store() -> "MlflowStore":
     except (ImportError, StoreAway, StoreRefuses) as error:
         raise TrackingUnavailable(
             f"the tracking store {uri} cannot be used ({_first_line(error)}). Start it, "
-            f"or unset MLFLOW_TRACKING_URI to record into {DEFAULT_URI} here, or add tracking.offline=true to bring "
-            "it there later, or tracking.enabled=false"
+            f"or unset MLFLOW_TRACKING_URI to record into {DEFAULT_URI} here, or add tracking.offline=true to upload "
+            "later, or tracking.enabled=false"
         ) from error
 
 
 def read_metrics(run_id: str) -> list[Point] | None:
-    """Every point (key, value, milliseconds, step) of every metric of a run but those of the machine's load.
+    """Every point (key, value, milliseconds, step) of every metric of a run, except those of the machine's load.
 
     None: the store has no such run.
 
@@ -101,7 +101,7 @@ def read_metrics(run_id: str) -> list[Point] | None:
 
 @dataclass(frozen=True)
 class Found:
-    """What a store knows of a run."""
+    """A run in a store."""
 
     run_id: str
     status: str
@@ -109,13 +109,13 @@ class Found:
 
 
 class MlflowStore:
-    """An MLflow store, or server, as the uploader needs it: see `experiments.tracking.uploader.Store`."""
+    """An MLflow store or server, with the interface `experiments.tracking.uploader.Store`."""
 
     def __init__(self, client: "MlflowClient", uri: str) -> None:
         self.uri, self._client = uri, client
 
     def create(self, start: Record, local_id: str | None = None) -> str:
-        """Makes a run -> MLflow's identifier; the tag `spool.id` finds one that was begun offline."""
+        """Makes a run -> MLflow's identifier. A run that was begun offline gets the tag `spool.id`, to find it by."""
         with _translated():
             tags = self._tags(start) | ({"spool.id": local_id} if local_id else {})
             experiment = self._experiment(start["experiment"])
@@ -134,10 +134,10 @@ class MlflowStore:
             found = self._run(run_id)
             if found is None:
                 if start["resumed"]:
-                    log.warning("run %s is not in %s: it begins anew there", run_id, self.uri)
+                    log.warning("run %s is not in %s: a new run is made there", run_id, self.uri)
                 found = self._client.get_run(self.create(start, run_id))
             store_id, known = found.info.run_id, found.data.params
-            # What a resumed run was begun with stays; what it is now is in its configuration.
+            # A resumed run keeps its first parameters; its configuration has the current ones.
             params = [Param(key, value) for key, value in start["params"].items() if key not in known]
             self._client.log_batch(store_id, (), params, [RunTag(*tag) for tag in self._tags(start).items()])
             if found.info.status != "RUNNING":
@@ -159,7 +159,7 @@ class MlflowStore:
 
     def end(self, store_id: str, end: Record) -> None:
         with _translated():
-            if "process" in end:  # concluded from a dead process: the run may have gone on in another
+            if "process" in end:  # added for a dead process: another one may have resumed the run
                 tags = self._client.get_run(store_id).data.tags
                 if end["process"].items() - tags.items():
                     return
@@ -179,13 +179,13 @@ class MlflowStore:
             return [point for key in keys for point in self.points(found.info.run_id, key)]
 
     def found(self, run_id: str) -> Found | None:
-        """What is kept of a run; None: there is no such run."""
+        """A run by its identifier; None: there is no such run."""
         with _translated():
             run = self._run(run_id)
             return None if run is None else _found(run)
 
     def latest(self, experiment: str, tag: str) -> Found | None:
-        """The run of an experiment that was begun last, of those that have the tag."""
+        """The latest run of an experiment that has the tag."""
         with _translated():
             known = self._client.get_experiment_by_name(experiment)
             if known is None:
@@ -201,7 +201,7 @@ class MlflowStore:
             return [_found(run) for run in sorted(runs, key=lambda run: run.info.start_time)]
 
     def artifact(self, run_id: str, name: str, folder: Path) -> Path:
-        """Brings an artifact of a run into a folder -> its path there."""
+        """Copies an artifact of a run into a folder -> its path there."""
         with _translated():
             return Path(self._client.download_artifacts(run_id, name, str(folder)))
 
@@ -210,7 +210,7 @@ class MlflowStore:
             return {file.path: file.file_size for file in self._client.list_artifacts(store_id, folder or None)}
 
     def end_orphans(self) -> None:
-        """Sets KILLED what dead processes of this user on this machine left RUNNING."""
+        """Marks runs as KILLED that dead processes of this user on this machine left RUNNING."""
         mine = process_tags()
         same = " and ".join(f"tags.`{key}` = '{mine[key]}'" for key in ("process.host", "process.user"))
         with _translated():
@@ -247,7 +247,7 @@ class MlflowStore:
         return start["tags"] | {"mlflow.parentRunId": found.info.run_id if found else parent}
 
     def _experiment(self, name: str) -> str:
-        """The identifier of an experiment, made when there is none; beside a local database go its artifacts."""
+        """The identifier of an experiment, which is made if missing; its artifacts lie beside a local database."""
         from mlflow.exceptions import MlflowException
 
         known = self._client.get_experiment_by_name(name)
@@ -269,7 +269,7 @@ def _found(run: "mlflow.entities.Run") -> Found:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Sorts what the layers below raise into what will pass and what will not."""
+    """Turns errors of the layers below into StoreAway (may pass) or StoreRefuses (will not)."""
     from mlflow.exceptions import MlflowException
     from requests import HTTPError
     from sqlalchemy.exc import SQLAlchemyError
@@ -291,7 +291,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _import_mlflow() -> None:
-    """Imports MLflow without its usage reports, its lines about set-up and addresses, and the warning it causes."""
+    """Imports MLflow without its usage reports, its messages about set-up and addresses, and the warning it causes."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -305,16 +305,16 @@ def _import_mlflow() -> None:
 
 
 def _connect(uri: str) -> "MlflowClient":
-    """A client that has got one answer within seconds."""
+    """A client that has had an answer within seconds."""
     from mlflow import MlflowClient
 
-    if uri == DEFAULT_URI:  # MLflow keeps a store by its address, which must not depend on the working directory
+    if uri == DEFAULT_URI:  # MLflow caches a store by its address, which must not depend on the working directory
         uri = f"sqlite:///{Path('mlflow.db').resolve()}"
     if uri.partition(":")[0].partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql"):
         _check_database(uri)
     timeout = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     before = os.environ[timeout]
-    if before == _LIMITS[timeout]:  # else somebody has said how long to wait
+    if before == _LIMITS[timeout]:  # otherwise the user has set how long to wait
         os.environ[timeout] = str(_FIRST_CALL_S)
     try:
         client = MlflowClient(tracking_uri=uri)

@@ -1,6 +1,6 @@
-"""From a run's journal to the tracking store: `Drain` sends what is new, `Uploader` does so beside a running block.
+"""Sends a run's journal to the tracking store: `Drain` sends what is new, `Uploader` does so while a run is at work.
 
-Whatever is sent twice, after a crash or an answer that got lost, must be harmless: a store knows a metric point by key,
+A record may be sent twice, after a crash or a lost answer. That is harmless: a store identifies a metric point by key,
 time, step and value, and a tag, parameter or file by its name.
 """
 
@@ -18,13 +18,13 @@ log = logging.getLogger(__name__)
 
 Point = tuple[str, float, int, int]
 """Key, value, milliseconds since 1970, step."""
-_LINES = 500  # of the journal per request; a record of many values is split by the store
+_LINES = 500  # lines of the journal per request; the store splits a record of many values
 _PERIOD_S = 1.0  # between requests when all is well
 _LONGEST_WAIT_S = 30.0  # between tries when the store is away
 
 
 class StoreAway(OSError):
-    """The store does not answer, or cannot do it now; later it may."""
+    """The store does not answer, or cannot do it now, but may later."""
 
 
 class StoreRefuses(ValueError):
@@ -32,19 +32,19 @@ class StoreRefuses(ValueError):
 
 
 class Store(Protocol):
-    """What keeps runs. Every method may raise StoreAway, and those that send StoreRefuses."""
+    """A store of runs. Every method may raise StoreAway; methods that send may raise StoreRefuses."""
 
     def find(self, run_id: str) -> str | None:
         """The store's identifier of a run."""
 
     def begin(self, run_id: str, start: Record) -> str:
-        """Makes the run where it is missing, sets it RUNNING -> the store's identifier."""
+        """Makes the run if it is missing, and sets it RUNNING -> the store's identifier."""
 
     def log(self, store_id: str, points: list[Point], tags: dict[str, str]) -> None:
-        """Adds points, sets tags."""
+        """Adds points and sets tags."""
 
     def upload(self, store_id: str, file: Path, name: str) -> None:
-        """Keeps a file as the artifact `name`, whose last step is the name of the file."""
+        """Keeps a file as the artifact `name`, which must end with the file's name."""
 
     def end(self, store_id: str, end: Record) -> None:
         """Closes the run."""
@@ -53,25 +53,25 @@ class Store(Protocol):
         """All points of a metric."""
 
     def sizes(self, store_id: str, folder: str) -> dict[str, int | None]:
-        """Artifact of a folder -> bytes, None for a folder."""
+        """The artifacts in a folder -> their bytes, None for a folder."""
 
 
 class Drain:
-    """Sends a journal to a store, from where it has got to."""
+    """Sends a journal to a store, from the position reached so far."""
 
     def __init__(self, journal: Journal, store: Store, keep_copies: bool = False) -> None:
         self.journal, self.store, self.keep_copies = journal, store, keep_copies
         self.ended = False
-        """Whether the store has got the end of the run."""
+        """Whether the store has the end of the run."""
         self.store_id: str | None = None
         """The store's identifier, once it knows the run."""
 
     def __call__(self) -> None:
-        """Sends all there is now.
+        """Sends everything recorded so far.
 
         Raises:
-            StoreAway: what is left is sent by the next call.
-            SpoolError: the store refused something, and the disk does not take it either.
+            StoreAway: the next call sends the rest.
+            SpoolError: the store refused a record, and it cannot be written to disk either.
         """
         if self.store_id is None and self.journal.store_id:
             self.store_id = self.store.find(self.journal.store_id)
@@ -93,7 +93,7 @@ class Drain:
         self._send_unwritten()
 
     def _send_unwritten(self) -> None:
-        """What the disk did not take goes from memory to the store."""
+        """Sends records that could not be written to disk from memory."""
         records = self.journal.unwritten()
         while records:
             try:
@@ -108,7 +108,7 @@ class Drain:
             self.journal.advance(offset, self.store_id)
 
     def _apply(self, record: Record) -> bool:
-        """Sends one record -> whether the store has taken it."""
+        """Sends one record -> whether the store took it."""
         kind = record["kind"]
         if kind == "start":
             self._begin(record)
@@ -131,11 +131,11 @@ class Drain:
         self.ended = False
         try:
             self.store_id = self.store.begin(self.journal.folder.name, start)
-        except StoreRefuses as error:  # a run that somebody has deleted, say: it can be restored
-            raise StoreAway(f"the run cannot be begun: {error}") from error
+        except StoreRefuses as error:  # for example a deleted run, which can be restored
+            raise StoreAway(f"the run cannot be started: {error}") from error
 
     def _log(self, records: list[Record]) -> list[Record]:
-        """Sends metrics and tags in one go; what is refused, one by one -> what is left to send: nothing."""
+        """Sends metrics and tags in one request, or one by one if it is refused -> what is left to send: nothing."""
         if not records:
             return []
         if self.store_id is None:
@@ -160,18 +160,18 @@ class Drain:
         return []
 
     def _refuse(self, record: Record, reason: str) -> bool:
-        log.error("run %s: %s is not taken by the store: %s", self.journal.folder.name, str(record)[:200], reason)
+        log.error("run %s: %s cannot be uploaded: %s", self.journal.folder.name, str(record)[:200], reason)
         self.journal.refuse(record, reason)
         return False
 
 
 class Uploader(threading.Thread):
-    """Sends what a run records, about once a second, and samples the machine; the run never waits for it."""
+    """A thread that sends what a run records about once a second, and samples the machine; the run never waits."""
 
     def __init__(self, run: Run, store: Store | None, sample_s: float | None) -> None:
         super().__init__(name=f"tracking {run.run_id}", daemon=True)
         self.complete = False
-        """Whether the store has got everything."""
+        """Whether the store has everything."""
         self._record, self._journal, self._sample_s = run, run.journal, sample_s
         self._drain = None if store is None else Drain(run.journal, store)
         self._system = SystemMetrics()
@@ -180,10 +180,10 @@ class Uploader(threading.Thread):
         self._ending, self._abandoned = threading.Event(), threading.Event()
 
     def run(self) -> None:
-        """The thread's work, until the run has ended and all is sent, or nobody waits for it any more."""
+        """The work of the thread. It ends when the run has ended and all is sent, or when nobody waits any longer."""
         try:
             while not self._abandoned.is_set():
-                ending = self._ending.is_set()  # before the drain, so that it includes the end
+                ending = self._ending.is_set()  # read before draining, so that the drain includes the end
                 if not ending and self._sample_s is not None and time.monotonic() >= self._next_sample:
                     self._next_sample = time.monotonic() + self._sample_s
                     self._record.metrics(*self._system.sample())
@@ -196,11 +196,11 @@ class Uploader(threading.Thread):
             self.complete = self._drain is not None and self._drain.ended and not self._away
             if self.complete and not self._journal.refused():
                 self._journal.remove()
-            elif self._ending.is_set():  # else the run goes on writing
+            elif self._ending.is_set():  # otherwise the run still writes
                 self._journal.close()
 
     def finish(self, patience_s: float) -> None:
-        """Waits until all is sent, but not longer than `patience_s` for a store that takes nothing."""
+        """Waits until all is sent, but at most `patience_s` without progress."""
         self._ending.set()
         progress, since = self._journal.offset, time.monotonic()
         while self.is_alive() and time.monotonic() - since < patience_s:
@@ -216,7 +216,9 @@ class Uploader(threading.Thread):
             drain()
         except (StoreAway, SpoolError) as error:
             if not self._away:
-                log.warning("run %s goes on without the tracking store: %s", self._record.run_id, error)
+                log.warning(
+                    "run %s goes on without the tracking store, and records to disk: %s", self._record.run_id, error
+                )
             self._away, self._wait = True, min(_LONGEST_WAIT_S, 2 * self._wait or _PERIOD_S)
             self._next_try = time.monotonic() + self._wait
             return

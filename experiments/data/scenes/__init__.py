@@ -1,7 +1,7 @@
-"""`data=scenes`: textured solids in rooms and yards, ray-cast with everything known exactly. Needs no download.
+"""`data=scenes`: ray-cast scenes of textured solids in rooms and yards, with exact annotations. Needs no download.
 
-`composition` and `bodies` draw a scene, `world` says what one is, `geometry` and `textures` what its parts are, and
-`render` casts the rays.
+`composition` and `bodies` draw a random scene. `world` defines a scene, `geometry` and `textures` its parts. `render`
+casts the rays.
 """
 
 import hashlib
@@ -18,30 +18,30 @@ from experiments.data.scenes.geometry import Pose
 from experiments.data.scenes.world import CLASSES, Scene
 
 _FORMAT = 1
-"""To be raised with every change of what the samples are."""
+"""Must be increased with every change of the samples."""
 _SPLITS = ("train", "val", "test")
 
 
 @register_data("scenes")
 class Scenes(DataSet):
-    """Procedural scenes: sample i is a function of the settings and i alone, bit for bit on one machine.
+    """Procedural scenes: sample i depends only on the settings and i, bit for bit on one machine.
 
-    Labels, depth and normals are those of the surface at the centre of each pixel. The sky has depth 0 and normal 0
-    (there are none), and the flow of what is infinitely far. Flow is NaN where the point is occluded or outside the
-    image in the next frame. The scene does not depend on `size`: images of one proportion show the same at any
-    resolution, and the longer side always spans the same angle.
+    Labels, depth and normals are those of the surface at the centre of each pixel. The sky has depth 0 and normal 0,
+    which mean unknown, and the flow of points at infinity. Flow is NaN where the point is occluded or outside the image
+    in the next frame. The scene does not depend on `size`: images of one proportion show the same at any resolution,
+    and the longer side always spans the same angle.
 
     Args:
         size: rows and columns of the images.
         num: number of scenes; with `frames` > 1 each is a video, and there are num * frames samples.
-        seed: of everything that is random.
+        seed: of all random numbers.
         split: train, val or test: independent scenes.
-        frames: of each video; 1: single images, the first frames of the videos, without flow.
+        frames: frames of each video; 1: single images, which are the first frames of the videos, without flow.
         num_objects: largest number of bodies on the floor.
         supersampling: rays per pixel along each axis for the image; labels have one, at the centre.
 
     Raises:
-        DataError: a setting out of its range.
+        DataError: a setting is out of range.
     """
 
     classes = CLASSES

@@ -1,6 +1,7 @@
 """The bodies of a scene, drawn at random: boxes, balls, furniture, trees and the like, and how their surfaces look.
 
-A class prefers some patterns, colours and sizes, but each may come in any: neither colour nor texture alone tells it.
+Each class prefers some patterns, colours and sizes but may have any, so neither colour nor texture alone tells the
+class.
 """
 
 import colorsys
@@ -14,7 +15,7 @@ from experiments.data.scenes.textures import PATTERNS, Material
 from experiments.data.scenes.world import Part
 
 _TYPICAL = 0.65
-"""Probability that a surface has the pattern, and that it has the colours, which its class prefers."""
+"""Probability that a surface has a pattern that its class prefers, and (independently) such colours."""
 
 _WOOD = ((30, 0.5, 0.45), (28, 0.55, 0.6), (22, 0.6, 0.3), (35, 0.35, 0.75))
 _STONE = ((30, 0.1, 0.6), (40, 0.2, 0.75), (15, 0.5, 0.5), (210, 0.05, 0.5))
@@ -40,7 +41,7 @@ _LOOKS = {
 
 
 def draw_material(rng: np.random.Generator, surface: str, shortest: float = 0.12, longest: float = 0.5) -> Material:
-    """A look for a kind of surface, with the period of its pattern between two lengths in metres."""
+    """Draws a material for a kind of surface; the period of its pattern lies between two lengths in metres."""
     patterns, palette = _LOOKS[surface]
     pattern = str(rng.choice(patterns if rng.random() < _TYPICAL else list(PATTERNS)))
     if rng.random() < _TYPICAL:
@@ -63,7 +64,7 @@ def _linear(hsv: np.ndarray) -> Vector:
     return floats(np.array(colorsys.hsv_to_rgb(hsv[0] / 360 % 1, saturation, value)) ** 2.2)
 
 
-# Bodies stand on y = 0 of their own frame. Each of the following makes the parts of one.
+# Bodies stand on y = 0 of their own frame. Each of the following functions makes the parts of one body.
 
 
 def _box(rng: np.random.Generator) -> list[Part]:
@@ -130,7 +131,7 @@ def _fence(rng: np.random.Generator) -> list[Part]:
 
 
 def _legs(label: str, material: Material, half: Vector, thick: float) -> list[Part]:
-    """Four, under the corners of a plate of which half the sides are x and z of `half`, and y their half height."""
+    """Four legs under the corners of a plate; `half` has half of its sides (x, z) and of the legs' height (y)."""
     x, y, z = half[0] - thick, half[1], half[2] - thick
     leg = Box((thick, y, thick))
     return [Part(label, leg, material, Pose.of((i * x, -y, j * z))) for i in (-1, 1) for j in (-1, 1)]

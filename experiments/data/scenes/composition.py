@@ -10,7 +10,7 @@ from experiments.data.scenes.world import Body, Light, Motion, Part, Scene
 
 
 def compose(rng: np.random.Generator, num_objects: int) -> Scene:
-    """Draws a scene with at most `num_objects` bodies on its floor: fewer where no room for them is left."""
+    """Draws a scene with at most `num_objects` bodies on its floor, fewer if there is no room left."""
     pitch = -rng.uniform(0.03, 0.36)
     camera = Pose.of((0.0, -rng.uniform(0.9, 2.2), 0.0), pitch=pitch, roll=rng.normal(0, 0.02))
     focal = 0.5 / math.tan(math.radians(rng.uniform(50, 75)) / 2)
@@ -36,7 +36,7 @@ def compose(rng: np.random.Generator, num_objects: int) -> Scene:
 
 
 def _is_free(x: float, z: float, radius: float, taken: list[tuple[float, float, float]], walls: list[Body]) -> bool:
-    """Whether a disc touches no other, and keeps to the camera's side of each wall."""
+    """Whether a disc touches no other disc and stays on the camera's side of each wall."""
     clear = all(math.hypot(x - u, z - v) > radius + other + 0.05 for u, v, other in taken)
     inside = (wall.pose.undo(np.array([[x], [0.0], [z]]))[2, 0] < -radius - 0.2 for wall in walls)
     return clear and all(inside)
@@ -48,7 +48,7 @@ def _floor(rng: np.random.Generator) -> Body:
 
 
 def _walls(rng: np.random.Generator) -> tuple[list[Body], float]:
-    """Walls around the place, each facing it along its own -z, and how far away the one ahead stands."""
+    """Walls around the scene, each facing it along its own -z, and the distance of the wall ahead."""
     depth = rng.uniform(6, 14)
     ahead = rng.uniform(-0.6, 0.6)
     height = float(rng.choice([rng.uniform(0.7, 1.6), rng.uniform(2.2, 3.5), 8.0]))

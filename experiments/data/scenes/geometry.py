@@ -1,7 +1,7 @@
 """Solids and where they stand: rigid poses, and closed-form intersections of rays with boxes, ellipsoids and frustums.
 
-Every frame of reference has x to the right, y down and z forward; lengths are metres. Points and directions are arrays
-of shape (3,N), and what is computed has their precision: float64 for labels and geometry, float32 for colours.
+In every frame of reference x points right, y down and z forward; lengths are in metres. Points and directions are
+arrays of shape (3,N). Results have the precision of the inputs: float64 for labels and geometry, float32 for colours.
 """
 
 from abc import ABC, abstractmethod
@@ -12,10 +12,10 @@ from functools import cached_property
 import numpy as np
 
 Vector = tuple[float, float, float]
-"""Python floats, which leave float32 arrays float32."""
+"""Three Python floats; unlike NumPy's, they keep float32 arrays float32."""
 
 NEAR = 1e-3
-"""Ray parameter below which nothing is hit."""
+"""Hits with a smaller ray parameter do not count."""
 
 
 def floats(values: Iterable[float]) -> Vector:
@@ -64,7 +64,7 @@ class Pose:
 
 
 class Shape(ABC):
-    """A closed convex solid around the origin of its own frame, seen from outside."""
+    """A closed convex solid around the origin of its own frame; rays start outside it."""
 
     half: Vector
     """Half the sides of its bounding box."""
@@ -126,7 +126,7 @@ class Ellipsoid(Shape):
         axes = np.array(self.half, directions.dtype)[:, None]
         o, d = origins / axes, directions / axes
         a, b = (d * d).sum(0), (o * d).sum(0)
-        # The distance of the ray's line from the centre, and not b² - a c, keeps digits where the solid is far.
+        # Computed from the line's distance to the centre, because b² - a c would lose digits for a distant solid.
         foot = o - (b / a) * d
         inside = 1 - (foot * foot).sum(0)
         t = (-b - np.sqrt(np.maximum(inside, 0) * a)) / a
@@ -170,7 +170,7 @@ class Frustum(Shape):
         c = ox * ox + oz * oz - radius * radius
         root = np.sqrt(np.maximum(b * b - a * c, 0))
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            # The two roots of a t² + 2 b t + c, without the difference of nearly equal numbers.
+            # The two roots of a t² + 2 b t + c, computed without subtracting nearly equal numbers.
             q = -(b + np.copysign(root, b))
             sides = (q / a, c / q)
             caps = [(y - oy) / dy for y in (-self.half_height, self.half_height)]

@@ -1,6 +1,6 @@
-"""Ray casting: a frame's geometry exactly at the pixels' centres, and its colours averaged over several rays per pixel.
+"""Ray casting: exact geometry at the centres of pixels, and colours averaged over several rays per pixel.
 
-Nothing is intersected that the bounds of a part's projection do not cover, for the camera and for the sun alike.
+A ray is intersected with a part only inside the bounds of the part's projection, for the camera and for the sun alike.
 """
 
 import itertools
@@ -14,10 +14,10 @@ from experiments.data.scenes.textures import albedo, noise
 from experiments.data.scenes.world import CLASSES, Frame, Light, Placed
 
 SKY = -1
-"""Number of the part that a ray hits when it hits none."""
+"""Stands for the part number of rays that hit no part."""
 _HAZE = 90.0  # metres after which 1/e of a colour is left
 _EXPOSURE = 1.5
-_BLOCK = 65536  # rays at a time, whose arrays stay in the cache
+_BLOCK = 65536  # rays at a time, so that their arrays stay in the CPU cache
 _Outline = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
@@ -54,7 +54,7 @@ def first_hit(
     plane: np.ndarray,
     outline: _Outline,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first part each ray meets, (N,), and the ray's parameter there, (N,): `SKY` and inf where there is none.
+    """The first part that each ray hits (N,), and the ray's parameter there (N,); `SKY` and inf where there is none.
 
     Parts are numbered through all bodies. `origins` and `directions` are (3,N) or (3,1) in the world. `plane` (2,N) are
     the rays on a plane of projection, and `outline` projects points (3,M) of the world to the lower and upper bounds
@@ -90,7 +90,7 @@ def _covered(plane: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray
 
 
 def camera_outline(camera: Pose) -> _Outline:
-    """Bounds on the plane z = 1 of the camera's frame; everything, for what reaches behind the camera."""
+    """Bounds on the plane z = 1 of the camera's frame; unbounded for what reaches behind the camera."""
 
     def outline(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         x, y, z = camera.undo(corners)
@@ -103,7 +103,7 @@ def camera_outline(camera: Pose) -> _Outline:
 
 
 def look(frame: Frame, rays: np.ndarray) -> Geometry:
-    """What rays (3,N) in the camera's frame, with z = 1, see."""
+    """What is seen along rays (3,N) in the camera's frame, with z = 1."""
     directions = frame.camera.rotate(rays)
     origin = frame.camera.translation.astype(rays.dtype)[:, None]
     part, depth = first_hit(frame.bodies, origin, directions, rays[:2], camera_outline(frame.camera))
@@ -131,7 +131,7 @@ def labels(frame: Frame, seen: Geometry) -> np.ndarray:
 def flow(frame: Frame, following: Frame, seen: Geometry, rays: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """(2,N) displacement in pixels to the following frame; NaN where the point is hidden or outside the image there.
 
-    A point moves with its part; the sky is infinitely far, and only turning the camera moves it.
+    A point moves with its part. The sky is infinitely far, so only a rotation of the camera moves it.
     """
     moved = np.zeros_like(seen.points)
     for number, at in _by_part(seen.part):
@@ -152,7 +152,7 @@ def flow(frame: Frame, following: Frame, seen: Geometry, rays: np.ndarray, size:
 
 
 def colours(frame: Frame, size: Sequence[int], supersampling: int) -> np.ndarray:
-    """(3,H,W) float32 RGB in [0,1], each pixel the mean of supersampling² rays with as many points of the sun."""
+    """(3,H,W) float32 RGB in [0,1]: mean of supersampling² rays per pixel, each lit by its own point of the sun."""
     steps = (np.arange(supersampling) + 0.5) / supersampling
     total = np.zeros((3, size[0] * size[1]), np.float32)
     for down, right in itertools.product(steps, steps):
@@ -167,7 +167,7 @@ def colours(frame: Frame, size: Sequence[int], supersampling: int) -> np.ndarray
 
 
 def _by_part(part: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """(number of a part, the rays that hit it), of all that are hit."""
+    """(number of a part, the rays that hit it), for all parts that are hit."""
     order = np.argsort(part, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(part[order])) + 1)
     return [(int(part[at[0]]), at) for at in groups if at.size and part[at[0]] != SKY]

@@ -1,7 +1,7 @@
-"""Procedural surfaces: fractal noise, and the patterns made of it, faded out where a pixel covers a whole period.
+"""Procedural surfaces: fractal noise and patterns, which fade out where a pixel covers a whole period.
 
-Solid noise after Perlin, "An Image Synthesizer", SIGGRAPH 1985; the lattice holds several octaves at once, so that two
-look-ups give what takes six otherwise.
+Solid noise after Perlin, "An Image Synthesizer", SIGGRAPH 1985. The lattice holds several octaves at once, so two
+look-ups replace six.
 """
 
 from collections.abc import Callable
@@ -93,7 +93,7 @@ def _tiles(uv: np.ndarray, rough: np.ndarray, blur: np.ndarray) -> np.ndarray:
 def _bricks(uv: np.ndarray, rough: np.ndarray, blur: np.ndarray) -> np.ndarray:
     row = np.floor(3 * uv[1])
     along = uv[0] + 0.5 * (row % 2)
-    tint = np.sin(57.0 * row + 31.0 * np.floor(along))  # each brick its own
+    tint = np.sin(57.0 * row + 31.0 * np.floor(along))  # each brick has its own
     return _wave(along, 0.94, blur) * _wave(3 * uv[1], 0.85, 3 * blur) * (0.85 + 0.15 * tint)
 
 
@@ -147,7 +147,7 @@ def albedo(material: Material, points: np.ndarray, uv: np.ndarray, footprint: np
     fine = noise(points * 23.0 + offset[::-1]) / (1 + 23.0 * footprint)
     blur = footprint / period
     share = PATTERNS[material.pattern](uv / period, coarse, np.maximum(blur, 0.02))
-    keep = np.clip(1.5 - 1.5 * blur, 0, 1)  # beyond that a pixel shows the mean
+    keep = np.clip(1.5 - 1.5 * blur, 0, 1)  # larger pixels show the mean
     share = 0.5 + keep * (share - 0.5)
     first, second = (np.array(colour, points.dtype)[:, None] for colour in material.colours)
     brightness = np.exp(material.mottle * (0.6 * keep * coarse + 1.3 * fine))

@@ -1,4 +1,4 @@
-"""What a scene is: bodies of textured parts, their rigid motion, the camera, the light; and where all is at a frame."""
+"""Defines a scene: bodies of textured parts, their rigid motion, the camera, the light; and its state at a frame."""
 
 import itertools
 import math
@@ -28,7 +28,7 @@ CLASSES = (
 
 @dataclass(frozen=True)
 class Motion:
-    """A rigid motion about a body's own origin: swaying, which stays in bounds for any number of frames, and spin."""
+    """A rigid motion about a body's own origin: swaying, which stays bounded over any number of frames, and spin."""
 
     sway: Vector = (0.0, 0.0, 0.0)
     """Amplitude in metres."""
@@ -125,7 +125,7 @@ class Scene:
     light: Light
 
     def at(self, frame: int) -> Frame:
-        """All of it at a frame."""
+        """The whole scene at a frame."""
         bodies = []
         for body in self.bodies:
             pose = body.motion.move(body.pose, frame)
