@@ -9,7 +9,7 @@ from PIL import Image
 
 from core.registry import discover
 from experiments.settings import SettingError
-from experiments.sweeps.arms import composed
+from experiments.sweeps.arms import composed, read_arms
 from experiments.sweeps.sweep import Sweep, ablate
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs/experiment"
@@ -69,7 +69,7 @@ def tiny(name, given, out_dir):
             made[key] = value
     if "steps" in made:
         made.steps = 2
-    made.out_dir, made.cost = str(out_dir), None
+    made.out_dir, made.cost, made.start = str(out_dir), None, "scratch"  # tiny models have no trained weights
     made.train = [*made.train, *TRAIN]
     for task, overrides in made.tasks.items():
         kind = next(text for text in flat(overrides) if text.startswith("task=")).partition("=")[2]
@@ -118,3 +118,46 @@ def test_two_steps_of_a_recipe_run(name, given, tmp_path):
     report = ablate(made)
     assert not report.results.failures
     assert {one.arm for one in report.comparisons} == {member.arm for member in Sweep(made).plan.members}
+
+
+@pytest.mark.parametrize(
+    ("start", "arm", "init_from", "ordering"),
+    [
+        ("scratch", [], None, "paper"),
+        ("bundled", [], "bundled", "paper"),
+        ("bundled", ["unifier.ordering=released"], "bundled_released", "released"),
+        ("bundled_released", [], "bundled_released", "released"),
+        ("bundled", ["unifier=none"], "bundled", None),
+        ("bundled", ["attention=pyramid_window"], "bundled", "paper"),
+        ("bundled", ["init_from=null"], None, "paper"),
+        ("published", [], "anyup_multi_backbone", "released"),
+    ],
+)
+def test_arms_start_from_the_weights_that_are_asked_for(start, arm, init_from, ordering, shared, monkeypatch):
+    if start == "published":
+        file = shared("weights/anyup_multi_backbone.pth")
+        monkeypatch.setattr("core.checkpoint.fetch", lambda name: file)
+    made = recipe("quickstart")
+    made.start, made.arms = start, {"baseline": arm}
+    training = read_arms(made)[0].training
+    assert training.init_from == init_from
+    assert OmegaConf.to_container(training.unifier, enum_to_str=True).get("ordering") == ordering
+
+
+def test_every_recipe_can_start_from_trained_weights(given):
+    for name in set(RECIPES) - {"debug/fast"}:  # whose models are tiny
+        made = recipe(name)
+        for key, value in given.items():
+            if key in made.keys():  # noqa: SIM118
+                made[key] = value
+        made.start = "bundled"
+        started = [arm.training.init_from for arm in read_arms(made) if arm.training is not None]
+        assert started
+        assert all(source in ("bundled", "bundled_released") for source in started), name
+
+
+def test_a_start_that_is_not_there_names_arm_and_names():
+    made = recipe("quickstart")
+    made.start = "nowhere"
+    with pytest.raises(SettingError, match=r"arm baseline: checkpoint nowhere: there is no such file; known names are"):
+        read_arms(made)

@@ -36,6 +36,8 @@ from experiments.training.setup import deciding_settings, make_model
 log = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
+STARTS = {"bundled": "bundled", "published": "anyup_multi_backbone"}
+"""What `start=` calls some checkpoints; all other names are theirs."""
 _NAME = re.compile(r"[A-Za-z0-9][\w.+=,\- ]*")
 
 
@@ -265,7 +267,10 @@ def _arm(name: str, value: object, config: DictConfig) -> Arm:
     if any(override.lstrip("+").partition("=")[0] == "seed" for override in [*strings(config, "train"), *overrides]):
         raise SettingError(f"arm {name} sets a seed: all arms have the same seeds; set them with seeds=[...]")
     try:
-        training = composed("train", [*strings(config, "train"), *overrides, f"device={config.device}"])
+        asked = [*strings(config, "train"), *overrides, f"device={config.device}"]
+        training = composed("train", asked)
+        if config.start != "scratch" and not _names(asked, "init_from"):
+            training = composed("train", [*asked, *_started(config.start, training, asked)])
         training.tracking = standalone(config.tracking)
         if training.stop_after is not None:
             raise SettingError("stop_after: a sweep trains to the last step; shorten it with steps=...")
@@ -274,6 +279,26 @@ def _arm(name: str, value: object, config: DictConfig) -> Arm:
     except (ValueError, OSError) as error:  # of Hydra, the fillers, or the checkpoint to start from
         raise SettingError(f"arm {name}: {str(error).splitlines()[0]}") from error
     return Arm(name, "trained", training)
+
+
+def _started(start: str, training: DictConfig, asked: Sequence[str]) -> list[str]:
+    """Overrides that start an arm from trained weights, with the ordering of channels that these were trained with.
+
+    Raises:
+        WeightsError, OSError: the checkpoint cannot be read.
+    """
+    unifier = OmegaConf.to_container(training.unifier, enum_to_str=True)
+    source, ordering = STARTS.get(start, start), unifier.get("ordering")
+    if ordering is None or _names(asked, "unifier.ordering"):
+        if start == "bundled" and ordering == "released":
+            source = "bundled_released"
+        return [f"init_from={source}"]
+    of_weights = checkpoint.read(source)[1]["unifier"].get("ordering", ordering)
+    return [f"init_from={source}", f"unifier.ordering={of_weights}"]
+
+
+def _names(overrides: Sequence[str], key: str) -> bool:
+    return any(override.lstrip("+").partition("=")[0] == key for override in overrides)
 
 
 def _check_distinct(arms: Sequence[Arm]) -> None:
