@@ -172,3 +172,15 @@ def test_the_command_line_is_told_in_the_table_and_the_run_is_recorded(weights):
 
 def test_ceilings_are_known_to_the_configuration():
     assert list(config().ceilings) == list(CEILINGS)
+
+
+def test_an_arm_may_be_the_mean_of_others():
+    report = evaluate(config(PHOTOS, "peers=[bilinear,nearest]", "means={both: [nearest, bilinear]}", "ceilings=[]"))
+    errors = report.scores[report.scores.measure == "error"].groupby("arm")["numerator"].mean()
+    assert errors["both"] < errors["nearest"]
+    assert set(errors.index) == {"bilinear", "nearest", "both"}
+    for wrong in ("{both: [nearest]}", "{both: [nearest, nobody]}", "{both: [nearest, nearest]}"):
+        with pytest.raises(SettingError, match="takes at least two of the arms bilinear, nearest"):
+            evaluate(config(PHOTOS, "peers=[bilinear,nearest]", f"means={wrong}"))
+    with pytest.raises(SettingError, match="two arms are called nearest"):
+        evaluate(config(PHOTOS, "peers=[bilinear,nearest]", "means={nearest: [nearest, bilinear]}"))

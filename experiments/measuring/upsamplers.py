@@ -1,9 +1,10 @@
 """The upsamplers that an evaluation compares: peers and checkpoints, by the names of their arms."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig
-from torch import nn
+from torch import Tensor, nn
 
 import core
 from experiments.measuring.ceilings import CEILINGS
@@ -28,11 +29,32 @@ def upsamplers(config: DictConfig) -> dict[str, nn.Module]:
             raise _named_twice(name)
     try:
         models = {name: peer_from_config(node) for name, node in names.items()}
-        return models | {name: core.load(path) for name, path in files.items()}
+        models |= {name: core.load(path) for name, path in files.items()}
     except (core.WeightsError, OSError) as error:
         raise SettingError(f"checkpoints: {error}") from error
     except ValueError as error:
         raise SettingError(str(error)) from error
+    return models | {name: _mean(name, list(arms), models) for name, arms in (config.means or {}).items()}
+
+
+class MeanOf(nn.Module):
+    """The mean of what several upsamplers give."""
+
+    def __init__(self, models: Sequence[nn.Module]):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, image: Tensor, features: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+        """(B,3,H,W), (B,C,h,w) -> (B,C,Qh,Qw)."""
+        return sum(model(image, features, output_size) for model in self.models) / len(self.models)
+
+
+def _mean(name: str, arms: list[str], models: dict[str, nn.Module]) -> MeanOf:
+    if name in (*models, *CEILINGS):
+        raise _named_twice(name)
+    if len(set(arms)) < 2 or not set(arms) <= models.keys():
+        raise SettingError(f"means.{name}={arms}: it takes at least two of the arms {', '.join(models)}")
+    return MeanOf([models[arm] for arm in arms])
 
 
 def _named(checkpoints: DictConfig | ListConfig | None) -> dict[str, str]:
