@@ -32,6 +32,8 @@ from experiments.atomic import CannotWrite
 from experiments.data import DataError, feature_cache, open_data
 from experiments.data.feature_cache import FeatureCache, NotFinite, fingerprint
 from experiments.data.image_files import NoImages, centre_square
+from experiments.measuring.metrics import fidelity_case
+from experiments.measuring.targets import CropSettings
 from experiments.settings import SettingError
 from experiments.tracking.store import Run
 from experiments.training.curves import CURVES_NAME, read_table
@@ -187,6 +189,8 @@ def test_no_crops_means_the_whole_image_at_the_higher_resolution(photographs):
         ({"view": 8}, "views.view must be at least 16"),
         ({"scale": 1}, "views.scale"),
         ({"crops": 5, "crop_pool": 3}, "views.crop_pool=3 has fewer"),
+        ({"average": 2}, "set views.crops=0, or views.average=0"),
+        ({"crops": 0, "average": -1}, "views.average must be at least 0"),
         ({"augment": 2}, "views.augment"),
         ({"guidance": 4}, "views.guidance"),
         ({"view": 36}, "views.view=36 is no multiple of the backbone's stride 8"),
@@ -353,6 +357,44 @@ def test_a_stopped_training_goes_on_bit_for_bit(config, tmp_path, stop):
     assert finished.state.losses == expected.state.losses
     same(state_of(undisturbed), state_of(config(*stopped)))
     same(load_file(expected.checkpoint), load_file(finished.checkpoint))
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("pool", [0, 5])
+def test_an_averaged_target_is_that_of_fidelity(config, scale, pool):
+    """For encoders of two strides: what is learnt is what is measured."""
+    made = config(
+        "views.crops=0", "views.average=2", f"views.scale={scale}", f"views.crop_pool={pool}",
+        "backbones=[{name: hog8}, {name: hog16}]",
+    )  # fmt: skip
+    training = Training(made)
+    for index, backbone in enumerate(training.backbones):
+        views = training.views.of_backbone(0, index)
+        batch = training.batch(views)
+        cells = 32 // backbone.patch_size
+        assert batch.target.shape[-2:] == (scale * cells, scale * cells) == batch.output_size
+        assert batch.corners is None
+        settings = CropSettings(2, pool or 10**9)
+        for image, target in zip(views.crops, batch.target, strict=True):
+            expected = fidelity_case(image, backbone, scale, 32, crops=settings).target[0]
+            torch.testing.assert_close(target, expected, atol=2e-3, rtol=2e-3)  # kept in half precision
+
+
+def test_a_stopped_training_with_averaged_targets_goes_on_bit_for_bit(config, tmp_path):
+    more = ["views.crops=0", "views.average=2", "views.crop_pool=6", "backbones=[{name: hog8}, {name: daisy8}]"]
+    undisturbed = config(*more, f"out_dir={tmp_path / 'a'}", f"cache.folder={tmp_path / 'cache'}")
+    expected = train(undisturbed)
+    stopped = [*more, f"out_dir={tmp_path / 'b'}"]  # and without a cache it is the same
+    assert train(config(*stopped, "stop_after=3")).state.step == 3
+    assert train(config(*stopped, "resume=must")).state.losses == expected.state.losses
+    same(state_of(undisturbed), state_of(config(*stopped)))
+
+
+def test_validation_reports_detail_and_keeps_the_best_by_it(config):
+    trained = train(config("validate_every=2", "val_images=2"))
+    values = [point.value for point in read_table(trained.curves) if point.name == "val/detail"]
+    assert len(values) == 4
+    assert trained.state.best == max(values)
 
 
 def test_a_training_with_other_settings_is_not_resumed(config):
