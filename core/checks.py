@@ -131,7 +131,7 @@ def check_head(head: object, features: Tensor) -> tuple[Tensor, Tensor | None]:
     """
     if isinstance(head, (nn.Linear, nn.Conv2d)):
         weight, bias = head.weight, head.bias
-        if isinstance(head, nn.Conv2d) and (head.kernel_size != (1, 1) or head.groups != 1):
+        if isinstance(head, nn.Conv2d) and not _is_pointwise(head):
             raise ValueError(f"head must be linear in each pixel, got {head}; call it on the model's output")
         weight = weight.flatten(1)
     elif isinstance(head, tuple) and len(head) == 2 and isinstance(head[0], Tensor):
@@ -143,6 +143,11 @@ def check_head(head: object, features: Tensor) -> tuple[Tensor, Tensor | None]:
     if bias is not None and tuple(bias.shape) != (len(weight),):
         raise ValueError(f"head has bias {_shape(bias)} for {len(weight)} outputs")
     return weight, bias
+
+
+def _is_pointwise(head: nn.Conv2d) -> bool:
+    moved = head.stride != (1, 1) or head.padding not in ((0, 0), "valid", "same")
+    return head.kernel_size == (1, 1) and head.groups == 1 and not moved
 
 
 def check_linear(model: nn.Module) -> None:
@@ -192,7 +197,8 @@ def _check_dtypes(model: nn.Module, image: Tensor, features: Tensor) -> None:
         if tensor.device != weight.device:
             raise ValueError(f"{name} is on {tensor.device} but the model is on {weight.device}; move one of them")
         if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+            advice = "; divide by 255 and call core.imagenet_normalize" if name == "image" else ""
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}{advice}")
         if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
             raise ValueError(
                 f"{name} is {tensor.dtype} but the model is {weight.dtype}; convert one of them "

@@ -69,6 +69,8 @@ class Curved(Decoder):
         ({"decoder": Curved}, nn.Linear(7, 2), ValueError, r"decoder=Curved is not linear .* or use decoder=none"),
         ({}, nn.Linear(6, 2), ValueError, r"head has weight \(2, 6\), but features have 7 channels"),
         ({}, nn.Conv2d(7, 2, 3), ValueError, r"head must be linear in each pixel"),
+        ({}, nn.Conv2d(7, 2, 1, stride=2), ValueError, r"head must be linear in each pixel"),
+        ({}, nn.Conv2d(7, 2, 1, padding=1), ValueError, r"head must be linear in each pixel"),
         ({}, (torch.zeros(2, 7), torch.zeros(3)), ValueError, r"head has bias \(3,\) for 2 outputs"),
         ({}, nn.Sequential(nn.Linear(7, 2)), TypeError, r"head must be nn.Linear, nn.Conv2d of 1x1.*got Sequential"),
     ],
