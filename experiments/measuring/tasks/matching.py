@@ -1,0 +1,185 @@
+"""`task=matching`: whether features find the same place again in another view, under a warp that is known exactly.
+
+No labels are needed, and position is what counts: blurred features find the neighbourhood and miss the place.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.points import pixel_centres
+from core.streams import generator
+from experiments.data.image_files import resized
+from experiments.measuring.bench import Bench, Case, Ceiling
+from experiments.measuring.task import Task, register_task
+from experiments.measuring.tasks.temporal import on_grid
+from experiments.settings import SettingError, check_choice
+from experiments.statistics.scores import Measure, image_rows, register_measures
+
+WARPS = ("homography", "tps", "flow")
+WITHIN = (1, 2, 4, 8)
+"""Distances in pixels of the image."""
+_AT_ONCE = 2**22
+"""Similarities held at once."""
+
+register_measures(
+    {"matching_auc": Measure(+1, title="matching, area under the curve")}
+    | {f"within_{d}px": Measure(+1, "of the points", f"matched within {d} px") for d in WITHIN}
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two views of one scene."""
+
+    asked: Case
+    searched: Case
+    places: Tensor
+    """(Qh,Qw,2): where each cell of the asked view lies in the searched one, (row, column) in the unit square; NaN
+    where it is hidden."""
+
+
+@register_task("matching")
+class Matching(Task):
+    """Each of some points of one view is looked for among all cells of another, by the cosine of upsampled features.
+
+    Measures: the share of points whose nearest neighbour lies within 1, 2, 4, 8 pixels (of `image_size`) of the true
+    place, and the area under that curve from 0 to 8 pixels.
+
+    Args:
+        warp: `homography` or `tps`, a thin-plate spline (Bookstein 1989), of each photograph, drawn by its name and so
+            the same for all arms; `flow`: a frame and the next one, with the exact flow of data=scenes.
+        strength: how far corners, or the spline's control points, move, as a share of the image's side.
+        num_points: points of each pair, spread evenly.
+
+    Raises:
+        SettingError: a value out of its range.
+    """
+
+    def __init__(self, warp: str = "homography", strength: float = 0.15, num_points: int = 400):
+        super().__init__()
+        check_choice("task.warp", warp, WARPS)
+        if not 0 < strength < 0.5:
+            raise SettingError(f"task.strength must lie between 0 and 0.5, got {strength}")
+        if num_points < 1:
+            raise SettingError(f"task.num_points must be at least 1, got {num_points}")
+        self.warp, self.strength, self.num_points = warp, strength, num_points
+
+    def check(self, bench: Bench) -> None:
+        """Contract: `Task.check`; for `flow`, a data set with exact flow."""
+        if self.warp != "flow":
+            return
+        data = bench.val.data
+        videos = [frames for frames in (data.videos or {}).values() if len(frames) > 1]
+        if not videos or len(bench.val) < len(data) or bench.val.cut(videos[0][0]).flow is None:
+            raise SettingError(
+                f"task.warp=flow needs videos with exact flow, all of them, and val_data={data.choice} gives none: use "
+                "data@val_data=scenes val_data.frames=2 and max_val_images=null, or task.warp=homography"
+            )
+
+    def rows(self, model: nn.Module | Ceiling, seed: int, bench: Bench) -> Iterator[dict[str, object]]:
+        """Contract: `Task.rows`: of each photograph, or of each frame but the last; the seed plays no part."""
+        upsampler, scale = bench.arm(model)
+        for pair in self._videos(scale, bench) if self.warp == "flow" else self._photographs(scale, bench):
+            asked, searched = (bench.upsample(upsampler, [case])[0] for case in (pair.asked, pair.searched))
+            distances = self._distances(asked, searched, pair.places.to(asked.device), bench)
+            for row in image_rows(pair.asked.name, curve(distances) if len(distances) else {}):
+                yield {"task": f"matching/{self.warp}"} | row
+
+    def _photographs(self, scale: int, bench: Bench) -> Iterator[Pair]:
+        """A photograph warped, and as it is."""
+        for i in range(len(bench.val)):
+            searched = bench.val.get(i, scale=scale)
+            of_pixels = pixel_centres(tuple(searched.rgb.shape[-2:]), searched.rgb.float())  # (H,W,2)
+            place = self._place(searched.name)
+            rgb = fetched(searched.rgb.float(), place(of_pixels)).clamp(0, 1)  # (1,3,H,W)
+            size = tuple(scale * side for side in bench.sizes.encoder)
+            features = bench.memory.get(
+                (self, i, scale),
+                lambda rgb=rgb, case=searched, size=size: bench.encoder.layers(resized(rgb, size), case.name),
+                lambda tensors: sum(t.nbytes for t in tensors),
+            )
+            asked = replace(searched, rgb=rgb.half(), features=features)
+            yield Pair(asked, searched, place(pixel_centres(bench.sizes.output, rgb)))
+
+    def _videos(self, scale: int, bench: Bench) -> Iterator[Pair]:
+        """A frame, and the next one."""
+        height, width = bench.sizes.output
+        for frames in bench.val.data.videos.values():
+            for first, second in zip(frames, list(frames)[1:], strict=False):
+                asked, searched = (bench.val.get(i, scale=scale) for i in (first, second))
+                flow = on_grid(asked.flow, bench.sizes.output)[0].permute(1, 2, 0)  # (Qh,Qw,2): x, y in cells
+                moved = flow.flip(-1) / flow.new_tensor([height, width])
+                yield Pair(asked, searched, pixel_centres(bench.sizes.output, flow) + moved)
+
+    def _place(self, name: str):
+        """(...,2) points of the warped photograph -> (...,2) where they come from, in unit squares."""
+        drawn = generator("matching", self.warp, name)
+        return (homography if self.warp == "homography" else thin_plate_spline)(self.strength, drawn)
+
+    def _distances(self, asked: Tensor, searched: Tensor, places: Tensor, bench: Bench) -> Tensor:
+        """(1,C,Qh,Qw) both -> (P,) distances in pixels from the nearest neighbour to the true place."""
+        inside = ((places >= 0) & (places <= 1)).all(-1).flatten().nonzero()[:, 0]  # NaN fails
+        count = min(self.num_points, len(inside))
+        chosen = inside[torch.linspace(0, len(inside) - 1, count, device=inside.device).round().long()]  # (P,)
+        found = nearest(asked[0].flatten(1)[:, chosen], searched[0].flatten(1))  # (P,) cells
+        centres = pixel_centres(tuple(searched.shape[-2:]), places).flatten(0, 1)[found]  # (P,2)
+        pixels = places.new_tensor(bench.sizes.image)
+        return ((centres - places.flatten(0, 1)[chosen]) * pixels).norm(dim=-1)
+
+
+def curve(distances: Tensor) -> dict[str, tuple[float, float]]:
+    """(P,) distances in pixels -> the measures, each as a sum over points and their number."""
+    count = float(len(distances))
+    area = (1 - distances / WITHIN[-1]).clamp(min=0).sum().item()
+    return {"matching_auc": (area, count)} | {f"within_{d}px": ((distances <= d).sum().item(), count) for d in WITHIN}
+
+
+def nearest(asked: Tensor, searched: Tensor) -> Tensor:
+    """(C,P), (C,N) -> (P,) which of the N vectors has the largest cosine to each of the P; the first of equal ones."""
+    asked, searched = (F.normalize(x.float(), dim=0) for x in (asked, searched))
+    some = max(1, _AT_ONCE // searched.shape[1])
+    return torch.cat([(part.T @ searched).argmax(1) for part in asked.split(some, 1)])
+
+
+def fetched(image: Tensor, places: Tensor) -> Tensor:
+    """(1,3,H,W), (h,w,2) places in the unit square -> (1,3,h,w): the image there, bilinear."""
+    grid = 2 * places.flip(-1) - 1  # x, y
+    return F.grid_sample(image, grid[None].to(image), padding_mode="border", align_corners=False)
+
+
+def homography(strength: float, drawn: torch.Generator):
+    """A map of the unit square onto a quadrilateral in it, whose corners lie up to `strength` inside."""
+    corners = np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    inward = strength * torch.rand(4, 2, generator=drawn).double().numpy()
+    targets = corners + np.where(corners == 0, inward, -inward)
+    rows = []
+    for (r, c), (u, v) in zip(corners, targets, strict=True):
+        rows += [[r, c, 1, 0, 0, 0, -u * r, -u * c], [0, 0, 0, r, c, 1, -v * r, -v * c]]
+    matrix = torch.from_numpy(np.append(np.linalg.solve(np.array(rows), targets.flatten()), 1.0).reshape(3, 3))
+
+    def place(points: Tensor) -> Tensor:
+        lifted = torch.cat([points, torch.ones_like(points[..., :1])], -1).double() @ matrix.T.to(points.device)
+        return (lifted[..., :2] / lifted[..., 2:]).to(points.dtype)
+
+    return place
+
+
+def thin_plate_spline(strength: float, drawn: torch.Generator):
+    """A map of the unit square whose 4 x 4 control points move by up to a third of `strength`, more would fold it."""
+    from scipy.interpolate import RBFInterpolator
+
+    axis = np.linspace(0, 1, 4)
+    control = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
+    moved = control + strength / 3 * (2 * torch.rand(16, 2, generator=drawn).double().numpy() - 1)
+    spline = RBFInterpolator(control, moved, kernel="thin_plate_spline")
+
+    def place(points: Tensor) -> Tensor:
+        found = spline(points.reshape(-1, 2).double().cpu().numpy())
+        return torch.from_numpy(found).to(points).reshape(points.shape)
+
+    return place
