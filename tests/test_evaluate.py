@@ -67,7 +67,7 @@ def test_every_arm_is_measured_on_every_image_with_every_seed(weights):
     images = {"scenes/val/000000", "scenes/val/000001"}
     found = set(scores[["task", "arm", "seed", "image"]].itertuples(index=False, name=None))
     assert found == {(task, arm, seed, image) for task in tasks for arm in arms for seed in (0, 3) for image in images}
-    assert set(scores["measure"]) == {"miou", "accuracy", "boundary_miou"}
+    assert set(scores["measure"]) == {"miou", "accuracy", "boundary_miou", "boundary_f"}
     assert set(scores["data"]) == {"scenes"}
     assert set(scores["backbone"]) == {"hog8"}
     pd.testing.assert_frame_equal(pd.read_parquet("outputs/evaluate/all.parquet"), scores)
@@ -251,7 +251,7 @@ def test_data_and_tasks_that_do_not_go_together():
     frames = ("val_data.frames=2", "max_val_images=1")
     with pytest.raises(SettingError, match="task=temporal measures whole videos: max_val_images must be null"):
         evaluate(config("task=temporal", *frames, quick=QUICK))
-    with pytest.raises(SettingError, match="task=parsing is not registered; there are: depth, fidelity, normals"):
+    with pytest.raises(SettingError, match="task=parsing is not registered; there are: depth, fidelity, matching"):
         Evaluation(OmegaConf.merge(OmegaConf.to_container(config()), {"task": {"name": "parsing"}}))
 
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from experiments.measuring.heads import DPTHead, at_positions, enlarged
 from experiments.measuring.probe_training import ProbeSettings
 from experiments.measuring.tasks import EvaluationError, make_task, tasks
 from experiments.measuring.tasks.geometry import angular_measures, depth_measures, gradient_loss, scale_invariant_loss
-from experiments.measuring.tasks.segmentation import near_boundary
+from experiments.measuring.tasks.segmentation import boundary_f, near_boundary
 from experiments.peers.interpolation import Bilinear, Nearest
 from experiments.settings import SettingError
 from experiments.statistics.scores import frame, image_rows, sums, value
@@ -366,7 +367,11 @@ def test_rates_of_learning():
         ("depth", {"head": "dpt"}, "task.head=dpt looks at neighbours: it needs task.pixels_per_image=null"),
         ("depth", {"warmup_epochs": 10.0}, "below task.epochs=10"),
         ("depth", {"max_depth": 0.0}, "task.max_depth must be above 0.001 metres"),
-        ("colours", {}, "task=colours is not registered; there are: depth, fidelity, normals, segmentation, temporal"),
+        (
+            "colours",
+            {},
+            "task=colours is not registered; there are: depth, fidelity, matching, normals, segmentation, temporal",
+        ),
     ],
 )
 def test_settings_that_make_no_sense(name, settings, message):
@@ -375,7 +380,7 @@ def test_settings_that_make_no_sense(name, settings, message):
 
 
 def test_all_tasks_are_registered():
-    assert set(tasks()) == {"segmentation", "depth", "normals", "fidelity", "temporal"}
+    assert set(tasks()) == {"segmentation", "depth", "normals", "fidelity", "matching", "temporal"}
 
 
 class Unlabelled(Blocks):
@@ -445,6 +450,52 @@ def test_upsampled_features_of_another_size():
 
     with pytest.raises(EvaluationError, match=r"image 0/0: upsampled features are \(1, 5, 4, 6\), asked for were"):
         list(quick().rows(Small(), 0, bench()))
+
+
+def slow_boundary_f(predicted, labels, distance):
+    """By its definition, pixel by pixel."""
+    rows, columns = labels.shape
+    places = [(i, j) for i in range(rows) for j in range(columns)]
+
+    def outline(classes, label):
+        found = []
+        for i, j in places:
+            if labels[i, j] == IGNORE or classes[i, j] != label:
+                continue
+            around = [(i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)]
+            if any((a, b) in places and labels[a, b] != IGNORE and classes[a, b] != label for a, b in around):
+                found.append((i, j))
+        return found
+
+    def near(one, others):
+        return sum(min(math.dist(place, other) for other in others) <= distance for place in one) / len(one)
+
+    found = []
+    for label in sorted(set(labels.flatten().tolist()) - {IGNORE}):
+        true, ours = outline(labels, label), outline(predicted, label)
+        if true:
+            p, r = (near(ours, true), near(true, ours)) if ours else (0, 0)
+            found.append(2 * p * r / (p + r) if p + r else 0)
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("distance", [1, 2])
+def test_boundary_f_is_that_of_a_slow_loop(distance):
+    numbers = np.random.default_rng(distance)
+    labels = numbers.integers(0, 4, (5, 6)).repeat(3, 0).repeat(3, 1)
+    predicted = np.where(numbers.random(labels.shape) < 0.1, numbers.integers(0, 5, labels.shape), labels)
+    labels[:4, :5] = IGNORE
+    assert boundary_f(predicted, labels, distance) == pytest.approx(slow_boundary_f(predicted, labels, distance))
+
+
+def test_boundary_f_forgives_a_shift_within_its_tolerance():
+    labels = np.zeros((30, 40), np.int64)
+    labels[:, 20:] = 1
+    found = [boundary_f(np.roll(labels, shift, 1)[:, 8:-8], labels[:, 8:-8], 3) for shift in (0, 2, 5)]
+    assert found[0] == found[1] == 1
+    assert found[2] == 0
+    assert boundary_f(labels, np.zeros_like(labels), 3) is None, "an image of one class has no outline"
+    assert boundary_f(np.zeros_like(labels), labels, 3) == 0
 
 
 def test_features_too_large_for_half_precision():

@@ -23,13 +23,14 @@ register_measures(
         "miou": Measure(+1, title="mIoU"),
         "accuracy": Measure(+1, title="pixel accuracy"),
         "boundary_miou": Measure(+1, title="mIoU at boundaries"),
+        "boundary_f": Measure(+1, title="boundary F"),
     }
 )
 
 
 @register_task("segmentation")
 class Segmentation(ProbeTask):
-    """Semantic segmentation by a 1x1 convolution on frozen features: mIoU, pixel accuracy, mIoU at boundaries.
+    """Semantic segmentation by a 1x1 convolution on frozen features: mIoU, pixel accuracy, mIoU and F at boundaries.
 
     mIoU and accuracy are those of the whole set: intersections, unions and pixels are summed over images first. Pixels
     labelled 255 neither train nor count. The defaults are the protocol of JAFAR (Couairon et al., 2025, appendix),
@@ -40,7 +41,8 @@ class Segmentation(ProbeTask):
         low_labels: what the transferred probe is trained on: `pixels`, as above with bilinear features; `cells`: the
             low-resolution features as they are, with the most frequent class of each cell, which is cheapest and costs
             some points of mIoU (docs/evaluation.md).
-        boundary: pixels from a pixel of another class within which a pixel counts as near a boundary.
+        boundary: pixels from a pixel of another class within which a pixel counts as near a boundary, and
+            an outline as found.
 
     Raises:
         SettingError: a value out of its range.
@@ -125,7 +127,9 @@ class Segmentation(ProbeTask):
         edge = torch.where(near_boundary(labels, self.boundary), labels, IGNORE)
         correct, labelled = (predicted == labels).sum().item(), (labels != IGNORE).sum().item()
         accuracy = {"accuracy": (float(correct), float(labelled))} if labelled else {}
-        return {"miou": whole, "boundary_miou": _overlaps(predicted, edge, classes)} | accuracy
+        outlines = boundary_f(predicted[0].numpy(), labels[0].numpy(), self.boundary)
+        of_outlines = {} if outlines is None else {"boundary_f": outlines}
+        return {"miou": whole, "boundary_miou": _overlaps(predicted, edge, classes)} | accuracy | of_outlines
 
     def columns(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Contract: `ProbeTask.columns`; unlabelled pixels are black."""
@@ -143,6 +147,41 @@ def near_boundary(labels: Tensor, distance: int) -> Tensor:
     highest = F.max_pool2d(torch.where(known, labels, -1).float(), **window)
     lowest = -F.max_pool2d(-torch.where(known, labels, 2 * IGNORE).float(), **window)
     return known & (highest != lowest)
+
+
+def boundary_f(predicted: np.ndarray, labels: np.ndarray, distance: float) -> float | None:
+    """The boundary F-measure of an image (Csurka, Larlus & Perronnin, BMVC 2013), the mean over its classes.
+
+    Precision is the share of a class's predicted outline at most `distance` pixels from its true outline, recall the share
+    of the true outline that near to the predicted one. Unlabelled pixels belong to no class and make no outline.
+
+    Args:
+        predicted, labels: (H,W) integers, `IGNORE` in `labels` where nothing is known.
+
+    Returns:
+        Between 0 and 1; None for an image without any outline.
+    """
+    from scipy.ndimage import distance_transform_edt
+
+    known, found = labels != IGNORE, []
+    for label in np.unique(labels[known]):
+        true, ours = (_outline((classes == label) & known, known) for classes in (labels, predicted))
+        if not true.any():
+            continue
+        if not ours.any():
+            found.append(0.0)
+            continue
+        precision = (distance_transform_edt(~true)[ours] <= distance).mean()
+        recall = (distance_transform_edt(~ours)[true] <= distance).mean()
+        found.append(2 * precision * recall / (precision + recall) if precision + recall else 0.0)
+    return float(np.mean(found)) if found else None
+
+
+def _outline(inside: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """(H,W) bool: pixels inside that have a known pixel outside above, below, left or right of them."""
+    outside = np.pad(known & ~inside, 1)
+    beside = outside[:-2, 1:-1] | outside[2:, 1:-1] | outside[1:-1, :-2] | outside[1:-1, 2:]
+    return inside & beside
 
 
 def palette(count: int) -> Tensor:
