@@ -185,7 +185,7 @@ def test_settings_that_make_no_sense(settings, message):
 
 
 def test_flow_needs_videos():
-    with pytest.raises(SettingError, match="task.warp=flow needs videos with exact flow"):
+    with pytest.raises(SettingError, match=r"task\.warp=flow needs videos with exact flow"):
         make_task({"name": "matching", "warp": "flow"}).check(bench(Listed([Sample("a", coordinates())])))
 
 

@@ -152,8 +152,8 @@ def near_boundary(labels: Tensor, distance: int) -> Tensor:
 def boundary_f(predicted: np.ndarray, labels: np.ndarray, distance: float) -> float | None:
     """The boundary F-measure of an image (Csurka, Larlus & Perronnin, BMVC 2013), the mean over its classes.
 
-    Precision is the share of a class's predicted outline at most `distance` pixels from its true outline, recall the share
-    of the true outline that near to the predicted one. Unlabelled pixels belong to no class and make no outline.
+    Precision is the share of a class's predicted outline at most `distance` pixels from its true outline. Recall is the
+    share of the true outline that near to the predicted one. Unlabelled pixels belong to no class and make no outline.
 
     Args:
         predicted, labels: (H,W) integers, `IGNORE` in `labels` where nothing is known.
