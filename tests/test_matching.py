@@ -14,7 +14,7 @@ from core.points import pixel_centres
 from core.streams import generator
 from experiments.data import DataSet, Sample, open_data
 from experiments.data.feature_cache import FeatureCache
-from experiments.measuring.bench import Bench, Cases, Encoder, Memory, Sizes
+from experiments.measuring.bench import Bench, EncodedImages, Encoder, Memory, Sizes
 from experiments.measuring.evaluation import evaluate
 from experiments.measuring.tasks import Ceiling, make_task
 from experiments.measuring.tasks.matching import curve, fetched, homography, nearest, thin_plate_spline
@@ -42,7 +42,7 @@ def bench(data, output=SIZE):
         Sizes(SIZE, SIZE, SIZE, output),
         Memory(1),
     )
-    return Bench(None, Cases(data, None, encoder, sizes, memory, CPU), encoder, sizes, memory, 2, CPU)
+    return Bench(None, EncodedImages(data, None, encoder, sizes, memory, CPU), encoder, sizes, memory, 2, CPU)
 
 
 def coordinates() -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from core.backbones import Backbone
 from experiments.data import IGNORE, DataSet, Sample
 from experiments.data.feature_cache import FeatureCache
-from experiments.measuring.bench import Bench, Cases, Encoder, Memory, Sizes, cut, flip
+from experiments.measuring.bench import Bench, EncodedImages, Encoder, Memory, Sizes, cut, flip
 from experiments.measuring.heads import DPTHead, at_positions, enlarged
 from experiments.measuring.probe_training import ProbeSettings
 from experiments.measuring.tasks import EvaluationError, make_task, tasks
@@ -63,7 +63,7 @@ def bench(train=None, val=None, backbone=None, output=None, image=(16, 24), laye
     train, val = train or Blocks(), val or Blocks(3, seed=1)
     encoder = Encoder(backbone or Patches(), FeatureCache(None), layers)
     sizes, memory = Sizes(image, image, image, output or image), Memory(memory)
-    made = [Cases(data, None, encoder, sizes, memory, CPU) for data in (train, val)]
+    made = [EncodedImages(data, None, encoder, sizes, memory, CPU) for data in (train, val)]
     return Bench(*made, encoder, sizes, memory, 2, CPU)
 
 

@@ -12,7 +12,7 @@ import core
 from core.hooks import Temporal
 from experiments.data import DataSet, Sample, open_data
 from experiments.data.feature_cache import FeatureCache
-from experiments.measuring.bench import Bench, Cases, Encoder, Memory, Sizes, cut
+from experiments.measuring.bench import Bench, EncodedImages, Encoder, Memory, Sizes, cut
 from experiments.measuring.metrics import fidelity, fidelity_case
 from experiments.measuring.tasks import Ceiling, EvaluationError, make_task
 from experiments.measuring.tasks.segmentation import near_boundary
@@ -44,7 +44,7 @@ class Listed(DataSet):
 def bench(data, backbone="hog8", image=(48, 64), output=None):
     encoder = Encoder(core.load_backbone(backbone), FeatureCache(None))
     sizes, memory = Sizes(image, image, image, output or image), Memory(1.0)
-    return Bench(None, Cases(data, None, encoder, sizes, memory, CPU), encoder, sizes, memory, 2, CPU)
+    return Bench(None, EncodedImages(data, None, encoder, sizes, memory, CPU), encoder, sizes, memory, 2, CPU)
 
 
 def test_fidelity_says_which_images_are_enlarged(caplog):

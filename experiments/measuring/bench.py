@@ -53,7 +53,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Case:
+class EncodedImage:
     """One image, cut and encoded."""
 
     name: str
@@ -125,8 +125,8 @@ class Memory:
         return value
 
 
-class Cases:
-    """The images of a data set (or some of them) as cases, on the device; computed when they are asked for."""
+class EncodedImages:
+    """The images of a data set, or some of them, on the device. Each is encoded when it is asked for."""
 
     def __init__(self, data: DataSet, limit: int | None, encoder: Encoder, sizes: Sizes, memory: Memory, device: str):
         count = len(data) if limit is None else min(limit, len(data))
@@ -150,11 +150,11 @@ class Cases:
         """Image i as the data set gives it."""
         return self.data[self.indices[i]]
 
-    def cut(self, i: int) -> Case:
+    def cut(self, i: int) -> EncodedImage:
         """Image i without features."""
         return self.memory.get((self, "cut", i), lambda: cut(self.sample(i), self.sizes.image), _size)
 
-    def get(self, i: int, flipped: bool = False, scale: int = 1) -> Case:
+    def get(self, i: int, flipped: bool = False, scale: int = 1) -> EncodedImage:
         """Image i with its features, on the device.
 
         Args:
@@ -177,9 +177,9 @@ class Cases:
 class Bench:
     """What tasks measure on."""
 
-    train: Cases | None
+    train: EncodedImages | None
     """None for tasks that train nothing."""
-    val: Cases
+    val: EncodedImages
     encoder: Encoder
     sizes: Sizes
     memory: Memory
@@ -190,11 +190,11 @@ class Bench:
         """(what upsamples, scale of the encoder's input): the ceiling `encoder` is bilinear on finer features."""
         return (Bilinear(), self.ceiling_scale) if isinstance(model, Ceiling) else (model, 1)
 
-    def guidance(self, case: Case) -> Tensor:
+    def guidance(self, case: EncodedImage) -> Tensor:
         """(1,3,G,G) ImageNet-normalised: what an upsampler sees of an image."""
         return imagenet_normalize(resized(case.rgb.float(), self.sizes.guidance))
 
-    def upsample(self, model: nn.Module, cases: Sequence[Case]) -> list[Tensor]:
+    def upsample(self, model: nn.Module, cases: Sequence[EncodedImage]) -> list[Tensor]:
         """Features of every layer, each (B,C,Qh,Qw) float32. Without gradients, but ready to train a probe on.
 
         Raises:
@@ -210,7 +210,7 @@ class Bench:
         return outputs
 
 
-def checked(output: Tensor, features: Tensor, size: Size, cases: Sequence[Case]) -> Tensor:
+def checked(output: Tensor, features: Tensor, size: Size, cases: Sequence[EncodedImage]) -> Tensor:
     """Passes on (B,C,*size) finite features. Raises EvaluationError: they are not; names the images."""
     names = ", ".join(case.name for case in cases)
     if tuple(output.shape) != (*features.shape[:2], *size):
@@ -221,7 +221,7 @@ def checked(output: Tensor, features: Tensor, size: Size, cases: Sequence[Case])
     return output
 
 
-def cut(sample: Sample, size: Size) -> Case:
+def cut(sample: Sample, size: Size) -> EncodedImage:
     """Resizes a sample so that it covers `size`, and crops it at its centre; labels are those of the nearest pixel."""
     rows, columns = sample.image.shape[-2:]
     scale = max(size[0] / rows, size[1] / columns)
@@ -240,7 +240,7 @@ def cut(sample: Sample, size: Size) -> Case:
     if flow is not None:
         flow = flow * flow.new_tensor([full[1] / columns, full[0] / rows]).view(2, 1, 1)
     rgb = resized(sample.image[None], full)[..., top : top + size[0], left : left + size[1]]
-    return Case(
+    return EncodedImage(
         sample.name,
         rgb.half().contiguous(),
         (),
@@ -251,8 +251,8 @@ def cut(sample: Sample, size: Size) -> Case:
     )
 
 
-def flip(case: Case) -> Case:
-    """The case without features, mirrored left to right."""
+def flip(case: EncodedImage) -> EncodedImage:
+    """The image without features, mirrored left to right."""
     values = {key: v.flip(-1) for key, v in vars(case).items() if isinstance(v, Tensor)}
     for key in ("normals", "flow"):
         if key in values:
@@ -275,5 +275,5 @@ def at_layer(backbone: Backbone, layer: int) -> Backbone:
     return view
 
 
-def _size(case: Case) -> int:
+def _size(case: EncodedImage) -> int:
     return sum(values.nbytes for values in vars(case).values() if isinstance(values, Tensor))

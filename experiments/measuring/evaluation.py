@@ -22,7 +22,7 @@ from experiments.atomic import replacing
 from experiments.cost.arm_cost import check_cost, measure_costs
 from experiments.data import open_data
 from experiments.data.feature_cache import FeatureCache, fingerprint
-from experiments.measuring.bench import Bench, Cases, Ceiling, Encoder, EvaluationError, Memory, Sizes
+from experiments.measuring.bench import Bench, Ceiling, EncodedImages, Encoder, EvaluationError, Memory, Sizes
 from experiments.measuring.heads import HEADS
 from experiments.measuring.task import Picture, make_task
 from experiments.measuring.upsamplers import upsamplers
@@ -84,8 +84,8 @@ class Evaluation:
                 log.warning("data and val_data are the same images: probes are measured on what they were trained on")
         self.data_fingerprints = {role: opened.fingerprint for role, opened in data.items()}
 
-        def cases(role: str, limit: int | None) -> Cases:
-            return Cases(data[role], limit, encoder, sizes, memory, self.device)
+        def cases(role: str, limit: int | None) -> EncodedImages:
+            return EncodedImages(data[role], limit, encoder, sizes, memory, self.device)
 
         train = cases("data", config.max_train_images) if self.task.trains else None
         val = cases("val_data", config.max_val_images)
@@ -145,7 +145,7 @@ class Evaluation:
 
 
 @dataclass
-class Report:
+class Evaluated:
     """What a run measured."""
 
     scores: pd.DataFrame
@@ -162,7 +162,7 @@ class Report:
     """Of the images on which each arm did worst, in the folder NAME_worst; none of some tasks."""
 
 
-def evaluate(config: DictConfig) -> Report:
+def evaluate(config: DictConfig) -> Evaluated:
     """Measures all arms with all seeds, and writes tables and the scores per image.
 
     Raises:
@@ -207,7 +207,7 @@ def evaluate(config: DictConfig) -> Report:
         run.metrics(metrics(results))
         for file in files:
             run.file(file, f"tables/{file.name}")
-    return Report(scores, results, costs, evaluation.notes, files, shown)
+    return Evaluated(scores, results, costs, evaluation.notes, files, shown)
 
 
 def _draw(picture: Picture, arm: str, run: Run, folder: Path) -> Path:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from experiments.measuring.bench import Bench, Case, Cases, EvaluationError
+from experiments.measuring.bench import Bench, EncodedImage, EncodedImages, EvaluationError
 from experiments.measuring.heads import HEADS, enlarged
 from experiments.measuring.task import Task
 from experiments.schedule import rate
@@ -97,7 +97,7 @@ class Probe(Task):
         """Channels that the head gives."""
 
     @abstractmethod
-    def target(self, case: Case) -> Tensor:
+    def target(self, case: EncodedImage) -> Tensor:
         """(1,K,H,W): what is to be predicted."""
 
     @abstractmethod
@@ -124,7 +124,7 @@ class Probe(Task):
         """(1,K,H,W) -> (1,K,*size), what is to be predicted of cells as a whole; if the task has `cell_targets`."""
         raise NotImplementedError
 
-    def usable(self, cases: Cases) -> list[int]:
+    def usable(self, cases: EncodedImages) -> list[int]:
         """Training images in which something is known.
 
         Raises:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from core.streams import generator, named_stream
-from experiments.measuring.bench import Bench, Case, EvaluationError
+from experiments.measuring.bench import Bench, EncodedImage, EvaluationError
 from experiments.measuring.heads import HEADS, at_positions
 from experiments.measuring.probe import Probe, ProbeSettings
 from experiments.measuring.readout import at_pixels
@@ -58,7 +58,7 @@ def train_probe(task: Probe, model: nn.Module | None, scale: int, seed: int, ben
     return head.eval()
 
 
-def features_for(commutes: bool, model: nn.Module, cases: list[Case], bench: Bench) -> list[Tensor]:
+def features_for(commutes: bool, model: nn.Module, cases: list[EncodedImage], bench: Bench) -> list[Tensor]:
     """What a head is given: upsampled features, (B,C,Qh,Qw) of each layer.
 
     To a head that commutes with bilinear interpolation, of `bilinear` the low-resolution ones: `Probe.predict` enlarges

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from experiments.measuring.bench import Bench, Case, Ceiling
+from experiments.measuring.bench import Bench, Ceiling, EncodedImage
 from experiments.measuring.probe import Probe
 from experiments.measuring.probe_training import train_probe
 from experiments.measuring.readout import raw_outputs
@@ -65,7 +65,9 @@ class ProbeTask(Probe):
             self.notes.append(note)
             log.warning("task=%s: %s", self.choice, note)
 
-    def _offer(self, case: Case, value: float | tuple[float, float], prediction: Tensor, target: Tensor) -> None:
+    def _offer(
+        self, case: EncodedImage, value: float | tuple[float, float], prediction: Tensor, target: Tensor
+    ) -> None:
         """Keeps a picture of the image if it is among the worst so far."""
         value = value[0] / value[1] if isinstance(value, tuple) else value
         badness = -MEASURES[self.worst_by].better * value

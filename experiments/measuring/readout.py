@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import core
-from experiments.measuring.bench import Bench, Case, checked
+from experiments.measuring.bench import Bench, EncodedImage, checked
 from experiments.measuring.heads import Head, at_positions
 from experiments.peers import Peer
 
 
 @torch.no_grad()
-def raw_outputs(model: nn.Module, case: Case, heads: Sequence[Head], bench: Bench) -> list[Tensor]:
+def raw_outputs(model: nn.Module, case: EncodedImage, heads: Sequence[Head], bench: Bench) -> list[Tensor]:
     """What each head gives on upsampled features: (1,outputs,Qh,Qw), and of heads before interpolation coarser grids.
 
     Raises:
@@ -37,7 +37,7 @@ def raw_outputs(model: nn.Module, case: Case, heads: Sequence[Head], bench: Benc
 
 
 @torch.no_grad()
-def at_pixels(model: nn.Module, case: Case, positions: Tensor, bench: Bench) -> Tensor:
+def at_pixels(model: nn.Module, case: EncodedImage, positions: Tensor, bench: Bench) -> Tensor:
     """(P,2) rows and columns on the grid of the labels -> (C,P) upsampled features there.
 
     Raises:

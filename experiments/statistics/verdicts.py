@@ -87,7 +87,7 @@ def compare(
                 raise ScoreError(f"{where}: the baseline {baseline} has no scores; there are: {', '.join(arms)}")
             meaning = MEASURES[measure]
             controls = arrays(rows[rows["measure"] == meaning.blurred])
-            one = _Measured(arms, baseline, meaning, controls, where)
+            one = _OneMeasure(arms, baseline, meaning, controls, where)
             compared += one.comparisons(
                 dict(zip(FAMILY, keys, strict=True)), measure, competing, confidence, num_resamples
             )
@@ -122,7 +122,7 @@ Sums = tuple[np.ndarray, np.ndarray]
 """Numerators and denominators, (S,N,K); images in the same order for all arms."""
 
 
-class _Measured:
+class _OneMeasure:
     """All arms, for one measure on one task."""
 
     def __init__(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from matplotlib import colormaps
 from torch import Tensor
 
-from experiments.measuring.bench import Bench, Case, EvaluationError
+from experiments.measuring.bench import Bench, EncodedImage, EvaluationError
 from experiments.measuring.probe import ProbeSettings
 from experiments.measuring.probes import ProbeTask
 from experiments.measuring.task import register_task
@@ -28,7 +28,7 @@ class GeometryTask(ProbeTask):
     """What depth and normals share: no flips, and data sets that do not say beforehand what they hold."""
 
     field: str
-    """Of `Case`."""
+    """Of `EncodedImage`."""
 
     def check(self, bench: Bench) -> None:
         """Contract: `Task.check`."""
@@ -44,7 +44,7 @@ class GeometryTask(ProbeTask):
                     )
                 )
 
-    def target(self, case: Case) -> Tensor:
+    def target(self, case: EncodedImage) -> Tensor:
         """Contract: `ProbeTask.target`."""
         if (values := getattr(case, self.field)) is None:
             raise EvaluationError(f"image {case.name} has no {self.field}")

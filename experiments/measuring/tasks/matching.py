@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from core.points import pixel_centres
 from core.streams import generator
 from experiments.data.image_files import resized
-from experiments.measuring.bench import Bench, Case, Ceiling
+from experiments.measuring.bench import Bench, Ceiling, EncodedImage
 from experiments.measuring.task import Task, register_task
 from experiments.measuring.tasks.temporal import on_grid
 from experiments.settings import SettingError, check_choice
@@ -36,8 +36,8 @@ register_measures(
 class Pair:
     """Two views of one scene."""
 
-    asked: Case
-    searched: Case
+    asked: EncodedImage
+    searched: EncodedImage
     places: Tensor
     """(Qh,Qw,2): where each cell of the asked view lies in the searched one, (row, column) in the unit square; NaN
     where it is hidden."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.data import IGNORE
-from experiments.measuring.bench import Bench, Case, Cases, EvaluationError
+from experiments.measuring.bench import Bench, EncodedImage, EncodedImages, EvaluationError
 from experiments.measuring.probe import ProbeSettings
 from experiments.measuring.probes import ProbeTask
 from experiments.measuring.task import register_task
@@ -90,7 +90,7 @@ class Segmentation(ProbeTask):
         """Contract: `ProbeTask.outputs`."""
         return len(bench.train.data.classes)
 
-    def usable(self, cases: Cases) -> list[int]:
+    def usable(self, cases: EncodedImages) -> list[int]:
         """Contract: `ProbeTask.usable`; refuses a set of which all labelled pixels have one class."""
         usable = super().usable(cases)
         first = _classes(self.target(cases.cut(usable[0])))
@@ -99,7 +99,7 @@ class Segmentation(ProbeTask):
             raise EvaluationError(f"all labelled pixels of {len(usable)} training images are {name}: nothing to learn")
         return usable
 
-    def target(self, case: Case) -> Tensor:
+    def target(self, case: EncodedImage) -> Tensor:
         """(1,1,H,W) uint8."""
         if case.labels is None:
             raise EvaluationError(f"image {case.name} has no labels")

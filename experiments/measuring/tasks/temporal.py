@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
-from experiments.measuring.bench import Bench, Case, Ceiling, EvaluationError, checked
+from experiments.measuring.bench import Bench, Ceiling, EncodedImage, EvaluationError, checked
 from experiments.measuring.metrics import same_everywhere
 from experiments.measuring.task import Task, register_task
 from experiments.settings import SettingError, check_choice
@@ -69,7 +69,7 @@ class TemporalConsistency(Task):
                 before = case, output
 
     def _error(
-        self, case: Case, ours: Tensor, following: Tensor, next_case: Case, i: int, bench: Bench
+        self, case: EncodedImage, ours: Tensor, following: Tensor, next_case: EncodedImage, i: int, bench: Bench
     ) -> dict[str, float]:
         flow = case.flow
         if self.flow == "estimated":
@@ -83,7 +83,7 @@ class TemporalConsistency(Task):
 
 
 @torch.no_grad()
-def step(model: nn.Module, case: Case, state: object | None, bench: Bench) -> tuple[Tensor, object | None]:
+def step(model: nn.Module, case: EncodedImage, state: object | None, bench: Bench) -> tuple[Tensor, object | None]:
     """(1,C,Qh,Qw) features of the next frame, and the state of a model that has one.
 
     Raises:
