@@ -412,7 +412,7 @@ def test_validation_logs_what_fillers_show(perturbed, overrides):
     cases = [FidelityCase(torch.rand(1, 3, 56, 70), image + i, features, target, edges) for i in range(2)]
     validation = object.__new__(Validation)  # without data and backbones
     validation.cases, validation.names = {"a/b": cases}, ["first", "second"]
-    validation.bilinear = {"a/b": {"cosine": 0.0}}
+    validation.bilinear = {"a/b": {"detail": 0.0}}
     run, model = Pictures(), perturbed(build(["embed_dim=16", "unifier.num_basis=8", *overrides]))
     validation.measure(model, run, 7)
     expected = {"validation/a_b/000007.png"}

@@ -727,7 +727,7 @@ def test_a_full_disk_ends_caching_and_nothing_else(encoder, tmp_path, caplog, mo
     image = torch.rand(1, 3, 16, 16)
     features = cache.encode(encoder, image, ["a"])
     assert features.shape == (1, encoder.channels, 2, 2)
-    assert "are not kept" in caplog.text
+    assert "are no longer cached" in caplog.text
     assert "No space left" in caplog.text
     assert not list(tmp_path.glob("*/*"))
     cache.encode(encoder, image, ["a"])
@@ -801,7 +801,7 @@ def test_a_cache_on_a_full_disk_changes_no_number(config, disk, tmp_path, caplog
     train(roomy)
     train(full)
     same(state_of(roomy), state_of(full))
-    assert caplog.text.count("computed features are not kept") == 1
+    assert caplog.text.count("computed features are no longer cached") == 1
     assert "No space left on device" in caplog.text
     entries = list(disk.glob("cache/*/*"))
     assert 0 < len(entries) < len(list(tmp_path.glob("cache/*/*")))

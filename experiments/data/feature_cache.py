@@ -172,7 +172,12 @@ class CachedBackbone:
 
 
 def fingerprint(backbone: Backbone) -> str:
-    """Digest of a backbone: its name, layer, normalisation, every weight, and the code that runs it."""
+    """Digest of a backbone: its name, layer, normalisation, every weight, and the code that runs it.
+
+    What is called like a backbone and is none has a method `fingerprint` of its own.
+    """
+    if hasattr(backbone, "fingerprint"):
+        return backbone.fingerprint()
     known = backbone.__dict__.get("_fingerprint")
     if known is None:
         digest = hashlib.sha256(f"{backbone.name}/{backbone.default_layer}/{backbone.mean}/{backbone.std}".encode())

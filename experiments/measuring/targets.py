@@ -95,8 +95,11 @@ class HalfTarget(nn.Module):
         super().__init__()
         self.backbone, self.grid, self.scale, self.view = backbone, tuple(grid), scale, view
         self.settings, self.half, self.name = settings, half, backbone.name
-        made_of = [fingerprint(backbone), self.grid, scale, view, settings, half, _code()]
-        self._fingerprint = hashlib.sha256(repr(made_of).encode()).hexdigest()
+
+    def fingerprint(self) -> str:
+        """Digest of all that the target depends on besides the image."""
+        made_of = [fingerprint(self.backbone), self.grid, self.scale, self.view, self.settings, self.half, _code()]
+        return hashlib.sha256(repr(made_of).encode()).hexdigest()
 
     def forward(self, rgb: Tensor) -> Tensor:
         """(1,3,s·v,s·v) RGB in [0,1] -> (1,C,s·h,s·w) float32; 0 in cells that no crop of this half shows."""
