@@ -11,7 +11,6 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from experiments.command import command
-from experiments.measuring.tasks import tasks
 from experiments.reports.power import rich_table, write
 from experiments.reports.simulation import write_simulation
 from experiments.statistics.power import check_settings, curves, read_components
@@ -23,6 +22,8 @@ log = logging.getLogger(__name__)
 @command
 def main(config: DictConfig) -> int | None:
     """The command `power`: runs `curves`, or `simulate_all`."""
+    from experiments.measuring.tasks import tasks  # imported above, Hydra would take task=... for a group of choices
+
     tasks()  # registers the measures
     check_settings(config)
     if config.simulate is not None:

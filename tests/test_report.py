@@ -491,7 +491,15 @@ def test_commands_that_only_read_scores_know_their_measures(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     scores = pd.concat([sweep_scores({"baseline": 0.5, "up": 0.6})])
     write_scores(tmp_path / "scores.parquet", scores, {})
-    power = ["-m", "experiments.power", "scores=scores.parquet", "measure=detail", "effects=[0.1]", "out_dir=out"]
+    power = [
+        "-m",
+        "experiments.power",
+        "scores=scores.parquet",
+        "measure=detail",
+        "task=fidelity/2x",
+        "effects=[0.1]",
+        "out_dir=out",
+    ]
     fetch = "import experiments.sweeps.stored as r\ntry: r.fetch()\nexcept r.SettingError: pass\n"
     report = ["-c", fetch + "from experiments.statistics.scores import MEASURES\nassert 'detail' in MEASURES"]
     for arguments in (power, report):
