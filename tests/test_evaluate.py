@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 import core
+from core.registry import discover
 from experiments.measuring import evaluation as command
 from experiments.measuring.evaluation import Evaluation, evaluate
 from experiments.measuring.tasks import Ceiling, EvaluationError
@@ -32,6 +33,7 @@ TRIO = ("nearest", "bilinear", "bicubic")
 
 
 def config(*overrides, quick=(*QUICK, *PROBE)):
+    discover()
     with initialize_config_dir(str(ROOT / "configs"), version_base=None):
         return compose("evaluate", [*quick, *overrides])
 

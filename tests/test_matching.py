@@ -11,6 +11,7 @@ from torch import nn
 import core
 from core.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from core.points import pixel_centres
+from core.registry import discover
 from core.streams import generator
 from experiments.data import DataSet, Sample, open_data
 from experiments.data.feature_cache import FeatureCache
@@ -191,6 +192,7 @@ def test_flow_needs_videos():
 
 def test_it_is_a_task_of_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    discover()
     with initialize_config_dir(str(Path(__file__).parent.parent / "configs"), version_base=None):
         config = compose(
             "evaluate", ["task=matching", "data@val_data=images", "backbone=hog8", "image_size=[32,40]", "cost=null",
