@@ -128,6 +128,7 @@ def test_the_error_map_shows_where_the_result_is_wrong():
         ("task.guidance=65", "task.guidance null or up to 64"),
         ("task.view=4", "needs at least"),
         ("ceilings=[oracle]", "ceilings of task=fidelity may be"),
+        ("task.crop_step=null", "ceilings of task=fidelity may be encoder, .*, got split_half"),
         ("peers=[nearest]", "lacks bilinear"),
     ],
 )
@@ -184,3 +185,21 @@ def test_an_arm_may_be_the_mean_of_others():
             evaluate(config(PHOTOS, "peers=[bilinear,nearest]", f"means={wrong}"))
     with pytest.raises(SettingError, match="two arms are called nearest"):
         evaluate(config(PHOTOS, "peers=[bilinear,nearest]", "means={nearest: [nearest, bilinear]}"))
+
+
+def test_what_the_encoder_refuses_is_a_setting_that_cannot_be_used(monkeypatch):
+    backbone = core.load_backbone("hog8")
+    monkeypatch.setattr("experiments.measuring.evaluation.backbone_from_config", lambda _: backbone)
+
+    def features(image, layer):
+        raise ValueError("32 pixels do not suit me")
+
+    monkeypatch.setattr(backbone, "features", features)
+    with pytest.raises(SettingError, match="backbone=hog8 cannot encode image a: 32 pixels do not suit me"):
+        evaluate(config(PHOTOS, "peers=[bilinear]"))
+
+
+def test_all_crops_may_be_asked_for():
+    quick = (PHOTOS, "peers=[bilinear]", "ceilings=[]")
+    few, every = (evaluate(config(*quick, f"task.num_crops={n}")).scores for n in (4, "null"))
+    assert not few.equals(every)

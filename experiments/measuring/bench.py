@@ -5,7 +5,8 @@ now, was still in memory, or came from the cache on disk.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -100,10 +101,18 @@ class Encoder:
         return tuple(self._encode(view, rgb, name) for view in self.views)
 
     def _encode(self, backbone: Backbone, rgb: Tensor, name: str) -> Tensor:
-        try:
+        with self.refusals_told(name):
             return self.cache.encode(backbone, rgb, [name] * len(rgb)).half()
+
+    @contextmanager
+    def refusals_told(self, name: str) -> Iterator[None]:
+        """What the backbone refuses, or gives that is not finite, becomes an error that names the image."""
+        try:
+            yield
         except NotFinite as error:
             raise EvaluationError(str(error)) from error
+        except Told:  # of the image itself
+            raise
         except ValueError as error:  # sizes, mostly
             raise SettingError(f"backbone={self.name} cannot encode {name}: {error}") from error
 

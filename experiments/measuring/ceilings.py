@@ -79,7 +79,7 @@ def oracle(features: Tensor, target: Tensor, goal: str = "cosine", window: int =
 def _split_half(case: FidelityCase) -> tuple[Tensor, FidelityCase]:
     if case.halves is None:
         raise FidelityError(
-            "the ceiling split_half needs crops that overlap: set task.crop_step below the crop's cells"
+            "the ceiling split_half needs crops that overlap: set a smaller task.crop_step or a larger task.num_crops"
         )
     return case.halves[0], replace(case, target=case.halves[1], counted=case.seen_twice)
 

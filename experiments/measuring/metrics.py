@@ -130,11 +130,13 @@ def fidelity(upsampled: Tensor, case: FidelityCase) -> dict[str, float]:
         What `detail_measures` says but the amplitude, which has no better or worse, and then what `closeness` says.
 
     Raises:
-        ValueError, FidelityError: as `closeness`.
+        ValueError, FidelityError: as `closeness`; a target without detail.
     """
     smooth = closeness(upsampled, case)
     grid = tuple(case.features.shape[-2:])
     found = detail_measures(upsampled, case.target, grid, case.edges, case.counted)
+    if "detail" not in found:
+        raise FidelityError("the target has no detail beyond the low-resolution grid, so nothing can agree with it")
     return {name: value for name, value in found.items() if name != "detail_amplitude"} | smooth
 
 

@@ -102,18 +102,12 @@ def _cells(task: Probe, seed: int, bench: Bench) -> Iterator[Batch]:
 def _drawn(task: Probe, model: nn.Module, scale: int, seed: int, bench: Bench) -> Iterator[Batch]:
     """Batches of drawn pixels, as images of P rows and one column."""
     usable, settings = task.usable(bench.train), task.settings
-    # On a grid other than the labels' the features are interpolated twice, which must not be done at once.
-    direct = bench.sizes.output == bench.sizes.image
     features, targets = [], []
     for i in Progress(usable, "pixels", "image"):
         case = bench.train.get(i, scale=scale)
         target = task.target(case)
         positions = _positions(task.known(target)[0], settings.pixels_per_image, (seed, "probe pixels", case.name))
-        if direct and settings.commutes and isinstance(model, Bilinear):
-            values = at_positions(case.features[0].float(), positions, bench.sizes.image)  # (C,P)
-        else:
-            values = at_pixels(model, case, positions, bench)
-        features.append(values.half())
+        features.append(at_pixels(model, case, positions, bench).half())  # (C,P)
         targets.append(at_positions(target, positions, bench.sizes.image))  # (K,P)
         if not torch.isfinite(features[-1]).all():
             raise EvaluationError(f"image {case.name}: upsampled features are too large for half precision (65504)")

@@ -13,6 +13,7 @@ import core
 from experiments.measuring.bench import Bench, EncodedImage, checked
 from experiments.measuring.heads import Head, at_positions
 from experiments.peers import Peer
+from experiments.peers.interpolation import Bilinear
 
 
 @torch.no_grad()
@@ -43,7 +44,10 @@ def at_pixels(model: nn.Module, case: EncodedImage, positions: Tensor, bench: Be
     Raises:
         EvaluationError: as `Bench.upsample`.
     """
+    # On a grid other than the labels' the features are interpolated twice, which must not be done at once.
     same_grid = bench.sizes.output == bench.sizes.image
+    if same_grid and isinstance(model, Bilinear):
+        return at_positions(case.features[0].float(), positions, bench.sizes.image)
     if same_grid and isinstance(model, core.AnyUp) and model.answers_points:
         features, size = case.features[0].float(), bench.sizes.output
         coords = (positions + 0.5) / torch.tensor(size, device=positions.device)

@@ -22,7 +22,6 @@ from experiments.data.feature_cache import fingerprint
 from experiments.data.source_digest import file_digest
 from experiments.settings import SettingError
 
-ALL_CROPS = 10**9
 _AT_ONCE = 16
 
 
@@ -33,19 +32,19 @@ class CropSettings:
     Args:
         step: cells of the fine grid between the corners of neighbouring crops; None: crops side by side, one for each
             cell.
-        most: at most so many crops; more are thinned out at random, and every cell keeps one.
+        most: at most so many crops; more are thinned out at random, and every cell keeps one. None: all.
 
     Raises:
         SettingError: a value out of its range.
     """
 
     step: int | None = 2
-    most: int = 256
+    most: int | None = 256
 
     def __post_init__(self):
         for name, value in (("crop_step", self.step), ("num_crops", self.most)):
             if value is not None and (type(value) is not int or value < 1):
-                raise SettingError(f"{name} must be a whole number from 1, got {value}")
+                raise SettingError(f"{name} must be null or a whole number from 1, got {value}")
 
 
 AVERAGED = CropSettings()
@@ -63,7 +62,7 @@ def crop_corners(grid: tuple[int, int], scale: int, settings: CropSettings) -> t
     """
     axes = [_offsets(cells, scale, settings.step) for cells in grid]
     fields = [(i, j) for i in range(len(axes[0])) for j in range(len(axes[1]))]
-    if len(fields) > settings.most:
+    if settings.most is not None and len(fields) > settings.most:
         needed = [{axis.index(at) for at in _covering(axis, cells)} for axis, cells in zip(axes, grid, strict=True)]
         kept = [(i, j) for i, j in fields if i in needed[0] and j in needed[1]]
         rest = [field for field in fields if field not in set(kept)]

@@ -9,7 +9,7 @@ from core.backbones import Backbone, imagenet_normalize
 from core.batch import Batch, Clip
 from core.streams import generator
 from experiments.data.feature_cache import FeatureCache
-from experiments.measuring.targets import ALL_CROPS, CropSettings, crop_counts, half_targets, mean_of_halves
+from experiments.measuring.targets import CropSettings, crop_counts, half_targets, mean_of_halves
 from experiments.training.views import ClipViews, StepViews, ViewSettings
 
 
@@ -64,7 +64,7 @@ class Batches:
         called = [f"a crop of {name}" for name in names for _ in range(max(1, s.crops))]
         if not s.average:
             return self.cache.encode(backbone, crops, called)
-        averaged = CropSettings(s.average, s.crop_pool or ALL_CROPS)
+        averaged = CropSettings(s.average, s.crop_pool or None)
         halves = [
             self.cache.encode(half, crops, called) for half in half_targets(backbone, grid, s.scale, s.view, averaged)
         ]

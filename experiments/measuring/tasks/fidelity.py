@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from experiments.data.feature_cache import CachedBackbone, NotFinite
+from experiments.data.feature_cache import CachedBackbone
 from experiments.data.image_files import centre_square
 from experiments.measuring.bench import Bench, Ceiling, EvaluationError
 from experiments.measuring.blur import WIDTHS, at_best_width, blurred
@@ -53,7 +53,7 @@ class Fidelity(Task):
         scales: of the target grid to the grid of the low-resolution features.
         view: side in pixels of what the encoder sees at once. guidance: of what the upsampler sees; None: view.
         crop_step: cells of the target grid between neighbouring crops, whose features are averaged; None: side by side.
-        num_crops: at most so many crops of an image.
+        num_crops: at most so many crops of an image; None: all.
 
     Raises:
         SettingError: a value out of its range.
@@ -67,7 +67,7 @@ class Fidelity(Task):
         view: int = 224,
         guidance: int | None = None,
         crop_step: int | None = 2,
-        num_crops: int = 256,
+        num_crops: int | None = 256,
     ):
         super().__init__()
         if not scales or min(scales) < 2 or len(set(scales)) < len(scales):
@@ -79,6 +79,8 @@ class Fidelity(Task):
             )
         self.scales, self.view, self.guidance_size = list(scales), view, guidance
         self.crops = CropSettings(crop_step, num_crops)
+        if crop_step is None:  # nothing overlaps
+            self.ceilings = tuple(name for name in CEILINGS if name != "split_half")
 
     def check(self, bench: Bench) -> None:
         """Contract: `Task.check`; any images will do."""
@@ -147,9 +149,7 @@ class Fidelity(Task):
         return case, output
 
     def _case(self, i: int, scale: int, bench: Bench) -> FidelityCase:
-        image = bench.val.sample(i).image.to(bench.device)
-        encoder = CachedBackbone(bench.encoder.views[0], bench.encoder.cache, f"image {bench.val.names[i]}")
-        try:
+        image, name = bench.val.sample(i).image.to(bench.device), f"image {bench.val.names[i]}"
+        encoder = CachedBackbone(bench.encoder.views[0], bench.encoder.cache, name)
+        with bench.encoder.refusals_told(name):
             return fidelity_case(image, encoder, scale, self.view, self.guidance_size, self.crops)
-        except NotFinite as error:
-            raise EvaluationError(str(error)) from error

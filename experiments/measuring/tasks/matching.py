@@ -4,7 +4,7 @@ No labels are needed. Smooth features do well here, sharp ones make neighbours a
 detail.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +21,8 @@ from experiments.measuring.tasks.temporal import on_grid
 from experiments.settings import SettingError, check_choice
 from experiments.statistics.scores import Measure, image_rows, register_measures
 
+Place = Callable[[Tensor], Tensor]
+"""(...,2) points, (row, column) in the unit square -> (...,2)."""
 WARPS = ("homography", "tps", "flow")
 WITHIN = (1, 2, 4, 8)
 """Distances in pixels of the image."""
@@ -117,7 +119,7 @@ class Matching(Task):
                 moved = flow.flip(-1) / flow.new_tensor([height, width])
                 yield Pair(asked, searched, pixel_centres(bench.sizes.output, flow) + moved)
 
-    def _place(self, name: str):
+    def _place(self, name: str) -> Place:
         """(...,2) points of the warped photograph -> (...,2) where they come from, in unit squares."""
         drawn = generator("matching", self.warp, name)
         return (homography if self.warp == "homography" else thin_plate_spline)(self.strength, drawn)
@@ -153,7 +155,7 @@ def fetched(image: Tensor, places: Tensor) -> Tensor:
     return F.grid_sample(image, grid[None].to(image), padding_mode="border", align_corners=False)
 
 
-def homography(strength: float, drawn: torch.Generator):
+def homography(strength: float, drawn: torch.Generator) -> Place:
     """A map of the unit square onto a quadrilateral in it, whose corners lie up to `strength` inside."""
     corners = np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
     inward = strength * torch.rand(4, 2, generator=drawn).double().numpy()
@@ -170,7 +172,7 @@ def homography(strength: float, drawn: torch.Generator):
     return place
 
 
-def thin_plate_spline(strength: float, drawn: torch.Generator):
+def thin_plate_spline(strength: float, drawn: torch.Generator) -> Place:
     """A map of the unit square whose 4 x 4 control points move by up to a third of `strength`, more would fold it."""
     from scipy.interpolate import RBFInterpolator
 
