@@ -18,6 +18,8 @@ from core.registry import add_root
 from experiments.data import IGNORE, DataError, data_sets, files, open_data
 from experiments.data.image_files import NoImages
 from experiments.data.normals import Intrinsics, normals_from_depth
+from experiments.data.poses import flow_from_depth
+from experiments.data.scenes import Scenes
 
 H, W = 8, 12
 
@@ -106,6 +108,19 @@ def davis2017(root):
     ]
 
 
+def davis2016(root):
+    (root / "ImageSets/480p").mkdir(parents=True)
+    names = ("swing/00000", "swing/00001", "bear/00000")
+    lines = (f"/JPEGImages/480p/{name}.jpg /Annotations/480p/{name}.png" for name in names)
+    (root / "ImageSets/480p/train.txt").write_text("\n".join(lines))
+    picture(root / "JPEGImages/480p/not_listed/00000.jpg")
+    return [
+        (name, picture(root / f"JPEGImages/480p/{name}.jpg", s), ids(file, [0, 255], s))
+        for s, name in enumerate(names)
+        for file in [root / f"Annotations/480p/{name}.png"]
+    ]
+
+
 def minus_one(zero):
     return lambda i: zero if i == 0 else i - 1
 
@@ -127,6 +142,7 @@ LAYOUTS = {
         19,
         34,
     ),
+    "davis2016": (davis2016, {0: 0, 255: 1}.get, 2, 1),
     "davis2017": (davis2017, lambda i: i, 21, 21),
 }
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
@@ -409,6 +425,20 @@ def test_coco_may_be_limited_to_a_list(tmp_path):
     assert "1 names (003) in" in refusal("cocostuff27", tmp_path, images_listed_in="curated.txt")
 
 
+def test_davis_2016_without_lists(tmp_path):
+    expected = davis2016(tmp_path)
+    assert "not_listed" in refusal("davis2016", tmp_path, split="all")  # has no masks
+    shutil.rmtree(tmp_path / "JPEGImages/480p/not_listed")
+    shutil.rmtree(tmp_path / "ImageSets")
+    data = open_data({"name": "davis2016", "path": str(tmp_path), "split": "all"})
+    assert data.names == sorted(name for name, _, _ in expected)
+    assert {video: [*frames] for video, frames in data.videos.items()} == {"bear": [0], "swing": [1, 2]}
+    assert "no folder ImageSets/480p" in refusal("davis2016", tmp_path)
+    shutil.rmtree(tmp_path / "JPEGImages/480p")
+    (tmp_path / "JPEGImages/480p").mkdir()
+    assert "has no folder of frames" in refusal("davis2016", tmp_path, split="all")
+
+
 def test_davis_keeps_videos_apart(tmp_path):
     build("davis2017", tmp_path)
     data = open_data({"name": "davis2017", "path": str(tmp_path)})
@@ -544,6 +574,71 @@ def test_rgbd_folders_of_equal_names(tmp_path):
     (tmp_path / "depth/9.png").rename(tmp_path / "depth/9.5.png")
     assert "1 images" in refusal("rgbd", tmp_path)
     assert "without depth" in refusal("rgbd", tmp_path)
+
+
+def test_flow_of_poses_is_that_of_rendered_scenes():
+    data = Scenes(size=[48, 64], num=3, frames=2, num_objects=0, supersampling=1, split="val")
+    for first in (0, 2, 4):
+        frame, following = data[first], data[first + 1]
+        (matrix, pose), (_, other) = data.camera(first), data.camera(first + 1)
+        camera = Intrinsics(
+            matrix[0, 0].item(), matrix[1, 1].item(), matrix[0, 2].item() - 0.5, matrix[1, 2].item() - 0.5
+        )
+        flow = flow_from_depth(frame.depth, following.depth, camera, torch.linalg.inv(other) @ pose)
+        both = ~(flow.isnan() | frame.flow.isnan()).any(0)
+        assert both.float().mean() > 0.3
+        assert frame.flow[:, both].abs().max() > 0.3
+        assert (flow - frame.flow)[:, both].abs().max() < 1e-3  # depth is float32
+        assert flow[:, frame.depth == 0].isnan().all()
+
+
+def test_points_that_the_next_frame_does_not_see():
+    depth = torch.full((4, 12), 2.0)
+    motion = torch.eye(4, dtype=torch.float64)
+    motion[0, 3] = 0.04  # to the right by two pixels
+    flow = flow_from_depth(depth, depth, Intrinsics(100.0, 100.0, 5.5, 1.5), motion)
+    assert torch.allclose(flow[0, :, :10], torch.tensor(2.0))
+    assert flow[:, :, 10:].isnan().all()  # outside
+    covered, unknown = depth.clone(), depth.clone()
+    covered[:, 4] = 1.0
+    unknown[:, 4] = 0.0
+    for following in (covered, unknown):
+        seen = flow_from_depth(depth, following, Intrinsics(100.0, 100.0, 5.5, 1.5), motion)[0]
+        assert seen[:, 2].isnan().all()
+        assert not seen[:, [1, 3]].isnan().any()
+    assert flow_from_depth(unknown, depth, Intrinsics(100.0, 100.0, 5.5, 1.5), motion)[:, :, 4].isnan().all()
+
+
+def test_rgbd_frames_with_poses_are_videos(tmp_path):
+    depth = plane((0.0, 0.0, -1.0), 2.0, CAMERA)
+    pose = np.eye(4)
+    for name, shift in (("a/frame-2", 0.0), ("a/frame-10", 0.1), ("b/frame-1", 0.5), ("frame-3", 0.0)):
+        picture(tmp_path / f"{name}.color.png", size=depth.shape)
+        depth_png(tmp_path / f"{name}.depth.png", depth)
+        pose[0, 3] = shift
+        np.savetxt(tmp_path / f"{name}.pose.txt", pose)
+    settings = {"intrinsics": [100.0, 110.0, 30.0, 20.0]}
+    plain = open_data({"name": "rgbd", "path": str(tmp_path), **settings})
+    data = open_data({"name": "rgbd", "path": str(tmp_path), "poses": True, **settings})
+    assert plain.videos is None
+    assert plain[0].flow is None
+    assert plain.fingerprint != data.fingerprint
+    assert data.videos == {"a": [0, 1], "b": [2], tmp_path.name: [3]}
+    assert [sample.flow is None for sample in data] == [False, True, True, True]
+    moved = data[0].flow[0]
+    assert moved[~moved.isnan()].mean() == pytest.approx(-0.1 / 2 * 100, abs=0.01)  # depth in millimetres
+    assert "data.poses needs the camera" in refusal("rgbd", tmp_path, poses=True)
+    lost = tmp_path / "a/frame-10.pose.txt"
+    for text, said in (
+        ("1 2 3", "has 3 numbers"),
+        ("a b", "is not a pose"),
+        ("0 " * 16, "no rotation and translation"),
+    ):
+        lost.write_text(text)
+        with pytest.raises(DataError, match=said):
+            data[0]
+    lost.unlink()
+    assert "a/frame-10.color.png) without pose" in refusal("rgbd", tmp_path, poses=True, **settings)
 
 
 def test_rgbd_normals_need_intrinsics(tmp_path):
@@ -790,7 +885,7 @@ def composed():
 
 
 def test_hydra_offers_every_data_set_with_its_settings(composed):
-    published = {"camvid", "voc2012", "ade20k", "cocostuff27", "cityscapes", "davis2017", "frames", "rgbd"}
+    published = {"camvid", "voc2012", "ade20k", "cocostuff27", "cityscapes", "davis2016", "davis2017", "frames", "rgbd"}
     assert published | {"images", "nyuv2", "nyuv2_mat"} <= set(data_sets())
     for name in data_sets():
         assert composed(f"data={name}").name == name

@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
@@ -42,6 +42,7 @@ class Record:
     labels: Path | None = None
     depth: Path | None = None
     normals: Path | None = None
+    pose: Path | None = None
 
 
 class FileSet(DataSet):
@@ -168,7 +169,7 @@ def fingerprint(choice: str, settings: Mapping[str, object], records: Iterable[R
     """
     digest = hashlib.sha256(repr((choice, sorted(settings.items()))).encode())
     records = list(records)
-    parts = [(r.name, part, getattr(r, part)) for r in records for part in ("image", "labels", "depth", "normals")]
+    parts = [(r.name, field.name, getattr(r, field.name)) for r in records for field in fields(Record)[1:]]
     parts = [(name, part, path) for name, part, path in parts if path is not None]
     try:
         sizes = [path.stat().st_size for _, _, path in parts]

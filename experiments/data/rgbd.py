@@ -1,7 +1,8 @@
-"""`data=rgbd`: colour images with metric depth from depth cameras; with normals if the camera is known."""
+"""`data=rgbd`: images of depth cameras, with metric depth; with normals and flow if the camera and its poses are known."""
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from experiments.data.base import DataError, Sample, register_data
 from experiments.data.files import IMAGES, PNG, FileSet
 from experiments.data.labels import read_ids
 from experiments.data.normals import Intrinsics, normals_from_depth
+from experiments.data.poses import flow_from_depth, read_pose
 
 
 def read_depth(path: Path, depth_scale: float) -> Tensor:
@@ -34,6 +36,9 @@ def check_depth_scale(depth_scale: float) -> float:
     return depth_scale
 
 
+TEXT = frozenset((".txt",))
+
+
 @register_data("rgbd")
 class RGBD(FileSet):
     """Folders of colour and depth: `NAME.color.jpg|png` beside `NAME.depth.png` (7-Scenes), or `rgb/` and `depth/`
@@ -50,6 +55,9 @@ class RGBD(FileSet):
         intrinsics_file: instead of `intrinsics`, a text file with these four numbers or a camera matrix; relative to
             `path`, or absolute.
         normal_window: side in pixels of the window that a normal is fitted to.
+        poses: the images of each folder are the frames of a video, and `NAME.pose.txt` (or `poses/NAME.txt`) has the
+            pose of each, camera to world. Samples then have the flow to the next frame, NaN where a point is hidden or
+            its depth is unknown. It is as exact as depth and poses are, and nothing but the camera may move.
 
     Raises:
         DataError: folders or files are missing or do not belong together, or a setting makes no sense.
@@ -64,6 +72,7 @@ class RGBD(FileSet):
         intrinsics: list[float] | None = None,
         intrinsics_file: str | None = None,
         normal_window: int = 7,
+        poses: bool = False,
     ):
         root = Path(path).expanduser()
         self.depth_scale = check_depth_scale(depth_scale)
@@ -75,20 +84,44 @@ class RGBD(FileSet):
         if normal_window < 3 or normal_window % 2 == 0:
             raise DataError(f"data.normal_window={normal_window}: give an odd number of pixels, 3 or more")
         self.normal_window = normal_window
+        if poses and self.camera is None:
+            raise DataError("data=rgbd: data.poses needs the camera: give data.intrinsics or data.intrinsics_file")
         if (root / "rgb").is_dir():
             images = self._find(self._folder(root, "rgb"), IMAGES)
-            depth = self._find(self._folder(root, "depth"), PNG)
+            parts = {"depth": self._find(self._folder(root, "depth"), PNG)}
+            if poses:
+                parts["pose"] = self._find(self._folder(root, "poses"), TEXT)
         else:
             images = self._find(self._folder(root, "."), IMAGES, ".color", nested=True)
-            depth = self._find(self._folder(root, "."), PNG, ".depth", nested=True)
+            parts = {"depth": self._find(self._folder(root, "."), PNG, ".depth", nested=True)}
+            if poses:
+                parts["pose"] = self._find(self._folder(root, "."), TEXT, ".pose", nested=True)
         settings = {"depth_scale": depth_scale, "camera": self.camera, "normal_window": normal_window}
-        self._keep(self._match(images, {"depth": depth}), settings)
+        self._keep(self._match(images, parts), settings)
+        if poses:
+            self.videos = {}
+            for i, name in enumerate(self.names):
+                inside = Path(name).parent.as_posix()
+                self.videos.setdefault(root.resolve().name if inside == "." else inside, []).append(i)
+            self._next = {i: j for frames in self.videos.values() for i, j in pairwise(frames)}
 
     def __getitem__(self, index: int) -> Sample:
         sample = super().__getitem__(index)
         if self.camera is None:
             return sample
-        return replace(sample, normals=normals_from_depth(sample.depth, self.camera, self.normal_window))
+        normals = normals_from_depth(sample.depth, self.camera, self.normal_window)
+        following = None if self.videos is None else self._next.get(range(len(self.records))[index])
+        flow = None if following is None else self._flow(index, following, sample.depth)
+        return replace(sample, normals=normals, flow=flow)
+
+    def _flow(self, index: int, following: int, depth: Tensor) -> Tensor:
+        """(2,H,W) from one sample to another."""
+        first, second = self.records[index], self.records[following]
+        there = self._read_depth(second.depth)
+        if there.shape != depth.shape:
+            raise DataError(f"{second.depth} has another size than {first.depth}: the frames of a video have one size")
+        motion = torch.linalg.inv(read_pose(second.pose)) @ read_pose(first.pose)
+        return flow_from_depth(depth, there, self.camera, motion)
 
     def _read_depth(self, path: Path) -> Tensor:
         return read_depth(path, self.depth_scale)
