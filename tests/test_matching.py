@@ -1,5 +1,6 @@
 """Matching under known warps: the same place again, told by position and not by smoothness."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from experiments.data.feature_cache import FeatureCache
 from experiments.measuring.bench import Bench, EncodedImages, Encoder, Memory, Sizes
 from experiments.measuring.evaluation import evaluate
 from experiments.measuring.tasks import Ceiling, make_task
-from experiments.measuring.tasks.matching import curve, fetched, homography, nearest, thin_plate_spline
+from experiments.measuring.tasks import matching as module
+from experiments.measuring.tasks.matching import Pair, curve, fetched, homography, shares, thin_plate_spline
 from experiments.peers.interpolation import Bilinear
 from experiments.settings import SettingError
 
@@ -114,20 +116,41 @@ def test_the_image_is_fetched_from_the_places(make):
     torch.testing.assert_close(found[inside], asked[inside], atol=1e-5, rtol=0)
 
 
-def test_nearest_is_that_of_a_slow_loop():
-    asked, searched = torch.randn(5, 9), torch.randn(5, 40)
-    expected = [
-        max(range(40), key=lambda j: F.cosine_similarity(asked[:, i], searched[:, j], dim=0).item()) for i in range(9)
-    ]
-    assert nearest(asked, searched).tolist() == expected
+def test_equally_similar_cells_share_a_point():
+    cosines = torch.tensor([[0.1, 0.9, 0.2], [0.5, 0.5 + 1e-7, 0.4], [0.3, 0.3, 0.3], [0.5, 0.50001, 0.4]])
+    expected = torch.tensor([[0, 1, 0], [0.5, 0.5, 0], [1 / 3, 1 / 3, 1 / 3], [0, 1, 0]])
+    torch.testing.assert_close(shares(cosines), expected)
 
 
 def test_the_curve_of_known_distances():
-    found = curve(torch.tensor([0.0, 1.0, 3.0, 4.0, 100.0]))
-    assert found == {
-        "matching_auc": (pytest.approx(1 + 7 / 8 + 5 / 8 + 4 / 8), 5.0), "within_1px": (2, 5.0),
-        "within_2px": (2, 5.0), "within_4px": (4, 5.0), "within_8px": (4, 5.0),
+    """Four points: three find one cell, the last one shares two."""
+    distances = torch.tensor([[0.0, 9.0], [1.0, 0.0], [50.0, 3.0], [4.0, 100.0]])
+    share = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+    assert curve(distances, share) == {
+        "matching_auc": pytest.approx(1 + 7 / 8 + 5 / 8 + 0.5 * 4 / 8),
+        "within_1px": 2, "within_2px": 2, "within_4px": 3.5, "within_8px": 3.5,
     }  # fmt: skip
+
+
+def test_points_are_found_as_by_a_slow_loop(monkeypatch):
+    asked, searched = torch.randn(2, 1, 5, 6, 7, generator=torch.Generator().manual_seed(0))
+    places = pixel_centres((6, 7), torch.empty(0)) + 0.05
+    task = make_task({"name": "matching", "num_points": 1000})
+    inside = [(i, j) for i in range(6) for j in range(7) if (places[i, j] <= 1).all()]
+    distances = []
+    for i, j in inside:
+        cosines = F.cosine_similarity(asked[0, :, i, j, None, None], searched[0], dim=0)
+        row, column = divmod(cosines.argmax().item(), 7)
+        true = places[i, j] * torch.tensor([24.0, 28.0])
+        distances.append(math.hypot((row + 0.5) * 4 - true[0].item(), (column + 0.5) * 4 - true[1].item()))
+    for at_once in (2**22, 1):
+        monkeypatch.setattr(module, "_AT_ONCE", at_once)
+        found = task._measures(Pair("a", asked, searched, places), (24, 28))
+        for d in (1, 2, 4, 8):
+            assert found[f"within_{d}px"] == (pytest.approx(sum(x <= d for x in distances)), len(inside))
+        area = sum(max(0, 1 - x / 8) for x in distances)
+        assert found["matching_auc"] == (pytest.approx(area, rel=1e-5), len(inside))
+    assert task._measures(Pair("a", asked, searched, places + torch.nan), (24, 28)) == {}
 
 
 @pytest.mark.parametrize("warp", ["homography", "tps"])
@@ -170,6 +193,18 @@ def test_exact_flow_of_scenes():
     rows = list(task.rows(Bilinear(), 0, where))
     assert {row["image"] for row in rows} == {data.names[0]}
     assert values(rows)["within_8px"] > values(list(task.rows(Constant(), 0, where)))["within_8px"]
+
+
+def test_a_video_model_carries_its_state():
+    class Counting(core.AnyUp):
+        def forward(self, image, features, output_size=None, *, state=None, return_state=False):
+            seen.append(state)
+            return features.new_ones(1, features.shape[1], *output_size), len(seen)
+
+    seen = []
+    where = bench(open_data({"name": "scenes", "num": 2, "size": list(SIZE), "frames": 3, "supersampling": 1}))
+    assert len(list(make_task({"name": "matching", "warp": "flow"}).rows(Counting(), 0, where))) == 2 * 2 * 5
+    assert seen == [None, 1, 2, None, 4, 5]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`data=rgbd`: images of depth cameras, with metric depth; with normals and flow if the camera and its poses are known."""
+"""`data=rgbd`: images of depth cameras, with metric depth; if the camera and its poses are known, normals and flow."""
 
 import math
 from dataclasses import replace

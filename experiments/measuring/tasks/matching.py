@@ -4,6 +4,7 @@ No labels are needed. Smooth features do well here, sharp ones make neighbours a
 detail.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 from core.points import pixel_centres
 from core.streams import generator
 from experiments.data.image_files import resized
-from experiments.measuring.bench import Bench, Ceiling, EncodedImage
+from experiments.measuring.bench import Bench, Ceiling, Size
 from experiments.measuring.task import Task, register_task
-from experiments.measuring.tasks.temporal import on_grid
+from experiments.measuring.tasks.temporal import on_grid, step
 from experiments.settings import SettingError, check_choice
 from experiments.statistics.scores import Measure, image_rows, register_measures
 
@@ -26,6 +27,8 @@ Place = Callable[[Tensor], Tensor]
 WARPS = ("homography", "tps", "flow")
 WITHIN = (1, 2, 4, 8)
 """Distances in pixels of the image."""
+TIE = 1e-6
+"""Cosines that differ by less are equal, up to rounding."""
 _AT_ONCE = 2**22
 """Similarities held at once."""
 
@@ -37,10 +40,14 @@ register_measures(
 
 @dataclass(frozen=True)
 class Pair:
-    """Two views of one scene."""
+    """Upsampled features of two views of one scene."""
 
-    asked: EncodedImage
-    searched: EncodedImage
+    name: str
+    """Of the image that is asked."""
+    asked: Tensor
+    """(1,C,Qh,Qw)."""
+    searched: Tensor
+    """(1,C,Qh,Qw)."""
     places: Tensor
     """(Qh,Qw,2): where each cell of the asked view lies in the searched one, (row, column) in the unit square; NaN
     where it is hidden."""
@@ -51,11 +58,13 @@ class Matching(Task):
     """Each of some points of one view is looked for among all cells of another, by the cosine of upsampled features.
 
     Measures: the share of points whose nearest neighbour lies within 1, 2, 4, 8 pixels (of `image_size`) of the true
-    place, and the area under that curve from 0 to 8 pixels.
+    place, and the area under that curve from 0 to 8 pixels. Cells that are equally similar share the point. A video
+    model is called frame by frame with its state.
 
     Args:
         warp: `homography` or `tps`, a thin-plate spline (Bookstein 1989), of each photograph, drawn by its name and so
-            the same for all arms; `flow`: a frame and the next one, with the exact flow of data=scenes.
+            the same for all arms; `flow`: a frame and the next one, with the exact flow of data=scenes, or of data=rgbd
+            with data.poses.
         strength: how far corners, or the spline's control points, move, as a share of the image's side.
         num_points: points of each pair, spread evenly.
 
@@ -81,19 +90,19 @@ class Matching(Task):
         if not videos or len(bench.val) < len(data) or bench.val.cut(videos[0][0]).flow is None:
             raise SettingError(
                 f"task.warp=flow needs videos with exact flow, all of them, and val_data={data.choice} gives none: use "
-                "data@val_data=scenes val_data.frames=2 and max_val_images=null, or task.warp=homography"
+                "data@val_data=scenes val_data.frames=2, or data@val_data=rgbd val_data.poses=true, and "
+                "max_val_images=null; or task.warp=homography"
             )
 
     def rows(self, model: nn.Module | Ceiling, seed: int, bench: Bench) -> Iterator[dict[str, object]]:
         """Contract: `Task.rows`: of each photograph, or of each frame but the last; the seed plays no part."""
         upsampler, scale = bench.arm(model)
-        for pair in self._videos(scale, bench) if self.warp == "flow" else self._photographs(scale, bench):
-            asked, searched = (bench.upsample(upsampler, [case])[0] for case in (pair.asked, pair.searched))
-            distances = self._distances(asked, searched, pair.places.to(asked.device), bench)
-            for row in image_rows(pair.asked.name, curve(distances) if len(distances) else {}):
+        pairs = self._videos if self.warp == "flow" else self._photographs
+        for pair in pairs(upsampler, scale, bench):
+            for row in image_rows(pair.name, self._measures(pair, bench.sizes.image)):
                 yield {"task": f"matching/{self.warp}"} | row
 
-    def _photographs(self, scale: int, bench: Bench) -> Iterator[Pair]:
+    def _photographs(self, model: nn.Module, scale: int, bench: Bench) -> Iterator[Pair]:
         """A photograph warped, and as it is."""
         for i in range(len(bench.val)):
             searched = bench.val.get(i, scale=scale)
@@ -107,46 +116,58 @@ class Matching(Task):
                 lambda tensors: sum(t.nbytes for t in tensors),
             )
             asked = replace(searched, rgb=rgb.half(), features=features)
-            yield Pair(asked, searched, place(pixel_centres(bench.sizes.output, rgb)))
+            outputs = [bench.upsample(model, [case])[0] for case in (asked, searched)]
+            yield Pair(searched.name, *outputs, place(pixel_centres(bench.sizes.output, rgb)))
 
-    def _videos(self, scale: int, bench: Bench) -> Iterator[Pair]:
+    def _videos(self, model: nn.Module, scale: int, bench: Bench) -> Iterator[Pair]:
         """A frame, and the next one."""
         height, width = bench.sizes.output
         for frames in bench.val.data.videos.values():
-            for first, second in zip(frames, list(frames)[1:], strict=False):
-                asked, searched = (bench.val.get(i, scale=scale) for i in (first, second))
-                flow = on_grid(asked.flow, bench.sizes.output)[0].permute(1, 2, 0)  # (Qh,Qw,2): x, y in cells
-                moved = flow.flip(-1) / flow.new_tensor([height, width])
-                yield Pair(asked, searched, pixel_centres(bench.sizes.output, flow) + moved)
+            state, before = None, None
+            for i in frames:
+                case = bench.val.get(i, scale=scale)
+                output, state = step(model, case, state, bench)
+                if before is not None:
+                    flow = on_grid(before[0].flow, bench.sizes.output)[0].permute(1, 2, 0)  # (Qh,Qw,2): x, y in cells
+                    moved = flow.flip(-1) / flow.new_tensor([height, width])
+                    places = pixel_centres(bench.sizes.output, flow) + moved
+                    yield Pair(before[0].name, before[1], output, places)
+                before = case, output
 
     def _place(self, name: str) -> Place:
         """(...,2) points of the warped photograph -> (...,2) where they come from, in unit squares."""
         drawn = generator("matching", self.warp, name)
         return (homography if self.warp == "homography" else thin_plate_spline)(self.strength, drawn)
 
-    def _distances(self, asked: Tensor, searched: Tensor, places: Tensor, bench: Bench) -> Tensor:
-        """(1,C,Qh,Qw) both -> (P,) distances in pixels from the nearest neighbour to the true place."""
-        inside = ((places >= 0) & (places <= 1)).all(-1).flatten().nonzero()[:, 0]  # NaN fails
+    def _measures(self, pair: Pair, image: Size) -> dict[str, tuple[float, float]]:
+        """The measures of a pair, each as a sum over points and their number; empty if no point is visible."""
+        places = pair.places.to(pair.asked).flatten(0, 1)  # (N,2)
+        asked, searched = (F.normalize(x[0].flatten(1).float(), dim=0) for x in (pair.asked, pair.searched))  # (C,N)
+        inside = ((places >= 0) & (places <= 1)).all(-1).nonzero()[:, 0]  # NaN fails
+        if not len(inside):
+            return {}
         count = min(self.num_points, len(inside))
         chosen = inside[torch.linspace(0, len(inside) - 1, count, device=inside.device).round().long()]  # (P,)
-        found = nearest(asked[0].flatten(1)[:, chosen], searched[0].flatten(1))  # (P,) cells
-        centres = pixel_centres(tuple(searched.shape[-2:]), places).flatten(0, 1)[found]  # (P,2)
-        pixels = places.new_tensor(bench.sizes.image)
-        return ((centres - places.flatten(0, 1)[chosen]) * pixels).norm(dim=-1)
+        pixels = places.new_tensor(image)
+        centres = pixel_centres(tuple(pair.searched.shape[-2:]), places).flatten(0, 1) * pixels  # (N,2)
+        sums: Counter[str] = Counter()
+        for some in chosen.split(max(1, _AT_ONCE // len(centres))):
+            share = shares(asked[:, some].T @ searched)  # (p,N)
+            distances = torch.cdist(places[some] * pixels, centres, compute_mode="donot_use_mm_for_euclid_dist")
+            sums.update(curve(distances, share))
+        return {name: (total, float(count)) for name, total in sums.items()}
 
 
-def curve(distances: Tensor) -> dict[str, tuple[float, float]]:
-    """(P,) distances in pixels -> the measures, each as a sum over points and their number."""
-    count = float(len(distances))
-    area = (1 - distances / WITHIN[-1]).clamp(min=0).sum().item()
-    return {"matching_auc": (area, count)} | {f"within_{d}px": ((distances <= d).sum().item(), count) for d in WITHIN}
+def shares(cosines: Tensor) -> Tensor:
+    """(p,N) -> (p,N): 1 for the cell with the largest cosine to each point; cells equal up to `TIE` share it."""
+    equal = (cosines >= cosines.amax(1, keepdim=True) - TIE).float()
+    return equal / equal.sum(1, keepdim=True)
 
 
-def nearest(asked: Tensor, searched: Tensor) -> Tensor:
-    """(C,P), (C,N) -> (P,) which of the N vectors has the largest cosine to each of the P; the first of equal ones."""
-    asked, searched = (F.normalize(x.float(), dim=0) for x in (asked, searched))
-    some = max(1, _AT_ONCE // searched.shape[1])
-    return torch.cat([(part.T @ searched).argmax(1) for part in asked.split(some, 1)])
+def curve(distances: Tensor, share: Tensor) -> dict[str, float]:
+    """(p,N) distances in pixels, (p,N) shares of each point -> the measures, summed over points."""
+    area = (share * (1 - distances / WITHIN[-1]).clamp(min=0)).sum().item()
+    return {"matching_auc": area} | {f"within_{d}px": share[distances <= d].sum().item() for d in WITHIN}
 
 
 def fetched(image: Tensor, places: Tensor) -> Tensor:

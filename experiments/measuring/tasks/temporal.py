@@ -63,18 +63,18 @@ class TemporalConsistency(Task):
                 case = bench.val.get(i, scale=scale)
                 output, state = step(upsampler, case, state, bench)
                 if before is not None:
-                    measured = self._error(*before, output, case, i, bench)
-                    for row in image_rows(before[0].name, measured):
+                    measured = self._error(*before, case, output, bench)
+                    for row in image_rows(bench.val.names[before[0]], measured):
                         yield {"task": self.choice} | row
-                before = case, output
+                before = i, case, output
 
     def _error(
-        self, case: EncodedImage, ours: Tensor, following: Tensor, next_case: EncodedImage, i: int, bench: Bench
+        self, i: int, case: EncodedImage, ours: Tensor, next_case: EncodedImage, following: Tensor, bench: Bench
     ) -> dict[str, float]:
         flow = case.flow
         if self.flow == "estimated":
             flow = bench.memory.get((self, i), lambda: estimated_flow(case.rgb, next_case.rgb), lambda t: t.nbytes)
-        low = bench.val.get(i - 1).features[0].float()  # (1,C,h,w); also where `case` is a ceiling's
+        low = bench.val.get(i).features[0].float()  # (1,C,h,w); also where `case` is a ceiling's
         variance = (low - low.mean((2, 3), keepdim=True)).square().sum(1).mean().item()
         if same_everywhere(low):
             raise EvaluationError(f"image {case.name}: its features are the same everywhere, so the error has no unit")
