@@ -136,6 +136,27 @@ def test_compiling_is_one_more_arm(no_children, monkeypatch):
     assert len(compiled) == 2  # once to see that it can be, once for the arm
 
 
+def test_classes_of_pixels_by_readout_and_by_a_head_on_features(no_children, monkeypatch):
+    head, readout = benchmark(config("arms=[head,readout]", "num_classes=4"))
+    assert (head.arm, readout.arm) == ("head", "readout")
+    assert head.status == readout.status == "ok"
+    assert readout.against == "head"
+    assert 0 < readout.difference < 1e-5  # computed another way, and the same
+    outputs = [make_arm(name, *_prepared("num_classes=4")).outcome() for name in ("head", "readout")]
+    assert {tuple(output.shape) for output in outputs} == {(1, 4, 32, 32)}
+    called = []
+    monkeypatch.setattr(core.AnyUp, "readout", lambda model, *given: called.append(given))
+    make_arm("readout", *_prepared()).call()
+    make_arm("head", *_prepared()).call()
+    assert len(called) == 1
+
+
+def _prepared(*overrides):
+    found = resolved(config("arms=[head,readout]", *overrides))
+    (case,) = cases_of(found)
+    return case, found, make_batch(case, CPU)
+
+
 def test_two_rounds_give_no_interval(no_children):
     _, ours = benchmark(config("num_runs=2"))
     assert ours.ratio > 0
@@ -354,7 +375,7 @@ def test_the_command_line(tmp_path):
         ("forward=[8/8/4]", "two at least"),
         ("training=[32/8/0]", "training=32/8/0: .* nothing 0"),
         ("forward=[]", "nothing to measure"),
-        ("arms=[dense,natten]", "arms must be one of dense, ours, compiled, got natten"),
+        ("arms=[dense,natten]", "arms must be one of dense, ours, compiled, head, readout, got natten"),
         ("arms=[]", "arms must name one or several"),
         ("arms=[ours,ours]", "arms must name one or several different"),
         ("dtype=float64", "dtype must be one of float32, float16, bfloat16, got float64"),
@@ -376,6 +397,15 @@ def test_refusals(override, message):
     with pytest.raises(SettingError, match=message):
         benchmark(config(override))
     assert not any(path.is_file() for path in Path().rglob("*"))
+
+
+def test_arms_that_give_classes_are_measured_apart():
+    with pytest.raises(SettingError, match="arms head and readout give classes and the others features"):
+        benchmark(config("arms=[ours,readout]"))
+    with pytest.raises(SettingError, match="are measured in a forward only: add training="):
+        benchmark(config("arms=[readout]", "training=[32/8/5/8]"))
+    with pytest.raises(SettingError, match=r"decoder=INRDecoder is not linear.*arms are head, readout"):
+        benchmark(config("arms=[head,readout]", "decoder=inr"))
 
 
 def test_training_in_float16_is_refused():

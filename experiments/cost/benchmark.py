@@ -16,6 +16,7 @@ import torch
 from omegaconf import DictConfig
 
 import core
+from core.checks import check_linear
 from experiments.cost.benchmark_arms import (
     PreparedArm,
     dense_reference,
@@ -24,7 +25,7 @@ from experiments.cost.benchmark_arms import (
     make_batch,
     warmed_up,
 )
-from experiments.cost.benchmark_cases import Case, dense_bytes, queries_at_once
+from experiments.cost.benchmark_cases import READOUT_ARMS, Case, dense_bytes, queries_at_once
 from experiments.cost.measure import (
     MIN_RUNS,
     OutOfMemory,
@@ -132,6 +133,8 @@ def check_arms(config: DictConfig, device: torch.device) -> None:
         model = core.from_config(config)
         if "dense" in config.arms:
             dense_reference(model)
+        if "readout" in config.arms:
+            check_linear(model)
         if "compiled" in config.arms:
             model.to(device).compile_encoders()
     except (ValueError, RuntimeError) as error:
@@ -145,6 +148,8 @@ def _new_row(name: str, case: Case, config: DictConfig, device: torch.device) ->
     model = core.from_config(config)
     network = dense_reference(model) if name == "dense" else model.twice_differentiable()
     row.parameters = sum(weight.numel() for weight in network.parameters())
+    if name in READOUT_ARMS:
+        return row
     try:
         row.gflops = forward_flops(network, case) / 1e9
     except RuntimeError as error:  # a filler that looks at its values

@@ -1,4 +1,8 @@
-"""The benchmark's arms at one size: `dense` (the released algorithm), `ours` and `compiled`, with the same weights."""
+"""The benchmark's arms at one size, with the same weights.
+
+`dense` is the released algorithm, `ours` and `compiled` are this project's. `head` upsamples the features and applies a
+linear head to them, `readout` gives the same classes by `AnyUp.readout`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +18,7 @@ from core.compose import build_filler
 from core.published import rename_published
 from core.reference import ReferenceAnyUp, reference_of
 from core.training import Trainable
-from experiments.cost.benchmark_cases import Case, queries_at_once
+from experiments.cost.benchmark_cases import READOUT_ARMS, Case, queries_at_once
 from experiments.cost.measure import count_flops
 from experiments.settings import DTYPES
 
@@ -45,7 +49,7 @@ def make_batch(case: Case, device: torch.device) -> Batch:
 
 
 def make_arm(name: str, case: Case, config: DictConfig, batch: Batch) -> PreparedArm:
-    """Builds one of `dense`, `ours`, `compiled` on the device of `batch`, with the same weights."""
+    """Builds one of `ARM_NAMES` on the device of `batch`, with the same weights."""
     model = core.from_config(config).to(batch.image.device)
     network = model
     if name == "dense":
@@ -55,11 +59,26 @@ def make_arm(name: str, case: Case, config: DictConfig, batch: Batch) -> Prepare
     if case.training:
         return _training_arm(network.train(), case, config, batch)
     network = network.to(DTYPES[case.dtype]).eval()
+    if name in READOUT_ARMS:
+        return _readout_arm(name == "readout", network, case, config.num_classes, batch)
     chunk = (queries_at_once(case, config, batch.image.device),) if name == "dense" else ()
 
     @torch.inference_mode()
     def call() -> Tensor:
         return network(batch.image, batch.features, batch.output_size, *chunk)
+
+    return PreparedArm(call, call)
+
+
+def _readout_arm(first: bool, model: core.AnyUp, case: Case, num_classes: int, batch: Batch) -> PreparedArm:
+    """A linear head with made-up weights, applied before upsampling if `first`, else after it."""
+    weight = torch.randn(num_classes, case.channels, generator=torch.Generator().manual_seed(0)).to(batch.features)
+
+    @torch.inference_mode()
+    def call() -> Tensor:
+        if first:
+            return model.readout(batch.image, batch.features, (weight, None), batch.output_size)
+        return F.conv2d(model(batch.image, batch.features, batch.output_size), weight[..., None, None])
 
     return PreparedArm(call, call)
 

@@ -11,7 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.settings import DTYPES, SettingError, check_choice, check_name, check_writable, pick_device
 
-ARM_NAMES = ("dense", "ours", "compiled")
+READOUT_ARMS = ("head", "readout")
+"""They give classes, the others features."""
+ARM_NAMES = ("dense", "ours", "compiled", *READOUT_ARMS)
 FALLBACK_QUERIES = 8192
 _CASE = re.compile(r"(\d+)/(\d+)/(\d+)(?:/(\d+))?")
 
@@ -85,7 +87,14 @@ def _check(values: dict[str, Any]) -> None:
             check_choice(key, value, choices)
         if not values[key] or len(set(values[key])) < len(values[key]):
             raise SettingError(f"{key} must name one or several different ones of {', '.join(choices)}")
-    for key in ("num_runs", "num_threads", "batch_size", "training_batch_size"):
+    readout = [name for name in values["arms"] if name in READOUT_ARMS]
+    if readout and len(readout) < len(values["arms"]):
+        raise SettingError(
+            f"arms {' and '.join(READOUT_ARMS)} give classes and the others features: measure them apart"
+        )
+    if readout and values["training"]:
+        raise SettingError(f"arms={values['arms']} are measured in a forward only: add training=[]")
+    for key in ("num_runs", "num_threads", "batch_size", "training_batch_size", "num_classes"):
         _check_number(key, values[key], 1)
     _check_number("num_warmup", values["num_warmup"], 0)
     for key in ("max_seconds", "memory_limit_gb", "tolerance"):

@@ -15,7 +15,7 @@ from experiments.cost.benchmark import Row
 from experiments.reports.markdown import Table, number, times_faster
 from experiments.tracking.provenance import Origin, machine
 
-COLOURS = {"dense": "tab:gray", "ours": "tab:blue", "compiled": "tab:orange"}
+COLOURS = {"dense": "tab:gray", "ours": "tab:blue", "compiled": "tab:orange", "head": "tab:gray", "readout": "tab:blue"}
 LINES = {"float32": "-", "bfloat16": "--", "float16": ":"}
 COLUMNS = {
     "size": "left",
