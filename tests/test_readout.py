@@ -6,6 +6,13 @@ from torch import Tensor, nn
 
 import core
 from core import AnyUp, Context, Decoder, points
+from core.streams import named_stream
+from experiments.measuring.bench import Bench, EncodedImage, Sizes
+from experiments.measuring.heads import HEADS, at_positions, enlarged
+from experiments.measuring.readout import at_pixels, raw_outputs
+from experiments.measuring.upsamplers import MeanOf
+from experiments.peers import peer_from_config
+from experiments.peers.interpolation import Bilinear
 
 SMALL = ["embed_dim=16", "unifier.num_basis=8"]
 
@@ -108,3 +115,27 @@ def test_few_points_are_what_all_points_are(perturbed, monkeypatch, overrides):
         all_of_them = model.query(image, features, coords, (12, 16))
     torch.testing.assert_close(few, all_of_them, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(few, grid[:, :, [0, 3, 11], [0, 9, 15]], rtol=1e-5, atol=1e-6)  # coords are float32
+
+
+@pytest.mark.parametrize("output", [(24, 32), (12, 16)])
+def test_probes_need_no_full_features_of_any_arm(output, monkeypatch):
+    """Heads and drawn pixels give what they give on upsampled features, of AnyUp, peers and their means."""
+    case = EncodedImage("a", torch.rand(1, 3, 24, 32).half(), (torch.randn(1, 9, 3, 4).half(),))
+    sizes = Sizes((24, 32), (24, 32), (24, 32), output)
+    where = Bench(None, None, None, sizes, None, 2, torch.device("cpu"))
+    anyup, bilateral = core.build(SMALL).eval(), peer_from_config("joint_bilateral")
+    models = [Bilinear(), anyup, bilateral, MeanOf([anyup, bilateral, Bilinear()])]
+    with named_stream(0, "heads"):
+        heads = [HEADS["linear"].make([9], outputs, 0) for outputs in (2, 3)]
+    positions = torch.tensor([[0, 0], [23, 31], [7, 12], [11, 30]])
+    expected = []
+    for model in models:
+        (features,) = where.upsample(model, [case])
+        at = at_positions(features, positions, sizes.image)
+        expected.append(([enlarged(head([features]), output) for head in heads], at))
+    if output == sizes.image:
+        monkeypatch.setattr(core.AnyUp, "forward", None)  # it is not called
+    for model, (raw, at) in zip(models, expected, strict=True):
+        for found, true in zip(raw_outputs(model, case, heads, where), raw, strict=True):
+            torch.testing.assert_close(enlarged(found, output), true, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(at_pixels(model, case, positions, where), at, rtol=1e-4, atol=1e-5)

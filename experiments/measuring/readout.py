@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import core
-from experiments.measuring.bench import Bench, EncodedImage, checked
+from experiments.measuring.bench import Bench, EncodedImage, Size, checked
 from experiments.measuring.heads import Head, at_positions
+from experiments.measuring.upsamplers import MeanOf
 from experiments.peers import Peer
 from experiments.peers.interpolation import Bilinear
 
@@ -28,13 +29,22 @@ def raw_outputs(model: nn.Module, case: EncodedImage, heads: Sequence[Head], ben
         features = bench.upsample(model, [case])
         return [head(features) for head in heads]
     weight, bias = (torch.cat(parts) for parts in zip(*affine, strict=True))  # (K,C), (K,) of all heads
-    features, guidance, size = case.features[0].float(), bench.guidance(case), bench.sizes.output
-    if isinstance(model, core.AnyUp):
-        output = model.readout(guidance, features, (weight, bias), size)  # (1,K,Qh,Qw)
-    else:
-        output = model(guidance, torch.einsum("kc,bchw->bkhw", weight, features) + bias[:, None, None], size)
-    checked(output, output, size, [case])
+    output = _after_head(model, bench.guidance(case), case.features[0].float(), weight, bias, bench.sizes.output)
+    checked(output, output, bench.sizes.output, [case])
     return list(output.split([len(own) for own, _ in affine], 1))
+
+
+def _after_head(
+    model: nn.Module, guidance: Tensor, features: Tensor, weight: Tensor, bias: Tensor, size: Size
+) -> Tensor:
+    """(1,C,h,w), (K,C), (K,) -> (1,K,*size): a linear head's outputs, upsampled."""
+    if isinstance(model, MeanOf):
+        return sum(_after_head(each, guidance, features, weight, bias, size) for each in model.models) / len(
+            model.models
+        )
+    if isinstance(model, core.AnyUp):
+        return model.readout(guidance, features, (weight, bias), size)
+    return model(guidance, torch.einsum("kc,bchw->bkhw", weight, features) + bias[:, None, None], size)
 
 
 @torch.no_grad()
@@ -44,6 +54,8 @@ def at_pixels(model: nn.Module, case: EncodedImage, positions: Tensor, bench: Be
     Raises:
         EvaluationError: as `Bench.upsample`.
     """
+    if isinstance(model, MeanOf):
+        return sum(at_pixels(each, case, positions, bench) for each in model.models) / len(model.models)
     # On a grid other than the labels' the features are interpolated twice, which must not be done at once.
     same_grid = bench.sizes.output == bench.sizes.image
     if same_grid and isinstance(model, Bilinear):
@@ -59,4 +71,6 @@ def at_pixels(model: nn.Module, case: EncodedImage, positions: Tensor, bench: Be
 
 def commutes(model: nn.Module) -> bool:
     """Whether a linear head may be applied before upsampling."""
+    if isinstance(model, MeanOf):
+        return all(commutes(each) for each in model.models)
     return isinstance(model, core.AnyUp | Peer) and model.linear_in_values
