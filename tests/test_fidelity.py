@@ -187,6 +187,19 @@ def test_an_arm_may_be_the_mean_of_others():
         evaluate(config(PHOTOS, "peers=[bilinear,nearest]", "means={nearest: [nearest, bilinear]}"))
 
 
+def test_an_arm_may_be_the_blur_of_another():
+    report = evaluate(config(PHOTOS, "peers=[bilinear,nearest]", "blurs={smooth: {nearest: 0.5}}", "ceilings=[]"))
+    errors = report.scores[report.scores.measure == "error"].groupby("arm")["numerator"].mean()
+    assert errors["smooth"] < errors["nearest"]
+    for wrong in ("{smooth: {nobody: 0.5}}", "{smooth: nearest}", "{smooth: {nearest: 1, bilinear: 1}}"):
+        with pytest.raises(SettingError, match=r"give {ARM: WIDTH} with one of the arms bilinear, nearest"):
+            evaluate(config(PHOTOS, "peers=[bilinear,nearest]", f"blurs={wrong}"))
+    with pytest.raises(SettingError, match=r"blurs.smooth: the width must be a number of cells above 0, got 0"):
+        evaluate(config(PHOTOS, "peers=[bilinear,nearest]", "blurs={smooth: {nearest: 0}}"))
+    with pytest.raises(SettingError, match="two arms are called nearest"):
+        evaluate(config(PHOTOS, "peers=[bilinear,nearest]", "blurs={nearest: {nearest: 1}}"))
+
+
 def test_what_the_encoder_refuses_is_a_setting_that_cannot_be_used(monkeypatch):
     backbone = core.load_backbone("hog8")
     monkeypatch.setattr("experiments.measuring.evaluation.backbone_from_config", lambda _: backbone)

@@ -48,7 +48,7 @@ from experiments.tracking.store import track
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 2
+_FORMAT = 3
 """To be raised with every change of what an evaluation measures."""
 
 

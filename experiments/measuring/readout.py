@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import core
 from experiments.measuring.bench import Bench, EncodedImage, Size, checked
+from experiments.measuring.blur import blurred
 from experiments.measuring.heads import Head, at_positions
-from experiments.measuring.upsamplers import MeanOf
+from experiments.measuring.upsamplers import Blurred, MeanOf
 from experiments.peers import Peer
 from experiments.peers.interpolation import Bilinear
 
@@ -42,6 +43,9 @@ def _after_head(
         return sum(_after_head(each, guidance, features, weight, bias, size) for each in model.models) / len(
             model.models
         )
+    if isinstance(model, Blurred):
+        sharp = _after_head(model.model, guidance, features, weight, bias, size)
+        return blurred(sharp, tuple(features.shape[-2:]), model.width)
     if isinstance(model, core.AnyUp):
         return model.readout(guidance, features, (weight, bias), size)
     return model(guidance, torch.einsum("kc,bchw->bkhw", weight, features) + bias[:, None, None], size)
@@ -73,4 +77,6 @@ def commutes(model: nn.Module) -> bool:
     """Whether a linear head may be applied before upsampling."""
     if isinstance(model, MeanOf):
         return all(commutes(each) for each in model.models)
+    if isinstance(model, Blurred):
+        return commutes(model.model)
     return isinstance(model, core.AnyUp | Peer) and model.linear_in_values

@@ -1,5 +1,6 @@
-"""The upsamplers that an evaluation compares: peers and checkpoints, by the names of their arms."""
+"""The upsamplers that an evaluation compares: peers, checkpoints, their means and their blurs, by names of arms."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from omegaconf import DictConfig, ListConfig
 from torch import Tensor, nn
 
 import core
+from experiments.measuring.blur import blurred
 from experiments.measuring.ceilings import CEILINGS
 from experiments.peers import named_peers, peer_from_config
 from experiments.settings import SettingError
@@ -14,11 +16,11 @@ from experiments.statistics.verdicts import FLOOR
 
 
 def upsamplers(config: DictConfig) -> dict[str, nn.Module]:
-    """The arms that upsample, by name: `config.peers`, then `config.checkpoints`.
+    """The arms that upsample, by name: `config.peers`, then `config.checkpoints`, `config.means`, `config.blurs`.
 
     Raises:
-        SettingError: a peer that is unknown or cannot be made, a checkpoint that cannot be loaded, or two arms of one
-            name.
+        SettingError: a peer that is unknown or cannot be made, a checkpoint that cannot be loaded, a mean or a blur of
+            arms that there are not, or two arms of one name.
     """
     names = named_peers(config.peers)
     if FLOOR not in names:
@@ -34,7 +36,9 @@ def upsamplers(config: DictConfig) -> dict[str, nn.Module]:
         raise SettingError(f"checkpoints: {error}") from error
     except ValueError as error:
         raise SettingError(str(error)) from error
-    return models | {name: _mean(name, list(arms), models) for name, arms in (config.means or {}).items()}
+    for made, make in ((config.means, _mean), (config.blurs, _blur)):
+        models |= {name: make(name, arms, models) for name, arms in (made or {}).items()}
+    return models
 
 
 class MeanOf(nn.Module):
@@ -49,9 +53,34 @@ class MeanOf(nn.Module):
         return sum(model(image, features, output_size) for model in self.models) / len(self.models)
 
 
-def _mean(name: str, arms: list[str], models: dict[str, nn.Module]) -> MeanOf:
+class Blurred(nn.Module):
+    """What an upsampler gives, blurred by a Gaussian of `width` cells of the low-resolution features."""
+
+    def __init__(self, model: nn.Module, width: float):
+        super().__init__()
+        self.model, self.width = model, width
+
+    def forward(self, image: Tensor, features: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+        """(B,3,H,W), (B,C,h,w) -> (B,C,Qh,Qw)."""
+        return blurred(self.model(image, features, output_size), tuple(features.shape[-2:]), self.width)
+
+
+def _blur(name: str, arm: DictConfig, models: dict[str, nn.Module]) -> Blurred:
     if name in (*models, *CEILINGS):
         raise _named_twice(name)
+    pairs = list(arm.items()) if isinstance(arm, DictConfig) else []
+    if len(pairs) != 1 or pairs[0][0] not in models:
+        raise SettingError(f"blurs.{name}={arm}: give {{ARM: WIDTH}} with one of the arms {', '.join(models)}")
+    ((of, width),) = pairs
+    if not (isinstance(width, int | float) and 0 < width < math.inf):
+        raise SettingError(f"blurs.{name}: the width must be a number of cells above 0, got {width}")
+    return Blurred(models[of], float(width))
+
+
+def _mean(name: str, arms: ListConfig, models: dict[str, nn.Module]) -> MeanOf:
+    if name in (*models, *CEILINGS):
+        raise _named_twice(name)
+    arms = list(arms)
     if len(set(arms)) < 2 or not set(arms) <= models.keys():
         raise SettingError(f"means.{name}={arms}: it takes at least two of the arms {', '.join(models)}")
     return MeanOf([models[arm] for arm in arms])

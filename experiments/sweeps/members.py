@@ -50,7 +50,7 @@ from experiments.training.loop import Training
 log = logging.getLogger(__name__)
 
 _FREE_KEYS = ("tracking", "out_dir", "device", "cache", "name", "confidence")
-_UNUSED_KEYS = ("checkpoints", "peers", "means", "ceilings", "seeds", "cost")
+_UNUSED_KEYS = ("checkpoints", "peers", "means", "blurs", "ceilings", "seeds", "cost")
 """Settings of an evaluation that do not change its scores, and settings that only `experiments.evaluate` reads."""
 
 
