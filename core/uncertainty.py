@@ -12,6 +12,7 @@ All but the entropy are divided by the variance of the image's features, so that
 channels. How well each of them tells the error is measured in docs/uncertainty.md.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,6 +69,17 @@ def uncertain(
         return output, replace(measured, spread=spread / unit_variance(features))
 
 
+@torch.no_grad()
+def of_attention(
+    model: nn.Module, image: Tensor, features: Tensor, output_size: tuple[int, int] | None = None
+) -> Uncertainty:
+    """As `AnyUp.with_uncertainty`, without the output, which may be larger than memory."""
+    output_size = checks.check_inputs(model, image, features, output_size)
+    _, query, key = model._guide(image, features, output_size, Buffers())
+    bands = [measures for _, *measures in _bands(model, query, key, features)]
+    return Uncertainty(*(torch.cat(parts, 2) for parts in zip(*bands, strict=True)))
+
+
 def unit_variance(features: Tensor) -> Tensor:
     """(B,C,h,w) -> (B,1,1,1), above 0: mean over cells of the squared distance from the mean vector."""
     squares = _centred(features).square().sum(1, keepdim=True)  # (B,1,h,w)
@@ -91,19 +103,22 @@ def rarity(features: Tensor, nearest: int = NEAREST) -> Tensor:
 
 def _attended(model: nn.Module, query: Tensor, key: Tensor, features: Tensor) -> tuple[Tensor, Uncertainty]:
     """Attention's output (B,C,Qh,Qw), and what it says of itself."""
+    output, *measures = (torch.cat(parts, 2) for parts in zip(*_bands(model, query, key, features), strict=True))
+    checks.check_filled(model, "attention", output, (*features.shape[:2], *query.shape[-2:]))
+    return output, Uncertainty(*measures)
+
+
+def _bands(model: nn.Module, query: Tensor, key: Tensor, features: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yields attention's output (B,C,rows,Qw), variance, rarity and entropy, in bands from top to bottom."""
     channels, unit = features.shape[1], unit_variance(features)
     mean = _wide(features).mean((2, 3), keepdim=True)  # (B,C,1,1)
     energy = _centred(features).square().sum(1, keepdim=True) / unit  # (B,1,h,w)
     carried = torch.cat([energy, rarity(features), torch.ones_like(energy)], 1).to(features)  # (B,3,h,w)
-    parts = []
     for _, band, entropy in model.attention.bands_with_entropy(query, key, torch.cat([features, carried], 1)):
         output, (energy, rare, total) = band[:, :channels], _wide(band[:, channels:]).split(1, 1)
         _check_average(model, total, band.dtype)
         kept = (_wide(output) - mean).square().sum(1, keepdim=True) / unit  # (B,1,rows,Qw)
-        parts.append((output, (energy - kept).clamp(min=0), rare.clamp(min=0), _wide(entropy).clamp(min=0)))
-    output, *measures = (torch.cat(bands, 2) for bands in zip(*parts, strict=True))
-    checks.check_filled(model, "attention", output, (*features.shape[:2], *query.shape[-2:]))
-    return output, Uncertainty(*measures)
+        yield output, (energy - kept).clamp(min=0), rare.clamp(min=0), _wide(entropy).clamp(min=0)
 
 
 def _sampled(model: nn.Module, output: Tensor, context: object, num_samples: int) -> tuple[Tensor, Tensor]:

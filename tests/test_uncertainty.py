@@ -63,7 +63,11 @@ def test_is_what_loops_over_the_weights_give(perturbed, overrides):
     torch.testing.assert_close(found.variance, variance, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(found.rarity, rarity, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(found.entropy, entropy, rtol=1e-9, atol=1e-12)
+    alone = uncertainty.of_attention(model, image, features, SIZE)
     assert found.spread is None
+    assert torch.equal(alone.variance, found.variance)
+    assert torch.equal(alone.rarity, found.rarity)
+    assert torch.equal(alone.entropy, found.entropy)
     assert all(measure.min() >= 0 and measure.std() > 0 for measure in (variance, rarity, entropy))
 
 
