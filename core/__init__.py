@@ -9,6 +9,7 @@ from core.compose import available, build_filler, compose
 from core.hooks import Attention, Decoder, Learner, Objective, Refiner, Temporal, Unifier
 from core.models import build, from_config, from_published, load
 from core.registry import register
+from core.uncertainty import Uncertainty
 from core.weight_files import WeightsError
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Objective",
     "Refiner",
     "Temporal",
+    "Uncertainty",
     "Unifier",
     "WeightsError",
     "available",

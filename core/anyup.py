@@ -21,6 +21,7 @@ from core.pretrained import Pretrained
 from core.registry import describe
 from core.rotary import Rotary
 from core.streams import named_stream
+from core.uncertainty import Uncertainty, uncertain
 from core.unifiers import BasisConvolution, LearnedBasis
 
 
@@ -225,6 +226,33 @@ class AnyUp(nn.Module, Pretrained):
         output = self.attention(query, key, values, *([None] if self.attention.takes_out else []))
         output = checks.check_filled(self, "attention", output, (len(features), len(weight), *output_size))
         return output if bias is None else output + bias.to(output)[:, None, None]
+
+    def with_uncertainty(
+        self,
+        image: Tensor,
+        features: Tensor,
+        output_size: tuple[int, int] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        num_samples: int = 0,
+    ) -> tuple[Tensor, Uncertainty]:
+        """Upsamples, and says pixel by pixel how uncertain attention is: `core.uncertainty`. Without gradients.
+
+        Args:
+            image, features, output_size, generator: as for `forward`.
+            num_samples: run the fillers after attention so often, with different random numbers, for the spread of
+                samples; 0: no spread. The output is the first sample, which `forward` gives with the same generator.
+
+        Returns:
+            `forward`'s output (B,C,Qh,Qw), up to rounding, and the measures of uncertainty, (B,1,Qh,Qw) each. Those of
+            attention describe its own output, whatever decoder, refiner and temporal filler do afterwards. To a
+            temporal filler the image is the first frame of a video.
+
+        Raises:
+            ValueError: the weights of a query do not sum to 1, or are negative; `num_samples` is 1 or negative, or no
+                filler draws random numbers. Otherwise as `forward`.
+        """
+        return uncertain(self, image, features, output_size, generator, num_samples)
 
     @property
     def linear_in_values(self) -> bool:

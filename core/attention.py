@@ -63,6 +63,14 @@ class CrossAttention(Attention):
     def bands(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[slice, Tensor]]:
         return self._bands(query, key, value, None)
 
+    def bands_with_entropy(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """As `Attention.bands_with_entropy`, in one pass over the weights, and so at almost no cost."""
+        if any(getattr(type(self), name) is not getattr(CrossAttention, name) for name in _WEIGHTS_MADE_IN):
+            yield from super().bands_with_entropy(query, key, value)  # a subclass has other weights
+            return
+        for rows, band in self._bands(query, key, under_autocast(value), None, _mixed_with_entropy):
+            yield rows, band[:, :-1], band[:, -1:]  # (B,C,rows,Qw), (B,1,rows,Qw)
+
     def at(self, query: Tensor, key: Tensor, value: Tensor, coords: Tensor) -> Tensor:
         """As `Attention.at`, with each window centred on its point."""
         if len(coords) * FEW_POINTS < query.shape[2] * query.shape[3]:
@@ -79,7 +87,7 @@ class CrossAttention(Attention):
         head_scale = (self.num_heads / key.shape[1]) ** 0.5
         return self.project_key(normed(self.norm_key, key.permute(0, 2, 3, 1))) * head_scale
 
-    def _bands(self, query, key, value, output):
+    def _bands(self, query, key, value, output, mix=torch.bmm):
         height, width = query.shape[-2:]
         down = tiles(height, key.shape[-2], self.window_ratio)
         across = tiles(width, key.shape[-1], self.window_ratio)
@@ -91,7 +99,7 @@ class CrossAttention(Attention):
         convolve = self.convolved_rows(query)
         for some, rows, size in down.blocks(max(1, at_once // len(across))):
             target = None if output is None else output[:, rows]
-            band = partial(self._band, convolve, rows, across=across, at_once=at_once, target=target)
+            band = partial(self._band, convolve, rows, across=across, at_once=at_once, target=target, mix=mix)
             arguments = keys, values, down.keys[some], down.visible[some, :size]
             if recompute and not torch.compiler.is_compiling():
                 band = checkpoint(band, *arguments, use_reentrant=False)
@@ -105,7 +113,7 @@ class CrossAttention(Attention):
             return winograd.Winograd(self.conv.weight, query.permute(0, 2, 3, 1).contiguous()).rows
         return partial(winograd.direct_rows, self.conv.weight, query)
 
-    def _band(self, convolve, rows, keys, values, key_rows, rows_visible, across: Tiles, at_once, target):
+    def _band(self, convolve, rows, keys, values, key_rows, rows_visible, across: Tiles, at_once, target, mix):
         """Attention for the rows of m tiles -> (B,rows,Qw,C), written into `target` if there is one."""
         query = normed(self.norm_query, convolve(rows))  # (B,rows,Qw,D)
         query = query.unflatten(1, rows_visible.shape[:2])  # (B,m,R,Qw,D)
@@ -118,6 +126,7 @@ class CrossAttention(Attention):
                 keys.index_select(2, run).unflatten(2, (-1, across.keys.shape[1])),  # (B,m,n,Kw,Kh,D)
                 values.index_select(2, run).unflatten(2, (-1, across.keys.shape[1])),  # (B,m,n,Kw,Kh,C)
                 rows_visible[:, None, :, None, None] & across.visible[some, None, :size, :, None],  # (m,n,R,T,Kw,Kh)
+                mix,
             )
             if target is None:
                 parts.append(part.flatten(3, 4).flatten(1, 2))  # (B,rows,n·T,C)
@@ -125,8 +134,11 @@ class CrossAttention(Attention):
                 target.unflatten(1, rows_visible.shape[:2])[:, :, :, columns].unflatten(3, (-1, size)).copy_(part)
         return torch.cat(parts, 2) if target is None else target
 
-    def _tiles(self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-        """(B,m,R,n,T,D), (B,m,n,Kw,Kh,D), (B,m,n,Kw,Kh,C), (m,n,R,T,Kw,Kh) -> (B,m,R,n,T,C)."""
+    def _tiles(self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, mix=torch.bmm) -> Tensor:
+        """(B,m,R,n,T,D), (B,m,n,Kw,Kh,D), (B,m,n,Kw,Kh,C), (m,n,R,T,Kw,Kh) -> (B,m,R,n,T,C).
+
+        `mix`: (P,M,K) weights, (P,K,C) values -> (P,M,C).
+        """
         batch, m, rows, n, columns, _ = query.shape
         query = query.transpose(2, 3).reshape(batch * m * n, rows * columns, -1)  # (P,M,D), P = B·m·n tiles
         query = self.project_query(query)
@@ -141,8 +153,17 @@ class CrossAttention(Attention):
             k = k.transpose(1, 2)  # (P,D/heads,K)
             logits = torch.bmm(q, k) if bias is None else torch.baddbmm(bias, q, k)  # (P,M,K)
             weights += logits.softmax(-1)
-        weighted = torch.bmm((weights / self.num_heads).to(values.dtype), values)  # (P,M,C)
+        weighted = mix((weights / self.num_heads).to(values.dtype), values)  # (P,M,C)
         return weighted.view(batch, m, n, rows, columns, -1).transpose(2, 3)
+
+
+_WEIGHTS_MADE_IN = ("forward", "bands", "_keys", "_bands", "_band", "_tiles", "convolved_rows")
+
+
+def _mixed_with_entropy(weights: Tensor, values: Tensor) -> Tensor:
+    """(P,M,K) weights, (P,K,C) values -> (P,M,C+1): the weighted sums, and the entropy of the weights in nats."""
+    entropy = -torch.special.xlogy(weights, weights).sum(-1, keepdim=True)  # (P,M,1)
+    return torch.cat([torch.bmm(weights, values), entropy], -1)
 
 
 def empty_output(value: Tensor, size: tuple[int, int]) -> Tensor:

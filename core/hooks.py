@@ -39,6 +39,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from core.batch import Batch, Context
 from core.points import sample_rows
@@ -46,6 +47,8 @@ from core.points import sample_rows
 GATE_LR_SCALE = 10.0
 """For `lr_scales` of a gate that starts closed. Adam's steps are about as large as the learning rate, whatever the
 gradient. With this factor a gate opens within hundreds of steps instead of thousands."""
+
+_CELLS_AT_ONCE = 256  # whose weights are looked at together
 
 
 class Filler(nn.Module, ABC):
@@ -120,6 +123,28 @@ class Attention(Filler):
         By default there is one band. An attention that can work in bounded memory overrides this.
         """
         yield slice(0, query.shape[-2]), self(query, key, value)
+
+    def bands_with_entropy(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yields `bands` with the entropy of each query's weights, -Σ α log α: (rows, (B,C,rows,Qw), (B,1,rows,Qw)).
+
+        In nats: exp of it is the number of cells that would give it with equal weights. Used by
+        `AnyUp.with_uncertainty`. By default the weights are read off values that are 1 in one cell and 0 in the
+        others, some cells at a time. That is exact for every attention, but costs an attention with h·w channels. One
+        that has its weights at hand overrides this.
+
+        Raises:
+            ValueError: a weight is negative, so that there is no entropy.
+        """
+        entropy, (batch, _, *grid) = 0.0, key.shape
+        for cells in torch.arange(grid[0] * grid[1], device=key.device).split(_CELLS_AT_ONCE):
+            alone = functional.one_hot(cells, grid[0] * grid[1]).to(value.dtype).unflatten(1, grid)  # (n,h,w)
+            weights = self(query, key, alone.expand(batch, *alone.shape))  # (B,n,Qh,Qw)
+            if (weights < -torch.finfo(weights.dtype).eps).any():
+                raise ValueError(f"attention {type(self).__name__} has negative weights, which have no entropy")
+            weights = weights.clamp(min=0)
+            entropy = entropy - torch.special.xlogy(weights, weights).sum(1, keepdim=True)  # (B,1,Qh,Qw)
+        for rows, band in self.bands(query, key, value):
+            yield rows, band, entropy[:, :, rows]
 
     def at(self, query: Tensor, key: Tensor, value: Tensor, coords: Tensor) -> Tensor:
         """Attention at (N,2) points of the image, the same for all images -> (B,C,N); used by `AnyUp.query`.

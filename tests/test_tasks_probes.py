@@ -370,7 +370,8 @@ def test_rates_of_learning():
         (
             "colours",
             {},
-            "task=colours is not registered; there are: depth, fidelity, matching, normals, segmentation, temporal",
+            "task=colours is not registered; there are: depth, fidelity, matching, normals, segmentation, temporal, "
+            "uncertainty",
         ),
     ],
 )
@@ -380,7 +381,7 @@ def test_settings_that_make_no_sense(name, settings, message):
 
 
 def test_all_tasks_are_registered():
-    assert set(tasks()) == {"segmentation", "depth", "normals", "fidelity", "matching", "temporal"}
+    assert set(tasks()) == {"segmentation", "depth", "normals", "fidelity", "matching", "temporal", "uncertainty"}
 
 
 class Unlabelled(Blocks):

@@ -146,6 +146,28 @@ def test_the_picture_has_four_columns(photos):
     assert len(set(spread)) == 4
 
 
+@pytest.mark.parametrize("kind", ["none", "npy"])
+def test_uncertainty_is_written_and_drawn_beside_the_features(photos, kind):
+    upsample(config(f"images={photos}/a.png", "max_size=56", f"features={kind}"))
+    with Image.open("outputs/upsample/a.png") as picture:
+        plain = np.asarray(picture)
+    upsample(config(f"images={photos}/a.png", "max_size=56", f"features={kind}", "uncertainty=true", "out_dir=out"))
+    assert made("out") == sorted({"a.png", "a.uncertainty.safetensors"} | ({"a.npy"} if kind == "npy" else set()))
+    found = load_file("out/a.uncertainty.safetensors")
+    rgb = read(photos / "a.png")
+    features = core.load_backbone("hog8")(rgb)
+    _, wanted = core.build().eval().with_uncertainty(core.imagenet_normalize(rgb), features)
+    assert set(found) == {"rarity", "variance", "entropy"}
+    for name, values in found.items():
+        torch.testing.assert_close(values, getattr(wanted, name)[0, 0], atol=1e-4, rtol=1e-4)
+    with Image.open("out/a.png") as picture:
+        assert picture.size == (6 * 224 + 70, 160 + 46)
+        drawn = np.asarray(picture)
+    np.testing.assert_array_equal(drawn[:, : 4 * 234], plain[:, : 4 * 234])
+    for column in (4, 5):
+        assert np.ptp(drawn[36:196, 10 + column * 234 : 234 + column * 234].astype(float)) > 100
+
+
 def test_odd_images_are_skipped_and_told(photos, caplog):
     summary = upsample(config(f"images={photos}"))
     assert [done.name for done in summary.done] == ["a", "d"]
@@ -255,6 +277,7 @@ def test_an_interrupted_write_leaves_the_earlier_file(tmp_path):
         ("output_size=large", "output_size must be"),
         ("max_size=0", "max_size must be a positive number"),
         ("features=zip", "features must be one of none, npy, safetensors, got zip"),
+        ("uncertainty=3", "uncertainty must be true or false, got 3"),
         ("dtype=int8", "dtype must be one of float32, float16, bfloat16, got int8"),
         ("device=abacus", "device=abacus cannot be used"),
         ("checkpoint=none.pth", "none.pth"),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from PIL import Image
@@ -13,9 +14,11 @@ from torch import Tensor
 
 import core
 from core.backbones import Backbone
+from core.uncertainty import Uncertainty, of_attention
 from experiments.atomic import allocate_array, replacing
 from experiments.data.image_files import ImageFile, UnreadableImage, read, shrink
 from experiments.reports.pictures import fit_colours, panel
+from experiments.reports.uncertainty_pictures import heat
 from experiments.settings import output_grid
 from experiments.upsampling.video import Video
 
@@ -63,25 +66,41 @@ def upsample_image(file: ImageFile, video: Video, backbone: Backbone, config: Di
     target = Path(config.out_dir, file.name)
     output, upsampler_ms = _write_features(config.features, target, video, image, features, size)  # (1,C,Qh,Qw)
     picture = target.with_name(f"{target.name}.png")
+    columns = comparison_columns(rgb, features, output, trained=config.checkpoint is not None)
+    if config.uncertainty:
+        columns |= _write_uncertainty(target, of_attention(video.model, image, features, size))
     with replacing(picture) as part:
-        comparison(rgb, features, output, trained=config.checkpoint is not None).save(part, "png")
+        panel(columns).save(part, "png")
     return Done(file.name, picture, tuple(features.shape[-2:]), size, backbone_ms, upsampler_ms)
 
 
 def comparison(rgb: Tensor, features: Tensor, output: Tensor, trained: bool = True) -> Image.Image:
     """(1,3,H,W) RGB in [0,1], (1,C,h,w), (1,C,Qh,Qw) -> image | low-res | bilinear | AnyUp in common colours."""
+    return panel(comparison_columns(rgb, features, output, trained))
+
+
+def comparison_columns(
+    rgb: Tensor, features: Tensor, output: Tensor, trained: bool = True
+) -> dict[str, Tensor | np.ndarray]:
+    """The columns of `comparison`: title -> picture."""
     size = tuple(output.shape[-2:])
     # The bilinear column needs no sample of its own: its vectors are means of those of the low-res one.
     colours = fit_colours([features, output])
     rows, columns = features.shape[-2:]
-    return panel(
-        {
-            "image": rgb,
-            f"low-res, {rows} x {columns}": colours.paint(features),
-            f"bilinear, {size[0]} x {size[1]}": colours.paint(features, size),
-            f"AnyUp{'' if trained else ' (untrained)'}, {size[0]} x {size[1]}": colours.paint(output),
-        }
-    )
+    return {
+        "image": rgb,
+        f"low-res, {rows} x {columns}": colours.paint(features),
+        f"bilinear, {size[0]} x {size[1]}": colours.paint(features, size),
+        f"AnyUp{'' if trained else ' (untrained)'}, {size[0]} x {size[1]}": colours.paint(output),
+    }
+
+
+def _write_uncertainty(target: Path, found: Uncertainty) -> dict[str, np.ndarray]:
+    """Writes the (Qh,Qw) measures to `target`.uncertainty.safetensors -> the columns that show them."""
+    measures = {name: getattr(found, name)[0, 0].contiguous() for name in ("rarity", "variance", "entropy")}
+    with replacing(target.with_name(f"{target.name}.uncertainty.safetensors")) as part:
+        save_file(measures, part)
+    return {f"uncertainty: {name}": heat(measures[name].cpu().numpy()) for name in ("rarity", "variance")}
 
 
 def _write_features(

@@ -84,6 +84,8 @@ def check_settings(config: DictConfig) -> None:
         raise SettingError(f"max_size must be a positive number of pixels or null, got {config.max_size}")
     output_grid(config.output_size, (1, 1))
     check_choice("features", config.features, FEATURE_FILES)
+    if type(config.uncertainty) is not bool:
+        raise SettingError(f"uncertainty must be true or false, got {config.uncertainty}")
     check_choice("dtype", config.dtype, tuple(DTYPES))
     if config.features == "npy" and config.dtype == "bfloat16":
         raise SettingError("a .npy file cannot hold bfloat16: choose features=safetensors, or another dtype")
