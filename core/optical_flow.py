@@ -62,6 +62,7 @@ def raft(frame: Tensor, other: Tensor, model: nn.Module) -> Tensor:
 
 PLAIN: dict[str, Estimator] = {"tvl1": tvl1, "dis": dis, "still": still}
 RAFT = ("raft_small", "raft_large")
+NAMES = (*PLAIN, *RAFT)
 
 
 def estimator(name: str, weights: str | Path | None = None) -> Estimator:
@@ -75,8 +76,8 @@ def estimator(name: str, weights: str | Path | None = None) -> Estimator:
         WeightsError, FileNotFoundError: the file has other weights, is damaged, or does not exist.
         ModuleNotFoundError: `dis` without OpenCV.
     """
-    if name not in (*PLAIN, *RAFT):
-        raise ValueError(f"flow={name} is unknown; there are: {', '.join((*PLAIN, *RAFT))}")
+    if name not in NAMES:
+        raise ValueError(f"flow={name} is unknown; there are: {', '.join(NAMES)}")
     if name in RAFT:
         if weights is None:
             raise ValueError(f"flow={name} needs a file of torchvision's weights, or use flow=tvl1, which needs none")

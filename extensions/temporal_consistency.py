@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from core.backbones import IMAGENET_MEAN, IMAGENET_STD
 from core.batch import Batch, Context
 from core.hooks import GATE_LR_SCALE, Temporal
-from core.optical_flow import estimator
+from core.optical_flow import NAMES, estimator
 from core.registry import register
 from core.warping import inside, resize_flow, round_trip, warp
 
@@ -158,6 +158,10 @@ class TemporalConsistency(Temporal):
         _check_settings(strength, fusion, flow_size, photometric_weight, cut_share, max_gap, hidden_dim)
         self.strength, self.flow_size, self.photometric_weight = strength, flow_size, photometric_weight
         self.cut_share, self.max_gap = cut_share, max_gap
+        if flow not in (*NAMES, GIVEN):
+            raise ValueError(
+                f"temporal=temporal_consistency: flow={flow} is unknown; there are: {', '.join(NAMES)}, {GIVEN}"
+            )
         self.estimate = None if flow == GIVEN else estimator(flow, flow_weights)
         self.hidden = self.gate = None
         if fusion == "learned":
