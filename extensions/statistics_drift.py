@@ -16,7 +16,8 @@ at a scene cut, it begins again.
 Status: runs.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,49 +25,22 @@ from torch import Tensor
 from core.batch import Context
 from core.hooks import Temporal
 from core.registry import register
+from core.video_state import VideoState, check_range
 
 MAX_GAIN = 4.0
 """Of a channel's deviation: a channel that is nearly constant in this frame must not become noise."""
 
 
-@dataclass(frozen=True)
-class DriftState:
-    """All that is kept of a video: running statistics of each channel, at least in single precision."""
+@dataclass(frozen=True, kw_only=True)
+class DriftState(VideoState):
+    """Running statistics of each channel, at least in single precision."""
+
+    kept: ClassVar[tuple[str, ...]] = ("mean", "deviation")
 
     mean: Tensor
     """(B,C,1,1)."""
     deviation: Tensor
     """(B,C,1,1)."""
-    message: str = ""
-    """What was special about the latest frame: why the video began again there, a scene cut, or a gap; else empty."""
-    gap: float = 1.0
-
-    def before_next(self, gap: float = 1.0) -> "DriftState":
-        """The state with the time to the coming frame, in frames at the usual rate; 3: two frames are missing.
-
-        Raises:
-            ValueError: the gap is not positive and finite.
-        """
-        if not 0 < gap < float("inf"):
-            raise ValueError(f"gap must be positive and finite, in frames since the previous one, got {gap}")
-        return replace(self, gap=gap)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors to save (`safetensors.torch.save_file`), so that a stopped video goes on with the same frames."""
-        return {"mean": self.mean.contiguous(), "deviation": self.deviation.contiguous()}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> "DriftState":
-        """The state whose `tensors()` were saved.
-
-        Raises:
-            ValueError: they are others.
-        """
-        if set(tensors) != {"mean", "deviation"}:
-            raise ValueError(
-                f"a saved drift state has the tensors deviation and mean, got {', '.join(sorted(tensors))}"
-            )
-        return cls(**tensors)
 
 
 @register("statistics_drift")
@@ -90,15 +64,12 @@ class StatisticsDrift(Temporal):
 
     def __init__(self, embed_dim: int, strength: float = 0.9, cut_distance: float = 0.5, max_gap: float = 30.0):
         super().__init__()
-        name = "temporal=statistics_drift:"
-        if not 0 <= strength < 1:
-            raise ValueError(f"{name} strength must be from 0 (frame by frame) to below 1 (frozen), got {strength}")
+        check_range("temporal=statistics_drift", strength, max_gap)
         if cut_distance < 0:
             raise ValueError(
-                f"{name} cut_distance must not be negative, got {cut_distance}; 0: no frame is a scene cut"
+                f"temporal=statistics_drift: cut_distance must not be negative, got {cut_distance}; 0: no frame is a "
+                "scene cut"
             )
-        if max_gap < 1:
-            raise ValueError(f"{name} max_gap must be at least 1 frame, got {max_gap}")
         self.strength, self.cut_distance, self.max_gap = strength, cut_distance, max_gap
         self.shown: dict[str, Tensor] = {}
 
@@ -106,10 +77,10 @@ class StatisticsDrift(Temporal):
         wide = output.to(torch.promote_types(output.dtype, torch.float32))
         variance, mean = torch.var_mean(wide, (2, 3), correction=0, keepdim=True)  # (B,C,1,1) each
         deviation = _root(variance)
-        reason = self._begins(output, state)
+        reason = DriftState.begins(state, output, self.strength, self.max_gap)
         if reason:
             self.shown = {}
-            return output, DriftState(mean, deviation, reason)
+            return output, DriftState(mean=mean, deviation=deviation, message=reason)
         distance = self._distance(mean, state)  # (B,)
         cuts = ~distance.isfinite()  # else one NaN would stay in the video for good
         if self.cut_distance:
@@ -121,38 +92,13 @@ class StatisticsDrift(Temporal):
         result = torch.where(again, wide, (wide - mean) * gain + running_mean).to(output.dtype)
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             self.shown = self._bars(mean - running_mean, running)
-        return result, DriftState(running_mean, running, self._message(cuts, distance, state.gap))
+        told = self._message(cuts, distance, state)
+        return result, DriftState(mean=running_mean, deviation=running, message=told)
 
     def pictures(self) -> dict[str, Tensor]:
         """Drift of the channels' means that was taken out, largest first, in deviations: red up, blue down; white: 0,
         full colour: 0.5 or more. Empty at the first frame of a video."""
         return dict(self.shown)
-
-    def _begins(self, output: Tensor, state: object | None) -> str:
-        """Why the video begins (again) at this frame; empty if it goes on.
-
-        Raises:
-            TypeError, ValueError: the state cannot belong to this video.
-        """
-        if state is None:
-            return "first frame"
-        if not isinstance(state, DriftState):
-            raise TypeError(f"state must be what the call for the previous frame returned, got {type(state).__name__}")
-        if state.mean.shape[:2] != output.shape[:2]:
-            (images, channels), (now, wide) = state.mean.shape[:2], output.shape[:2]
-            raise ValueError(
-                f"the state is of {images} videos with {channels} feature channels, but this frame has {now} and "
-                f"{wide}: pass state=None to begin a new video"
-            )
-        if state.mean.device != output.device:
-            raise ValueError(
-                f"the state is on {state.mean.device} but the frame is on {output.device}: move its tensors()"
-            )
-        if not self.strength:
-            return "strength is 0: frame by frame"
-        if state.gap > self.max_gap:
-            return f"a gap of {state.gap:g} frames, more than max_gap={self.max_gap:g}: the video begins again"
-        return ""
 
     def _distance(self, mean: Tensor, state: DriftState) -> Tensor:
         """(B,): distance between the mean vectors, in units of the running deviation over all channels."""
@@ -167,16 +113,14 @@ class StatisticsDrift(Temporal):
         colours = torch.stack([1 + share.clamp(max=0), 1 - share.abs(), 1 - share.clamp(min=0)])  # (3,C)
         return {"drift of the channels' means": colours[:, None].expand(-1, 16, -1)}
 
-    def _message(self, cuts: Tensor, distance: Tensor, gap: float) -> str:
+    def _message(self, cuts: Tensor, distance: Tensor, state: DriftState) -> str:
         told = [
             f"scene cut in image {i} of the batch: its mean moved by {far:.2f} deviations, more than "
             f"cut_distance={self.cut_distance:g}, the video begins again"
             for i, (cut, far) in enumerate(zip(cuts.tolist(), distance.tolist(), strict=True))
             if cut
         ]
-        if gap != 1:
-            told.append(f"a gap of {gap:g} frames: the strength is {self.strength**gap:.3g}, not {self.strength:g}")
-        return "; ".join(told)
+        return "; ".join(filter(None, [*told, state.gap_message(self.strength)]))
 
 
 def _root(variance: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ from core.batch import Batch, Context
 from core.hooks import GATE_LR_SCALE, Temporal
 from core.optical_flow import NAMES, estimator
 from core.registry import register
+from core.video_state import VideoState, check_range
 from core.warping import inside, resize_flow, round_trip, warp
 
 FUSIONS = ("analytic", "learned")
@@ -44,57 +45,37 @@ GIVEN = "given"
 PICTURE_SIDE = 256
 
 
-@dataclass(frozen=True)
-class VideoState:
-    """All that is kept of a video: one output and one reduced frame, however long the video is."""
+@dataclass(frozen=True, kw_only=True)
+class FlowState(VideoState):
+    """One output and one reduced frame, and the flow of the coming frame if you give it."""
+
+    kept: ClassVar[tuple[str, ...]] = ("output", "frame")
 
     output: Tensor
     """(B,C,Qh,Qw), the latest output."""
     frame: Tensor
     """(B,3,h,w) RGB in [0,1], the latest image, reduced."""
-    message: str = ""
-    """What was special about the latest frame: why the video began again there, a scene cut, or a gap; else empty."""
     flow: Tensor | None = None
-    """Of the coming frame, as `before_next` got it."""
     forward_flow: Tensor | None = None
-    gap: float = 1.0
 
     def before_next(
-        self, flow: Tensor | None = None, forward_flow: Tensor | None = None, gap: float = 1.0
-    ) -> "VideoState":
+        self, gap: float = 1.0, flow: Tensor | None = None, forward_flow: Tensor | None = None
+    ) -> "FlowState":
         """The state with what you know about the coming frame; pass it to the model's next call.
 
         Args:
+            gap: as in `VideoState.before_next`.
             flow: (B,2,H,W) displacement (x, y) of each pixel of the coming image to its place in the previous image,
                 in pixels; NaN where the point is hidden there. None: it is estimated.
             forward_flow: (B,2,H,W) the same from the previous image to the coming one, for the occlusion check. None:
                 only NaN and the border of the image tell what is hidden.
-            gap: time since the previous frame, in frames at the usual rate. 3: two frames are missing; 0.5: the rate
-                has doubled. The previous output's share then is strength^gap.
 
         Raises:
             ValueError: the gap is not positive and finite, or there is a forward flow alone.
         """
-        if not 0 < gap < float("inf"):
-            raise ValueError(f"gap must be positive and finite, in frames since the previous one, got {gap}")
         if flow is None and forward_flow is not None:
             raise ValueError("forward_flow alone is not enough: give flow, from the coming frame to the previous one")
-        return replace(self, flow=flow, forward_flow=forward_flow, gap=gap)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors to save (`safetensors.torch.save_file`), so that a stopped video goes on with the same frames."""
-        return {"output": self.output.contiguous(), "frame": self.frame.contiguous()}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> "VideoState":
-        """The state whose `tensors()` were saved.
-
-        Raises:
-            ValueError: they are others.
-        """
-        if set(tensors) != {"output", "frame"}:
-            raise ValueError(f"a saved video state has the tensors frame and output, got {', '.join(sorted(tensors))}")
-        return cls(**tensors)
+        return replace(super().before_next(gap), flow=flow, forward_flow=forward_flow)
 
 
 class Evidence(NamedTuple):
@@ -117,7 +98,7 @@ class TemporalConsistency(Temporal):
     """Warps the previous output and mixes it in; see the module's docstring.
 
     The first frame passes unchanged. So does a frame with another output size or another size of the reduced image, or
-    after a gap above `max_gap`: the video begins again there, and `VideoState.message` says so. It also begins again in
+    after a gap above `max_gap`: the video begins again there, and the state's message says so. It also begins again in
     each image of the batch that has a scene cut. Under gradients the state keeps the graph of all earlier frames.
 
     Args:
@@ -155,13 +136,10 @@ class TemporalConsistency(Temporal):
         hidden_dim: int = 16,
     ):
         super().__init__()
-        _check_settings(strength, fusion, flow_size, photometric_weight, cut_share, max_gap, hidden_dim)
+        check_range("temporal=temporal_consistency", strength, max_gap)
+        _check_settings(fusion, flow, flow_size, photometric_weight, cut_share, hidden_dim)
         self.strength, self.flow_size, self.photometric_weight = strength, flow_size, photometric_weight
         self.cut_share, self.max_gap = cut_share, max_gap
-        if flow not in (*NAMES, GIVEN):
-            raise ValueError(
-                f"temporal=temporal_consistency: flow={flow} is unknown; there are: {', '.join(NAMES)}, {GIVEN}"
-            )
         self.estimate = None if flow == GIVEN else estimator(flow, flow_weights)
         self.hidden = self.gate = None
         if fusion == "learned":
@@ -170,12 +148,12 @@ class TemporalConsistency(Temporal):
             self.batch_parts = frozenset({"clip"})
         self.shown: dict[str, Tensor] = {}
 
-    def forward(self, output: Tensor, context: Context, state: object | None) -> tuple[Tensor, VideoState]:
+    def forward(self, output: Tensor, context: Context, state: object | None) -> tuple[Tensor, FlowState]:
         frame = reduced(context.image, self.flow_size)
         reason = self._begins(output, frame, state)
         if reason:
             self.shown = {}
-            return output, VideoState(output.clone(), frame, reason)
+            return output, FlowState(output=output.clone(), frame=frame, message=reason)
         flow, back = self._flows(frame, context.image, state)
         warped, evidence = self._evidence(output, frame, state.output, state.frame, flow, back)
         cuts = evidence.agreeing < self.cut_share  # (B,)
@@ -183,7 +161,8 @@ class TemporalConsistency(Temporal):
         fused = torch.lerp(output, warped, share.to(output.dtype))
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             self.shown = _first(flow, share, output, warped)
-        return fused, VideoState(fused.clone(), frame, self._message(cuts, evidence.agreeing, state.gap))
+        told = self._message(cuts, evidence.agreeing, state)
+        return fused, FlowState(output=fused.clone(), frame=frame, message=told)
 
     def auxiliary_loss(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Of the learned gate, if the batch has clips: `fusion_loss`, see the module's docstring.
@@ -230,24 +209,9 @@ class TemporalConsistency(Temporal):
         Raises:
             TypeError, ValueError: the state cannot belong to this video.
         """
-        if state is None:
-            return "first frame"
-        if not isinstance(state, VideoState):
-            raise TypeError(f"state must be what the call for the previous frame returned, got {type(state).__name__}")
-        if state.output.shape[:2] != output.shape[:2]:
-            (images, channels), (now, wide) = state.output.shape[:2], output.shape[:2]
-            raise ValueError(
-                f"the state is of {images} videos with {channels} feature channels, but this frame has {now} and "
-                f"{wide}: pass state=None to begin a new video"
-            )
-        if state.output.device != output.device:
-            raise ValueError(
-                f"the state is on {state.output.device} but the frame is on {output.device}: move its tensors()"
-            )
-        if not self.strength:
-            return "strength is 0: frame by frame"
-        if state.gap > self.max_gap:
-            return f"a gap of {state.gap:g} frames, more than max_gap={self.max_gap:g}: the video begins again"
+        reason = FlowState.begins(state, output, self.strength, self.max_gap)
+        if reason:
+            return reason
         for what, before, now in (("output", state.output, output), ("image", state.frame, frame)):
             if before.shape[-2:] != now.shape[-2:]:
                 sizes = "x".join(map(str, before.shape[-2:])), "x".join(map(str, now.shape[-2:]))
@@ -255,7 +219,7 @@ class TemporalConsistency(Temporal):
                 return f"the {what} size changed from {sizes[0]} to {sizes[1]}{where}: the video begins again"
         return ""
 
-    def _flows(self, frame: Tensor, image: Tensor, state: VideoState) -> tuple[Tensor, Tensor | None]:
+    def _flows(self, frame: Tensor, image: Tensor, state: FlowState) -> tuple[Tensor, Tensor | None]:
         """(B,2,h,w) flow from this reduced frame to the previous one, and back (None if it is unknown)."""
         if state.flow is not None:
             given = (state.flow, state.forward_flow)
@@ -307,16 +271,14 @@ class TemporalConsistency(Temporal):
         gate = (F.silu(self.hidden(seen)) @ self.gate).tanh()[:, None]
         return largest * evidence.visible * gate
 
-    def _message(self, cuts: Tensor, agreeing: Tensor, gap: float) -> str:
+    def _message(self, cuts: Tensor, agreeing: Tensor, state: FlowState) -> str:
         told = [
             f"scene cut in image {i} of the batch: agreement {share:.2f} is below cut_share={self.cut_share:g}, the "
             "video begins again"
             for i, (cut, share) in enumerate(zip(cuts.tolist(), agreeing.tolist(), strict=True))
             if cut
         ]
-        if gap != 1:
-            told.append(f"a gap of {gap:g} frames: the strength is {self.strength**gap:.3g}, not {self.strength:g}")
-        return "; ".join(told)
+        return "; ".join(filter(None, [*told, state.gap_message(self.strength)]))
 
 
 def reduced(image: Tensor, longest: int) -> Tensor:
@@ -361,21 +323,15 @@ def _checked(flow: Tensor, image: Tensor, frame: Tensor) -> Tensor:
     return resize_flow(flow.float(), tuple(frame.shape[-2:]))
 
 
-def _check_settings(
-    strength: float, fusion: str, flow_size: int, photometric: float, cut_share: float, max_gap: float, hidden_dim: int
-) -> None:
-    name = "temporal=temporal_consistency:"
-    if not 0 <= strength < 1:
-        raise ValueError(f"{name} strength must be from 0 (frame by frame) to below 1 (frozen), got {strength}")
-    if fusion not in FUSIONS:
-        raise ValueError(f"{name} fusion={fusion} is unknown; there are: {', '.join(FUSIONS)}")
-    if flow_size < 16:
-        raise ValueError(f"{name} flow_size must be at least 16 pixels, got {flow_size}")
-    if photometric < 0:
-        raise ValueError(f"{name} photometric_weight must not be negative, got {photometric}; 0 ignores the images")
-    if not 0 <= cut_share < 1:
-        raise ValueError(f"{name} cut_share must be from 0 (no cuts) to below 1, got {cut_share}")
-    if max_gap < 1:
-        raise ValueError(f"{name} max_gap must be at least 1 frame, got {max_gap}")
-    if hidden_dim < 1:
-        raise ValueError(f"{name} hidden_dim must be at least 1, got {hidden_dim}")
+def _check_settings(fusion: str, flow: str, flow_size: int, weight: float, cut_share: float, hidden_dim: int) -> None:
+    known = (*NAMES, GIVEN)
+    for wrong, message in (
+        (fusion not in FUSIONS, f"fusion={fusion} is unknown; there are: {', '.join(FUSIONS)}"),
+        (flow not in known, f"flow={flow} is unknown; there are: {', '.join(known)}"),
+        (flow_size < 16, f"flow_size must be at least 16 pixels, got {flow_size}"),
+        (weight < 0, f"photometric_weight must not be negative, got {weight}; 0 ignores the images"),
+        (not 0 <= cut_share < 1, f"cut_share must be from 0 (no cuts) to below 1, got {cut_share}"),
+        (hidden_dim < 1, f"hidden_dim must be at least 1, got {hidden_dim}"),
+    ):
+        if wrong:
+            raise ValueError(f"temporal=temporal_consistency: {message}")

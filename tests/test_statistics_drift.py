@@ -183,12 +183,12 @@ def test_pictures_show_the_drift_that_was_taken_out():
     [
         (torch.zeros(1, 4, 1, 1), TypeError, "state must be what the call for the previous .* got Tensor"),
         (
-            DriftState(torch.zeros(1, 5, 1, 1), torch.ones(1, 5, 1, 1)),
+            DriftState(mean=torch.zeros(1, 5, 1, 1), deviation=torch.ones(1, 5, 1, 1)),
             ValueError,
             "state is of 1 videos with 5 feature channels, but this frame has 1 and 4: pass state=None to begin",
         ),
         (
-            DriftState(torch.zeros(1, 4, 1, 1, device="meta"), torch.ones(1, 4, 1, 1, device="meta")),
+            DriftState(mean=torch.zeros(1, 4, 1, 1, device="meta"), deviation=torch.ones(1, 4, 1, 1, device="meta")),
             ValueError,
             r"state is on meta but the frame is on cpu: move its tensors\(\)",
         ),
@@ -200,10 +200,10 @@ def test_a_state_of_another_video(state, error, message):
 
 
 def test_refusals():
-    state = DriftState(torch.zeros(1, 4, 1, 1), torch.ones(1, 4, 1, 1))
+    state = DriftState(mean=torch.zeros(1, 4, 1, 1), deviation=torch.ones(1, 4, 1, 1))
     with pytest.raises(ValueError, match="gap must be positive and finite, in frames since the previous one, got -1"):
         state.before_next(gap=-1)
-    with pytest.raises(ValueError, match="has the tensors deviation and mean, got output"):
+    with pytest.raises(ValueError, match="a saved DriftState has the tensors mean, deviation, got output"):
         DriftState.from_tensors({"output": torch.zeros(1)})
     for setting, message in {
         "strength=1": r"strength must be from 0 \(frame by frame\) to below 1 \(frozen\), got 1",

@@ -13,7 +13,7 @@ import core
 from core import AnyUp, Batch, Clip, Context
 from core.points import pixel_centres
 from core.warping import warp
-from extensions.temporal_consistency import TemporalConsistency, VideoState, reduced
+from extensions.temporal_consistency import FlowState, TemporalConsistency, reduced
 
 WIDTH = 16
 GRID = (5, 7)
@@ -33,9 +33,7 @@ def picture(batch: int = 1, size: tuple[int, int] = (24, 32), seed: int = 0) -> 
     return core.imagenet_normalize(F.interpolate(coarse, size, mode="bicubic").clamp(0, 1))
 
 
-def run(
-    filler: TemporalConsistency, frames: list[tuple[Tensor, Tensor]], state=None, **told
-) -> tuple[list, VideoState]:
+def run(filler: TemporalConsistency, frames: list[tuple[Tensor, Tensor]], state=None, **told) -> tuple[list, FlowState]:
     """Outputs of (image, output) frames in order; `told` goes to `before_next` of each."""
     results = []
     for image, output in frames:
@@ -158,7 +156,7 @@ def test_the_closed_gate_is_frame_by_frame_bit_for_bit(settings):
             image, features = picture(2, seed=seed % 2), noise(2, 7, 4, 5, seed=seed).float()
             output, state = model(image, features, state=state, return_state=True)
             assert torch.equal(output, baseline(image, features))
-            assert isinstance(state, VideoState)
+            assert isinstance(state, FlowState)
 
 
 def test_a_variant_is_made_from_a_trained_baseline(tmp_path, perturbed):
@@ -188,7 +186,7 @@ def test_a_stopped_video_goes_on_with_the_same_frames(tmp_path):
         whole, _ = run(TemporalConsistency(WIDTH).eval(), frames)
         first, state = run(TemporalConsistency(WIDTH).eval(), frames[:2])
         save_file(state.tensors(), tmp_path / "state.safetensors")
-        again = VideoState.from_tensors(load_file(tmp_path / "state.safetensors"))
+        again = FlowState.from_tensors(load_file(tmp_path / "state.safetensors"))
         last, _ = run(TemporalConsistency(WIDTH).eval(), frames[2:], again)
     assert all(torch.equal(a, b) for a, b in zip(whole, first + last, strict=True))
     assert not torch.equal(whole[2], frames[2][1])
@@ -323,17 +321,17 @@ def test_what_cannot_be_told_of_a_frame(told, message):
     [
         (torch.zeros(1, 3, 12, 16), TypeError, "state must be what the call for the previous .* got Tensor"),
         (
-            VideoState(torch.zeros(1, 4, 12, 16), torch.zeros(1, 3, 24, 32)),
+            FlowState(output=torch.zeros(1, 4, 12, 16), frame=torch.zeros(1, 3, 24, 32)),
             ValueError,
             "state is of 1 videos with 4 feature channels, but this frame has 1 and 3: pass state=None to begin",
         ),
         (
-            VideoState(torch.zeros(2, 3, 12, 16), torch.zeros(2, 3, 24, 32)),
+            FlowState(output=torch.zeros(2, 3, 12, 16), frame=torch.zeros(2, 3, 24, 32)),
             ValueError,
             "state is of 2 videos with 3 feature channels, but this frame has 1 and 3: pass state=None",
         ),
         (
-            VideoState(torch.zeros(1, 3, 12, 16, device="meta"), torch.zeros(1, 3, 24, 32)),
+            FlowState(output=torch.zeros(1, 3, 12, 16, device="meta"), frame=torch.zeros(1, 3, 24, 32)),
             ValueError,
             r"state is on meta but the frame is on cpu: move its tensors\(\)",
         ),
@@ -345,8 +343,8 @@ def test_a_state_of_another_video(state, error, message):
 
 
 def test_other_tensors_are_no_state():
-    with pytest.raises(ValueError, match="has the tensors frame and output, got mean"):
-        VideoState.from_tensors({"mean": torch.zeros(1)})
+    with pytest.raises(ValueError, match="a saved FlowState has the tensors output, frame, got mean"):
+        FlowState.from_tensors({"mean": torch.zeros(1)})
 
 
 @pytest.mark.parametrize(
