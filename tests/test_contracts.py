@@ -89,6 +89,7 @@ ROWS = [
     ),
     Row("temporal", "temporal_consistency"),
     Row("temporal", "statistics_drift", {"cut_distance": 0}, neutral={"strength": 0}),
+    Row("temporal", "cross_frame_attention", neutral={}),
     Row("objective", "cosine_mse", {"self_consistency_size": 9}),
     Row("objective", "cosine_mse", {"self_consistency": 0, "input_consistency": 0}),
     Row("learner", "sgd"),
