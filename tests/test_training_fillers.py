@@ -290,3 +290,21 @@ def test_a_refiner_with_noise_and_a_video_filler_train_and_resume_bit_for_bit(co
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert whole["weights/model.temporal.share"] != 0.2
     assert whole["weights/model.refiner.amount"] != 0.1
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ["temporal=temporal_consistency", "temporal.fusion=learned", "temporal.flow=given"],
+        ["temporal=cross_frame_attention"],
+    ],
+    ids=lambda chosen: chosen[0],
+)
+def test_the_gates_of_video_fillers_train_on_clips_beside_a_single_image_objective(config, tmp_path, chosen):
+    """Their loss comes from the clip's features and exact flow; the images of the batch have no past."""
+    videos = [*VIDEOS, "views.clip=3", "steps=3"]
+    train(config(*chosen, *videos, without=("data.", "steps")))
+    trained = load_file(tmp_path / "out" / STATE_NAME)
+    assert trained["weights/model.temporal.gate"].abs().max() > 0
+    with pytest.raises(SettingError, match=r"a filler looks at clips of a video: set views.clip to their number"):
+        Training(config(*chosen, *VIDEOS, without="data."))
