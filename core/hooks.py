@@ -199,6 +199,9 @@ class Temporal(AfterAttention):
     """Makes outputs of consecutive frames agree. Called last, once per frame, in order."""
 
     hook = "temporal"
+    state_type: ClassVar[type | None] = None
+    """Class of its state, a `core.video_state.VideoState`: such a state can be saved, so that a stopped video goes on,
+    and told of missing frames. None: any other object."""
 
     @abstractmethod
     def forward(self, output: Tensor, context: Context, state: object | None) -> tuple[Tensor, object | None]:

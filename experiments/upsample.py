@@ -1,4 +1,4 @@
-"""Images -> backbone -> upsampled features and one picture per image: `python -m experiments.upsample`.
+"""Images, or a video -> backbone -> upsampled features and one picture per image: `python -m experiments.upsample`.
 
 Settings: configs/upsample.yaml. Exit code: 0 all images done, 1 some were skipped, 2 nothing was done or the run
 had to stop; a file that exists under its final name is complete.
@@ -17,16 +17,23 @@ from experiments.tracking.store import store_uri
 from experiments.upsampling.upsample import Summary, upsample
 
 
+MAX_ROWS = 20
+
+
 def _report(summary: Summary, console: Console) -> None:
     """Says what was made, what was left out, and what to try next."""
     rows = []
-    for done in summary.done:
+    for done in summary.done[:MAX_ROWS]:
         sizes = ["×".join(map(str, size)) for size in (done.grid, done.output_size)]
         rows.append([done.name, *sizes, f"{done.backbone_ms:.0f} ms", f"{done.upsampler_ms:.0f} ms"])
     columns = ["image", "features", "output", "backbone", "AnyUp"]
-    console.print(Table(columns, rows, f"{len(rows)} images upsampled").rich())
-    for reason in summary.skipped.values():
+    rest = f", the first {MAX_ROWS}:" if len(summary.done) > MAX_ROWS else ""
+    console.print(Table(columns, rows, f"{len(summary.done)} images upsampled{rest}").rich())
+    reasons = list(summary.skipped.values())
+    for reason in reasons[:MAX_ROWS]:
         console.print(f"skipped: {reason}", style="red", markup=False, soft_wrap=True)
+    if len(reasons) > MAX_ROWS:
+        console.print(f"skipped: {len(reasons) - MAX_ROWS} more, see the log", style="red")
     inside = Path(sys.executable).is_relative_to(Path.cwd())
     python = os.path.relpath(sys.executable) if inside else "python"
     command = f"{python} -m experiments.upsample"
@@ -36,6 +43,7 @@ def _report(summary: Summary, console: Console) -> None:
         "",
         "Try next:",
         f"  {command} images=PATH/TO/YOUR/PHOTOS",
+        f"  {command} video=PATH/TO/YOUR/VIDEO temporal=temporal_consistency",
         f"  {command} attention.window_ratio=0.03 out_dir=outputs/narrow      # change one hook point",
         f"  {command} images=coffee backbone=dinov2_vits14 out_dir=outputs/dinov2      # downloads weights",
         f"  {python} -m mlflow ui --backend-store-uri {store_uri()}      # compare the runs",

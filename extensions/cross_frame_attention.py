@@ -67,6 +67,7 @@ class CrossFrameAttention(Temporal):
     """
 
     batch_parts = frozenset({"clip"})
+    state_type = FeatureState
     changeable = ("strength", "radius", "max_gap")
     lr_scales: ClassVar[dict[str, float]] = {"gate": GATE_LR_SCALE}
 

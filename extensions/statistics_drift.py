@@ -60,6 +60,7 @@ class StatisticsDrift(Temporal):
         ValueError: a setting is out of range.
     """
 
+    state_type = DriftState
     changeable = ("strength", "cut_distance", "max_gap")
 
     def __init__(self, embed_dim: int, strength: float = 0.9, cut_distance: float = 0.5, max_gap: float = 30.0):

@@ -117,6 +117,7 @@ class TemporalConsistency(Temporal):
             FileNotFoundError: as `core.optical_flow.estimator`.
     """
 
+    state_type = FlowState
     changeable = (
         "strength", "flow", "flow_weights", "flow_size", "photometric_weight", "cut_share", "max_gap",
     )  # fmt: skip

@@ -17,7 +17,7 @@ from core.backbones import Backbone
 from core.uncertainty import Uncertainty, of_attention
 from experiments.atomic import allocate_array, replacing
 from experiments.data.image_files import ImageFile, UnreadableImage, read, shrink
-from experiments.reports.pictures import fit_colours, panel
+from experiments.reports.pictures import Colours, fit_colours, panel
 from experiments.reports.uncertainty_pictures import heat
 from experiments.settings import output_grid
 from experiments.upsampling.video import Video
@@ -43,35 +43,71 @@ def upsample_image(file: ImageFile, video: Video, backbone: Backbone, config: Di
     """Reads one image and writes its picture and, when asked for, its features.
 
     Raises:
-        UnreadableImage: damaged, of a size that the backbone refuses, or with features that are not finite.
+        UnreadableImage: damaged; or as `upsample_one`. CannotWrite: as `upsample_one`.
+    """
+    return upsample_one(read(file.path), file.name, str(file.path), video, backbone, config)
+
+
+def upsample_one(
+    image: Tensor,
+    name: str,
+    source: str,
+    video: Video,
+    backbone: Backbone,
+    config: DictConfig,
+    colours: Colours | None = None,
+) -> Done:
+    """Writes the picture of one image and, when asked for, its features.
+
+    Args:
+        image: (1,3,H,W) RGB in [0,1].
+        name: of its files in `config.out_dir`. source: says in errors which image it is.
+        colours: of its features; None: fitted to them.
+
+    Raises:
+        UnreadableImage: of a size that the backbone refuses, or with features that are not finite.
         CannotWrite: the picture or the features cannot be written.
     """
-    weight = next(video.model.parameters())
-    device, dtype = weight.device, weight.dtype
-    rgb = shrink(read(file.path), config.max_size).to(device)  # (1,3,H,W)
-    needed = max(2 * backbone.patch_size, backbone.min_size)
-    if min(rgb.shape[-2:]) < needed:
-        raise UnreadableImage(
-            f"{file.path}: {rgb.shape[-2]} x {rgb.shape[-1]} pixels are too few, "
-            f"backbone {backbone.name} needs {needed} on each side"
-        )
-    try:
-        features, backbone_ms = _timed(lambda: backbone(rgb).to(dtype), device)  # (1,C,h,w)
-    except ValueError as error:  # a size that the encoder refuses
-        raise UnreadableImage(f"{file.path}: backbone {backbone.name} refuses it: {error}") from error
+    device, dtype = place_of(video.model)
+    rgb = shrink(image, config.max_size).to(device)  # (1,3,H,W)
+    features, backbone_ms = _timed(lambda: encode(rgb, backbone, source).to(dtype), device)  # (1,C,h,w)
     if not features.isfinite().all():
-        raise UnreadableImage(f"{file.path}: features of backbone {backbone.name} in {config.dtype} are not finite")
+        raise UnreadableImage(f"{source}: features of backbone {backbone.name} in {config.dtype} are not finite")
     image = core.imagenet_normalize(rgb).to(dtype)
     size = output_grid(config.output_size, tuple(rgb.shape[-2:]))
-    target = Path(config.out_dir, file.name)
+    target = Path(config.out_dir, name)
     output, upsampler_ms = _write_features(config.features, target, video, image, features, size)  # (1,C,Qh,Qw)
     picture = target.with_name(f"{target.name}.png")
-    columns = comparison_columns(rgb, features, output, trained=config.checkpoint is not None)
+    columns = comparison_columns(rgb, features, output, config.checkpoint is not None, colours)
     if config.uncertainty:
         columns |= _write_uncertainty(target, of_attention(video.model, image, features, size))
     with replacing(picture) as part:
         panel(columns).save(part, "png")
-    return Done(file.name, picture, tuple(features.shape[-2:]), size, backbone_ms, upsampler_ms)
+    return Done(name, picture, tuple(features.shape[-2:]), size, backbone_ms, upsampler_ms)
+
+
+def place_of(model: torch.nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a model's weights."""
+    weight = next(model.parameters())
+    return weight.device, weight.dtype
+
+
+def encode(rgb: Tensor, backbone: Backbone, source: str) -> Tensor:
+    """(1,3,H,W) RGB in [0,1] -> (1,C,h,w).
+
+    Raises:
+        UnreadableImage: of a size that the backbone refuses.
+    """
+    needed = max(2 * backbone.patch_size, backbone.min_size)
+    if min(rgb.shape[-2:]) < needed:
+        raise UnreadableImage(
+            f"{source}: {rgb.shape[-2]} x {rgb.shape[-1]} pixels are too few, "
+            f"backbone {backbone.name} needs {needed} on each side"
+        )
+    try:
+        return backbone(rgb)
+    except ValueError as error:  # a size that the encoder refuses
+        raise UnreadableImage(f"{source}: backbone {backbone.name} refuses it: {error}") from error
 
 
 def comparison(rgb: Tensor, features: Tensor, output: Tensor, trained: bool = True) -> Image.Image:
@@ -80,12 +116,12 @@ def comparison(rgb: Tensor, features: Tensor, output: Tensor, trained: bool = Tr
 
 
 def comparison_columns(
-    rgb: Tensor, features: Tensor, output: Tensor, trained: bool = True
+    rgb: Tensor, features: Tensor, output: Tensor, trained: bool = True, colours: Colours | None = None
 ) -> dict[str, Tensor | np.ndarray]:
-    """The columns of `comparison`: title -> picture."""
+    """The columns of `comparison`: title -> picture. Colours are fitted to the features unless they are given."""
     size = tuple(output.shape[-2:])
     # The bilinear column needs no sample of its own: its vectors are means of those of the low-res one.
-    colours = fit_colours([features, output])
+    colours = colours or fit_colours([features, output])
     rows, columns = features.shape[-2:]
     return {
         "image": rgb,

@@ -1,7 +1,8 @@
-"""All images of a configuration, one after the other: what was made of them, and what was skipped."""
+"""All images of a configuration, or all frames of a video: what was made of them, and what was skipped."""
 
 import logging
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,13 +10,23 @@ import torch
 from omegaconf import DictConfig
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from core.backbones import backbone_from_config
+from core.backbones import Backbone, backbone_from_config
 from experiments.atomic import CannotWrite
-from experiments.data.image_files import UnreadableImage, collect
+from experiments.data.image_files import ImageFile, UnreadableImage, collect
+from experiments.data.video_files import open_video
 from experiments.measuring.checkpoints import load_model
 from experiments.progress import Progress
-from experiments.settings import DTYPES, SettingError, check_choice, check_writable, output_grid, pick_device
+from experiments.settings import (
+    DTYPES,
+    SettingError,
+    check_choice,
+    check_count,
+    check_writable,
+    output_grid,
+    pick_device,
+)
 from experiments.tracking.store import Run, track
+from experiments.upsampling.frames import upsample_frames
 from experiments.upsampling.image import FEATURE_FILES, Done, upsample_image
 from experiments.upsampling.video import Video
 
@@ -39,14 +50,15 @@ class Summary:
 
 
 def upsample(config: DictConfig) -> Summary:
-    """Upsamples the features of all `config.images`; see configs/upsample.yaml for the settings.
+    """Upsamples the features of all `config.images`, or of `config.video`; settings: configs/upsample.yaml.
 
     Raises:
-        NoImages, SettingError, TrackingUnavailable: found before anything is computed.
+        NoImages, UnreadableVideo, SettingError, TrackingUnavailable: found before anything is computed.
         CannotWrite: the disk is full, say; the images before are complete, and the message counts them.
     """
-    files = collect(config.images)
     check_settings(config)
+    source = None if config.video is None else open_video(config.video)
+    files = collect(config.images) if source is None else []
     device = pick_device(config.device)
     try:
         model, config = load_model(config)
@@ -58,20 +70,31 @@ def upsample(config: DictConfig) -> Summary:
     with track(config, device) as run, torch.inference_mode(), logging_redirect_tqdm():
         summary.run_id = run.run_id
         video = Video(model)
-        for step, file in enumerate(Progress(files, "upsample", "image")):
-            try:
-                done = upsample_image(file, video, backbone, config)
-            except UnreadableImage as error:
-                log.warning("skipped %s", error)
-                summary.skipped[str(file.path)] = str(error)
-                continue
-            except CannotWrite as error:
-                raise CannotWrite(f"{error}. {len(summary.done)} images before it are complete") from error
+        if source is None:
+            made = _images(files, video, backbone, config, summary)
+        else:
+            made = upsample_frames(source, video, backbone, config, run, summary.skipped)
+        for step, done in enumerate(made):
             summary.done.append(done)
             run.metrics({"backbone_ms": done.backbone_ms, "upsampler_ms": done.upsampler_ms}, step)
-            run.file(done.picture, f"pictures/{done.name}.png")
+            if source is None:
+                run.file(done.picture, f"pictures/{done.name}.png")
         _log_summary(run, summary)
     return summary
+
+
+def _images(
+    files: list[ImageFile], video: Video, backbone: Backbone, config: DictConfig, summary: Summary
+) -> Iterator[Done]:
+    """What was made of each image; those that cannot be read are skipped."""
+    for file in Progress(files, "upsample", "image"):
+        try:
+            yield upsample_image(file, video, backbone, config)
+        except UnreadableImage as error:
+            log.warning("skipped %s", error)
+            summary.skipped[str(file.path)] = str(error)
+        except CannotWrite as error:
+            raise CannotWrite(f"{error}. {len(summary.done)} images before it are complete") from error
 
 
 def check_settings(config: DictConfig) -> None:
@@ -86,6 +109,11 @@ def check_settings(config: DictConfig) -> None:
     check_choice("features", config.features, FEATURE_FILES)
     if type(config.uncertainty) is not bool:
         raise SettingError(f"uncertainty must be true or false, got {config.uncertainty}")
+    if config.video is not None and config.images != "bundled":
+        raise SettingError(f"images={config.images} and video={config.video} are both given: leave out one")
+    if config.fps is not None and not (isinstance(config.fps, int | float) and 0 < config.fps <= 1000):
+        raise SettingError(f"fps must be null or a number of frames per second up to 1000, got {config.fps}")
+    check_count("save_every", config.save_every)
     check_choice("dtype", config.dtype, tuple(DTYPES))
     if config.features == "npy" and config.dtype == "bfloat16":
         raise SettingError("a .npy file cannot hold bfloat16: choose features=safetensors, or another dtype")
