@@ -16,7 +16,6 @@ from experiments.reports.markdown import Table
 from experiments.tracking.store import store_uri
 from experiments.upsampling.upsample import Summary, upsample
 
-
 MAX_ROWS = 20
 
 

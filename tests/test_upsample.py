@@ -372,7 +372,7 @@ def test_the_command_line_ends_with_a_summary_and_its_exit_code(run_on_the_comma
     assert "1 images upsampled" in result.stdout
     assert "skipped: bad.png: not an image" in result.stdout
     assert "Pictures (image | low-res | bilinear | AnyUp): outputs/upsample/" in result.stdout
-    assert result.stdout.count("-m experiments.upsample") == 3, "it says what to try next"
+    assert result.stdout.count("-m experiments.upsample") == 4, "it says what to try next"
     assert made(folder / "outputs/upsample") == ["good.png"]
     assert {path.name for path in folder.iterdir()} == {"good.png", "bad.png", "outputs", "mlflow.db", "mlruns"}
 
