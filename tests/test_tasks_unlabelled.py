@@ -16,7 +16,7 @@ from experiments.measuring.bench import Bench, EncodedImages, Encoder, Memory, S
 from experiments.measuring.metrics import fidelity, fidelity_case
 from experiments.measuring.tasks import Ceiling, EvaluationError, make_task
 from experiments.measuring.tasks.segmentation import near_boundary
-from experiments.measuring.tasks.temporal import estimated_flow, on_grid, warping_error
+from experiments.measuring.tasks.temporal import MEASURED, estimated_flow, on_grid, warping_error
 from experiments.peers.interpolation import Bicubic, Bilinear, Nearest
 from experiments.settings import SettingError
 
@@ -142,15 +142,37 @@ def test_the_task_measures_each_pair_of_frames(video):
     paintings = [classes_of(sample, len(data.classes)) for sample in samples]
     low = where.val.get(0).features[0].float()
     painter = Painter(F.pad(p, (0, 0, 0, 0, 0, low.shape[1] - p.shape[1])) for p in paintings)
-    (row,) = task.rows(painter, 0, where)
+    rows = {row["measure"]: row for row in task.rows(painter, 0, where)}
+    row = rows["warping_error"]
     error, visible = warping_error(*paintings, cut(samples[0], (48, 64)).flow)
     variance = (low - low.mean((2, 3), keepdim=True)).square().sum(1).mean()
     assert (row["task"], row["image"]) == ("temporal", data.names[0])
     assert row["numerator"] == pytest.approx((error[visible].mean() / variance).item(), rel=1e-5)
-    (bilinear,), (ceiling,) = (list(task.rows(model, 0, where)) for model in (Bilinear(), Ceiling("encoder")))
-    assert 0 < bilinear["numerator"] != ceiling["numerator"] > 0
-    (coarse,) = task.rows(Bilinear(), 0, bench(data, output=(24, 32)))
-    assert coarse["numerator"] == pytest.approx(bilinear["numerator"], rel=0.5)
+    bilinear, ceiling = (values(task.rows(model, 0, where)) for model in (Bilinear(), Ceiling("encoder")))
+    assert 0 < bilinear["warping_error"] != ceiling["warping_error"] > 0
+    coarse = values(task.rows(Bilinear(), 0, bench(data, output=(24, 32))))
+    assert coarse["warping_error"] == pytest.approx(bilinear["warping_error"], rel=0.5)
+    assert {key: ceiling[key] for key in MEASURED[1:]} == pytest.approx(
+        {"change_error": 0, "reference_detail": 1, "reference_cosine": 1}, abs=1e-6
+    )
+    assert bilinear["change_error"] > 0
+    assert bilinear["reference_detail"] < bilinear["reference_cosine"] < 1
+
+
+def test_a_frozen_output_is_stable_and_changes_wrongly(video):
+    """By hand: the change of the encoder is missing from it."""
+    data, _ = video
+    where, task = bench(data), make_task({"name": "temporal", "flow": "estimated"})
+    frozen = torch.randn(1, where.val.get(0).features[0].shape[1], 1, 1).expand(-1, -1, 48, 64)
+    found = values(task.rows(Painter([frozen] * 2), 0, where))
+    fine = [where.upsample(Bilinear(), [where.val.get(i, scale=2)])[0] for i in range(2)]
+    assert found["warping_error"] == pytest.approx(0, abs=1e-6)
+    assert found["change_error"] == pytest.approx((1 - F.cosine_similarity(*fine)).mean().item(), rel=1e-4)
+    assert found["reference_detail"] == 0
+
+
+def values(rows):
+    return {row["measure"]: row["numerator"] for row in rows}
 
 
 def test_videos_of_estimated_flow_and_models_with_a_state(video, own_registry):
@@ -172,7 +194,7 @@ def test_videos_of_estimated_flow_and_models_with_a_state(video, own_registry):
     task.check(where)
     model = core.build(["temporal=remembers", "embed_dim=8", "attention.num_heads=1", "unifier.num_basis=8"]).eval()
     rows = list(task.rows(model, 0, where))
-    assert [row["image"] for row in rows] == ["a/0", "a/1", "b/0", "b/1"]
+    assert list(dict.fromkeys(row["image"] for row in rows)) == ["a/0", "a/1", "b/0", "b/1"]
     assert Remembers.seen == [None, 0, 1, None, 0, 1]  # anew for each video
 
 

@@ -1,35 +1,55 @@
-"""`task=temporal`: whether the features of a moving surface stay the same from frame to frame."""
+"""`task=temporal`: whether features of a moving surface stay the same, and those of a changing scene change."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
+from core.optical_flow import tvl1
+from core.warping import inside, round_trip, warp
 from experiments.measuring.bench import Bench, Ceiling, EncodedImage, EvaluationError, checked
+from experiments.measuring.detail import agreement, detail
 from experiments.measuring.metrics import same_everywhere
 from experiments.measuring.task import Task, register_task
+from experiments.peers.interpolation import Bilinear
 from experiments.settings import SettingError, check_choice
 from experiments.statistics.scores import Measure, image_rows, register_measures
 
 FLOWS = ("exact", "estimated")
+MEASURED = ("warping_error", "change_error", "reference_detail", "reference_cosine")
 
 
-register_measures({"warping_error": Measure(-1, "of the features' variance", "warping error")})
+register_measures(
+    {
+        "warping_error": Measure(-1, "of the features' variance", "warping error"),
+        "change_error": Measure(-1, "of 1 - cosine", "error of change"),
+        "reference_detail": Measure(+1, title="detail of the encoder at high resolution"),
+        "reference_cosine": Measure(+1, title="cosine to the encoder at high resolution"),
+    }
+)
 
 
 @register_task("temporal")
 class TemporalConsistency(Task):
-    """Warping error: each frame's features against the next frame's, fetched from where the flow says they went.
+    """Stability from frame to frame, beside what a frozen output would lose.
 
-    Squared difference, averaged over the positions that are visible in both frames, divided by the variance of the
-    frame's low-resolution features (the same unit for all arms). Blurring lowers it too: read it beside fidelity. A
-    video model is called frame by frame with its state.
+    Warping error (Lai et al., ECCV 2018): each frame's features against the next frame's, fetched from where the flow
+    says they went. Squared difference, averaged over the positions that are visible in both frames, divided by the
+    variance of the frame's low-resolution features (the same unit for all arms). Blurred or frozen features lower it.
+
+    Three measures that they do not win compare with the encoder's own features at `ceiling_scale` times the resolution,
+    enlarged to the output. Error of change: how far the change from frame to frame, 1 - cosine at each position, is
+    from the encoder's change (as tLP of TecoGAN, Chu et al. 2020). Detail and cosine: those of each frame.
+
+    A video model is called frame by frame with its state.
 
     Args:
-        flow: `exact` as the data set knows it (data=scenes with frames > 1), or `estimated` between the frames by
-            TV-L1 (Zach, Pock & Bischof 2007; scikit-image) with a forward-backward check of what is visible.
+        flow: `exact` as the data set knows it (data=scenes with frames > 1, data=rgbd with poses, data=middlebury), or
+            `estimated` between the frames by TV-L1 (Zach, Pock & Bischof 2007; scikit-image) with a forward-backward
+            check of what is visible.
 
     Raises:
         SettingError: another flow.
@@ -62,24 +82,52 @@ class TemporalConsistency(Task):
             for i in frames:
                 case = bench.val.get(i, scale=scale)
                 output, state = step(upsampler, case, state, bench)
+                now = _Frame(i, case, output, self._reference(i, bench))
                 if before is not None:
-                    measured = self._error(*before, case, output, bench)
-                    for row in image_rows(bench.val.names[before[0]], measured):
+                    for row in image_rows(bench.val.names[before.index], self._pair(before, now, bench)):
                         yield {"task": self.choice} | row
-                before = i, case, output
+                before = now
 
-    def _error(
-        self, i: int, case: EncodedImage, ours: Tensor, next_case: EncodedImage, following: Tensor, bench: Bench
-    ) -> dict[str, float]:
+    def _reference(self, i: int, bench: Bench) -> Tensor:
+        """(1,C,Qh,Qw): the encoder's features of a larger image."""
+        (fine,) = bench.upsample(Bilinear(), [bench.val.get(i, scale=bench.ceiling_scale)])
+        return fine
+
+    def _pair(self, now: "_Frame", following: "_Frame", bench: Bench) -> dict[str, float]:
+        """What a frame and the next one measure."""
+        case, i = now.case, now.index
         flow = case.flow
         if self.flow == "estimated":
-            flow = bench.memory.get((self, i), lambda: estimated_flow(case.rgb, next_case.rgb), lambda t: t.nbytes)
+            flow = bench.memory.get((self, i), lambda: estimated_flow(case.rgb, following.case.rgb), lambda t: t.nbytes)
         low = bench.val.get(i).features[0].float()  # (1,C,h,w); also where `case` is a ceiling's
         variance = (low - low.mean((2, 3), keepdim=True)).square().sum(1).mean().item()
         if same_everywhere(low):
             raise EvaluationError(f"image {case.name}: its features are the same everywhere, so the error has no unit")
-        error, visible = warping_error(ours, following, on_grid(flow.to(ours.device), bench.sizes.output))
-        return {"warping_error": error[visible].mean().item() / variance} if visible.any() else {}
+        ours, reference = now.output, now.reference
+        change = F.cosine_similarity(ours, following.output)  # (1,Qh,Qw)
+        wanted = F.cosine_similarity(reference, following.reference)
+        measured = {"change_error": (change - wanted).abs().mean().item()}
+        error, visible = warping_error(ours, following.output, on_grid(flow.to(ours.device), bench.sizes.output))
+        if visible.any():
+            measured["warping_error"] = error[visible].mean().item() / variance
+        measured["reference_cosine"] = F.cosine_similarity(ours, reference).mean().item()
+        grid = tuple(low.shape[-2:])
+        if all(cells < side for cells, side in zip(grid, bench.sizes.output, strict=True)):
+            found = agreement(detail(ours.double(), grid), detail(reference.double(), grid))
+            measured |= {"reference_detail": found["correlation"]} if found else {}
+        return {name: measured[name] for name in MEASURED if name in measured}
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """A frame that was upsampled."""
+
+    index: int
+    case: EncodedImage
+    output: Tensor
+    """(1,C,Qh,Qw)."""
+    reference: Tensor
+    """(1,C,Qh,Qw)."""
 
 
 @torch.no_grad()
@@ -106,13 +154,8 @@ def warping_error(ours: Tensor, following: Tensor, flow: Tensor) -> tuple[Tensor
     Returns:
         (Qh,Qw) error, and (Qh,Qw) bool, where it means something: visible, and within the next frame.
     """
-    rows, columns = ours.shape[-2:]
-    place = flow[0] + torch.stack(_centres(rows, columns, flow))  # (2,Qh,Qw) x, y of what is fetched
-    limits = place.new_tensor([columns, rows]).view(2, 1, 1)
-    visible = ((place >= 0) & (place <= limits)).all(0)  # NaN fails
-    grid = (2 * place.nan_to_num() / limits - 1).permute(1, 2, 0)[None]  # (1,Qh,Qw,2)
-    fetched = F.grid_sample(following, grid, padding_mode="border", align_corners=False)  # (1,C,Qh,Qw)
-    return (ours - fetched).square().sum(1)[0], visible
+    fetched = warp(following, flow)
+    return (ours - fetched).square().sum(1)[0], inside(flow)[0, 0]
 
 
 def on_grid(flow: Tensor, size: tuple[int, int]) -> Tensor:
@@ -129,27 +172,5 @@ def estimated_flow(frame: Tensor, following: Tensor) -> Tensor:
 
     The check is that of Sundaram, Brox & Keutzer (ECCV 2010), equation 5.
     """
-    there, back = _tvl1(frame, following), _tvl1(following, frame)  # (1,2,H,W)
-    rows, columns = there.shape[-2:]
-    place = there[0] + torch.stack(_centres(rows, columns, there))
-    limits = place.new_tensor([columns, rows]).view(2, 1, 1)
-    returned = F.grid_sample(
-        back, (2 * place / limits - 1).permute(1, 2, 0)[None], padding_mode="border", align_corners=False
-    )  # (1,2,H,W)
-    miss, length = (there + returned).square().sum(1), there.square().sum(1) + returned.square().sum(1)  # (1,H,W)
-    return torch.where(miss[:, None] <= 0.01 * length[:, None] + 0.5, there, torch.nan)
-
-
-def _tvl1(frame: Tensor, following: Tensor) -> Tensor:
-    from skimage.color import rgb2gray
-    from skimage.registration import optical_flow_tvl1
-
-    grey = [rgb2gray(image[0].float().cpu().permute(1, 2, 0).numpy()) for image in (frame, following)]
-    down, across = optical_flow_tvl1(*grey)
-    return torch.stack([torch.from_numpy(across), torch.from_numpy(down)])[None].float()
-
-
-def _centres(rows: int, columns: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """x and y (rows,columns) of the cells' centres."""
-    y, x = torch.meshgrid(*(torch.arange(n, device=like.device) + 0.5 for n in (rows, columns)), indexing="ij")
-    return x, y
+    there, back = tvl1(frame.float(), following.float()), tvl1(following.float(), frame.float())  # (1,2,H,W)
+    return torch.where(round_trip(there, back) <= 1, there, torch.nan)
