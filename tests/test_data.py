@@ -576,6 +576,51 @@ def test_rgbd_folders_of_equal_names(tmp_path):
     assert "without depth" in refusal("rgbd", tmp_path)
 
 
+def flo(path, values, tag=202021.25):
+    """Writes (H,W,2) displacements."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = np.array([tag], "<f4").tobytes() + np.array(values.shape[1::-1], "<i4").tobytes()
+    path.write_bytes(head + values.astype("<f4").tobytes())
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_middlebury(tmp_path, apart):
+    frames, flows = (tmp_path / part if apart else tmp_path for part in ("other-data", "other-gt-flow"))
+    values = np.random.default_rng(0).normal(size=(H, W, 2)).astype(np.float32)
+    values[2, 3] = 1666666752.0, 0.0
+    for name in ("Urban", "Beanbags"):
+        for frame in (10, 11):
+            picture(frames / f"{name}/frame{frame}.png", frame, (H, W))
+        flo(flows / f"{name}/flow10.flo", values)
+    (flows / "hidden").mkdir()  # has no flow
+    data = open_data({"name": "middlebury", "path": str(tmp_path)})
+    assert data.names == [f"{name}/frame{i}" for name in ("Beanbags", "Urban") for i in (10, 11)]
+    assert {name: [*frames] for name, frames in data.videos.items()} == {"Beanbags": [0, 1], "Urban": [2, 3]}
+    flow = data[2].flow
+    assert flow[:, 2, 3].isnan().all()
+    values[2, 3] = np.nan
+    np.testing.assert_array_equal(flow.permute(1, 2, 0).numpy(), values)
+    assert data[3].flow is None
+    before = data.fingerprint
+    file = flows / "Urban/flow10.flo"
+    flo(file, values[:, :-1])
+    with pytest.raises(DataError, match=f"flow10.flo has {H}x{W - 1} pixels, its frame {H}x{W}"):
+        data[2]
+    flo(file, values + 1)
+    assert open_data({"name": "middlebury", "path": str(tmp_path)}).fingerprint != before
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(DataError, match=r"is damaged: .* Copy it again"):
+        data[2]
+    flo(file, values, tag=1.0)
+    with pytest.raises(DataError, match=r"is not a \.flo file"):
+        data[2]
+    (frames / "Urban/frame11.png").unlink()
+    assert "lacks frame11: complete the copy" in refusal("middlebury", tmp_path)
+    for one in flows.rglob("*.flo"):
+        one.unlink()
+    assert "has no flow; data.path must name" in refusal("middlebury", tmp_path)
+
+
 def test_flow_of_poses_is_that_of_rendered_scenes():
     data = Scenes(size=[48, 64], num=3, frames=2, num_objects=0, supersampling=1, split="val")
     for first in (0, 2, 4):
@@ -885,7 +930,18 @@ def composed():
 
 
 def test_hydra_offers_every_data_set_with_its_settings(composed):
-    published = {"camvid", "voc2012", "ade20k", "cocostuff27", "cityscapes", "davis2016", "davis2017", "frames", "rgbd"}
+    published = {
+        "camvid",
+        "voc2012",
+        "ade20k",
+        "cocostuff27",
+        "cityscapes",
+        "davis2016",
+        "davis2017",
+        "frames",
+        "middlebury",
+        "rgbd",
+    }
     assert published | {"images", "nyuv2", "nyuv2_mat"} <= set(data_sets())
     for name in data_sets():
         assert composed(f"data={name}").name == name

@@ -174,6 +174,8 @@ def test_missing_frames_of_a_folder(tmp_path):
     holes = open_video(frames_of(tmp_path / "holes", (0, 1, 4, 5)))
     assert [frame.gap for frame in holes.frames()] == [1, 1, 3, 1]
     assert holes.remarks == ["2 frames are missing between the 4 of holes"]
+    stamped = open_video(frames_of(tmp_path / "stamped", ("7.1000", "7.1099", "7.1301", "7.1401")))
+    assert [frame.gap for frame in stamped.frames()] == [1, 1, 2, 1]
     named = tmp_path / "named"
     named.mkdir()
     for name, picture in zip(("cat", "dog5"), pictures(2), strict=True):

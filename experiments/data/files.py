@@ -43,6 +43,7 @@ class Record:
     depth: Path | None = None
     normals: Path | None = None
     pose: Path | None = None
+    flow: Path | None = None
 
 
 class FileSet(DataSet):

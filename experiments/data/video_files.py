@@ -115,7 +115,7 @@ class FolderOfFrames(VideoSource):
         usual = min(steps, default=1) or 1
         if missing := sum(round(step / usual) - 1 for step in steps):
             self.remarks.append(f"{missing} frames are missing between the {len(self.files)} of {self.name}")
-        return [1.0, *(max(step, 1) / usual for step in steps)]
+        return [1.0, *(_gap(step / usual) for step in steps)]
 
 
 class VideoFile(VideoSource):
@@ -150,11 +150,9 @@ class VideoFile(VideoSource):
             self.remarks.append(f"{self.path} ends after {index} of {self.count} frames: it is not complete")
 
     def _gap(self, before: float | None, time: float | None) -> float:
-        if before is None or time is None or self.rate is None or time <= before:
+        if before is None or time is None or self.rate is None:
             return 1.0
-        gap = (time - before) * self.rate
-        whole = max(1, round(gap))
-        return float(whole) if abs(gap - whole) <= USUAL else gap
+        return _gap((time - before) * self.rate)
 
     @contextmanager
     def _opened(self):
@@ -206,6 +204,12 @@ def write_video(path: Path, pictures: Iterable[Image.Image], rate: float) -> Non
             sheet.paste(picture.crop((0, 0, width, height)) if picture.size > first.size else picture)
             container.mux(stream.encode(av.VideoFrame.from_image(sheet)))
         container.mux(stream.encode())
+
+
+def _gap(gap: float) -> float:
+    """Frames, where they are nearly whole; 1 for time that stands still or runs back."""
+    whole = max(1, round(gap))
+    return float(whole) if gap <= 0 or abs(gap - whole) <= USUAL else gap
 
 
 def _tensor(decoded: object) -> Tensor:
