@@ -12,9 +12,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from core.atomic import replacing
 from core.compose import arguments
-from core.hooks import MODEL_HOOKS
+from core.hooks import AFTER_ATTENTION, MODEL_HOOKS
 from core.published import PUBLISHED, fetch, is_published, rename_published
-from core.registry import changeable
+from core.registry import changeable, describe, factory
 from core.weight_files import WeightsError, read_weights
 
 WEIGHTS_NAME = "model.safetensors"
@@ -120,19 +120,39 @@ def rebuild(
 def changed(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Copies a checkpoint's configuration, with new values for settings that may change after training.
 
-    `changes` has keys "hook.setting".
+    `changes` has keys "hook.setting"; or a hook point after attention that is `none` in the checkpoint, with the filler
+    to add: its name, or {"name": NAME, SETTING: VALUE, ...}.
 
     Raises:
-        ValueError: a setting that may not change; the message lists those that may.
+        ValueError: a setting that may not change (the message lists those that may), or a filler that cannot be added.
     """
-    free = [key for hook in MODEL_HOOKS for key in changeable(hook, config[hook]["name"])]
     config = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
+    for hook in AFTER_ATTENTION:
+        if hook in changes:
+            config[hook] = _added(hook, config[hook], changes[hook])
+    free = [key for hook in MODEL_HOOKS for key in changeable(hook, config[hook]["name"])]
     for key, value in changes.items():
+        if key in AFTER_ATTENTION:
+            continue
         if key not in free:
-            raise ValueError(f"{key} cannot be changed after training; these can: {', '.join(free) or 'none'}")
+            fillable = [hook for hook in AFTER_ATTENTION if config[hook]["name"] == "none"]
+            raise ValueError(
+                f"{key} cannot be changed after training; these can: {', '.join([*free, *fillable]) or 'none'}"
+            )
         hook, _, setting = key.partition(".")
         config[hook][setting] = value
     return config
+
+
+def _added(hook: str, before: dict[str, Any], node: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a filler that a checkpoint without one gets."""
+    name, settings = (node, {}) if isinstance(node, str) else (node.get("name"), {**node})
+    settings.pop("name", None)
+    if before["name"] not in ("none", name):
+        raise ValueError(f"{hook}={name} cannot be added: the checkpoint was trained with {hook}={before['name']}")
+    if before["name"] == name:
+        raise ValueError(f"{hook}={name} is in the checkpoint already: change single settings, {hook}.SETTING")
+    return describe(factory(hook, name, settings))
 
 
 def _fixed(hook: str, settings: dict[str, Any]) -> dict[str, Any]:

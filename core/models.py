@@ -1,5 +1,6 @@
 """Models from a configuration, from Hydra overrides, or from a checkpoint: `build`, `from_config`, `load`."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from torch import Tensor
 from core import checkpoint
 from core.anyup import AnyUp
 from core.compose import arguments, compose
+from core.hooks import MODEL_HOOKS
 from core.published import rename_published
+
+log = logging.getLogger(__name__)
 
 
 def build(overrides: list[str] | None = None) -> AnyUp:
@@ -43,15 +47,24 @@ def load(source: str | Path, changes: Mapping[str, Any] | None = None) -> AnyUp:
             bare state dict or nested as in the released training script; it gets `ordering: released`. The prefixes
             `module.` and `_orig_mod.` are removed.
         changes: new values for settings that may change after training (`Filler.changeable`), such as
-            `{"attention.window_ratio": 0.2}`.
+            `{"attention.window_ratio": 0.2}`; or a filler for a hook point after attention that is `none` in the
+            checkpoint, such as `{"temporal": "temporal_consistency"}`, with settings `{"name": NAME, SETTING: VALUE}`.
+            Where it has weights, they are untrained, and a warning names them.
 
     Raises:
         FileNotFoundError: no such file. OSError: published weights cannot be downloaded.
         WeightsError: the file is truncated, of another architecture, or a pickle that would run code.
-        ValueError: `changes` names a setting that may not change; the message lists those that may.
+        ValueError: `changes` names a setting that may not change, or a filler that cannot be added; the message says
+            what may.
     """
     state, config = checkpoint.read(source)
-    return checkpoint.rebuild(AnyUp, state, checkpoint.changed(config, changes) if changes else config, source)
+    wanted = checkpoint.changed(config, changes or {})
+    if all(wanted[hook]["name"] == config[hook]["name"] for hook in MODEL_HOOKS):
+        return checkpoint.rebuild(AnyUp, state, wanted, source)
+    model = AnyUp(**arguments(wanted))
+    if new := checkpoint.warm_start(model, source):
+        log.warning("%s are UNTRAINED: %s has none", ", ".join(new), source)
+    return model.eval()
 
 
 def from_published(state: dict[str, Tensor]) -> AnyUp:

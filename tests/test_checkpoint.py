@@ -763,3 +763,49 @@ def test_a_truncated_state_says_what_to_do(tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(WeightsError, match=r"state\.safetensors: truncated.*delete it, .*resume=never.*last\.safe"):
         read_state(path)
+
+
+class TestFillersAddedToACheckpoint:
+    @pytest.fixture
+    def saved(self, tmp_path):
+        core.save(core.build(["embed_dim=16", "unifier.num_basis=8"]), tmp_path / "plain.safetensors")
+        return tmp_path / "plain.safetensors"
+
+    def test_what_has_no_weights_is_there(self, saved, caplog):
+        plain, mixed = core.load(saved), core.load(saved, {"temporal": "statistics_drift"})
+        assert type(mixed.temporal).__name__ == "StatisticsDrift"
+        image, features = torch.randn(1, 3, 16, 16), torch.randn(1, 5, 4, 4)
+        assert torch.equal(plain(image, features), mixed(image, features))
+        assert not caplog.records
+        other = {"temporal": {"name": "statistics_drift", "strength": 0.3}, "attention.window_ratio": 0.3}
+        changed = core.load(saved, other)
+        assert (changed.temporal.strength, changed.attention.window_ratio) == (0.3, 0.3)
+        assert core.load(saved, {"temporal": "statistics_drift", "temporal.strength": 0.2}).temporal.strength == 0.2
+
+    def test_new_weights_are_named_and_the_old_ones_kept(self, saved, caplog):
+        mixed = core.load(saved, {"decoder": "inr"})
+        assert "decoder.gate" in caplog.text
+        assert "are UNTRAINED" in caplog.text
+        for name, weight in core.load(saved).state_dict().items():
+            assert torch.equal(weight, mixed.state_dict()[name])
+        assert not mixed.training
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"temporal": "nobody"}, "temporal=nobody"),
+            ({"temporal": {"name": "statistics_drift", "haste": 1}}, "haste"),
+            ({"attention": "global"}, "attention cannot be changed after training; these can: .*decoder"),
+        ],
+    )
+    def test_what_cannot_be_added(self, saved, changes, message):
+        with pytest.raises(ValueError, match=message):
+            core.load(saved, changes)
+
+    def test_what_is_there_already(self, saved, tmp_path):
+        core.save(core.load(saved, {"temporal": "statistics_drift"}), tmp_path / "mixed.safetensors")
+        for name in ("statistics_drift", "temporal_consistency"):
+            with pytest.raises(
+                ValueError, match=f"temporal={name} (is in|cannot be added: the checkpoint was trained)"
+            ):
+                core.load(tmp_path / "mixed.safetensors", {"temporal": name})

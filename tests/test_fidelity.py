@@ -187,6 +187,20 @@ def test_an_arm_may_be_the_mean_of_others():
         evaluate(config(PHOTOS, "peers=[bilinear,nearest]", "means={nearest: [nearest, bilinear]}"))
 
 
+def test_a_checkpoint_may_be_changed():
+    node = "{checkpoint: bundled, attention.window_ratio: 0.5}"
+    arms = f"checkpoints={{plain: bundled, wide: {node}}}"
+    report = evaluate(config(PHOTOS, "peers=[bilinear]", arms, "ceilings=[]"))
+    errors = report.scores[report.scores.measure == "error"].groupby("arm")["numerator"].mean()
+    assert errors["plain"] != errors["wide"]
+    for node, message in (
+        ("{file: bundled}", "a checkpoint must be FILE, or {checkpoint: FILE, temporal: NAME"),
+        ("{checkpoint: bundled, embed_dim: 8}", "embed_dim cannot be changed after training"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            evaluate(config(PHOTOS, "peers=[bilinear]", f"checkpoints={{odd: {node}}}"))
+
+
 def test_an_arm_may_be_the_blur_of_another():
     report = evaluate(config(PHOTOS, "peers=[bilinear,nearest]", "blurs={smooth: {nearest: 0.5}}", "ceilings=[]"))
     errors = report.scores[report.scores.measure == "error"].groupby("arm")["numerator"].mean()

@@ -415,6 +415,15 @@ def test_the_trained_baseline_is_the_default_and_goes_into_variants(photos, capl
         assert compose("upsample").checkpoint == "pretrained"
 
 
+def test_a_filler_is_added_to_a_checkpoint_that_has_none(photos, tmp_path, caplog):
+    core.save(core.build(), tmp_path / "plain.safetensors")
+    settings = (f"images={photos}/a.png", f"checkpoint={tmp_path}/plain.safetensors", "temporal=statistics_drift")
+    model, made_of = load_model(config(*settings, "temporal.strength=0.4"))
+    assert model.temporal.strength == made_of.temporal.strength == 0.4
+    upsample(config(*settings))
+    assert "UNTRAINED" not in caplog.text
+
+
 def test_the_trained_baseline_has_the_ordering_that_is_asked_for():
     model, _ = load_model(config("checkpoint=pretrained", "unifier.ordering=released"))
     released = core.AnyUp.from_pretrained("bundled_released").state_dict()

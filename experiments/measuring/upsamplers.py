@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor, nn
 
 import core
@@ -31,7 +31,7 @@ def upsamplers(config: DictConfig) -> dict[str, nn.Module]:
             raise _named_twice(name)
     try:
         models = {name: peer_from_config(node) for name, node in names.items()}
-        models |= {name: core.load(path) for name, path in files.items()}
+        models |= {name: _loaded(node) for name, node in files.items()}
     except (core.WeightsError, OSError) as error:
         raise SettingError(f"checkpoints: {error}") from error
     except ValueError as error:
@@ -39,6 +39,28 @@ def upsamplers(config: DictConfig) -> dict[str, nn.Module]:
     for made, make in ((config.means, _mean), (config.blurs, _blur)):
         models |= {name: make(name, arms, models) for name, arms in (made or {}).items()}
     return models
+
+
+def _loaded(node: str | DictConfig) -> core.AnyUp:
+    """The model of a file or a name; or of {checkpoint: FILE, HOOK: FILLER, HOOK.SETTING: VALUE}."""
+    if isinstance(node, str):
+        return core.load(node)
+    source, changes = checkpoint_and_changes(node)
+    return core.load(source, changes)
+
+
+def checkpoint_and_changes(node: DictConfig) -> tuple[str, dict[str, object]]:
+    """{checkpoint: FILE, ...} -> the file, and what `core.load` is to change.
+
+    Raises:
+        SettingError: there is no checkpoint in it.
+    """
+    values = OmegaConf.to_container(node, resolve=True)
+    if not isinstance(values, dict) or not isinstance(values.get("checkpoint"), str):
+        raise SettingError(
+            f"a checkpoint must be FILE, or {{checkpoint: FILE, temporal: NAME, HOOK.SETTING: VALUE}}, got {values}"
+        )
+    return values.pop("checkpoint"), values
 
 
 class MeanOf(nn.Module):
@@ -86,8 +108,8 @@ def _mean(name: str, arms: ListConfig, models: dict[str, nn.Module]) -> MeanOf:
     return MeanOf([models[arm] for arm in arms])
 
 
-def _named(checkpoints: DictConfig | ListConfig | None) -> dict[str, str]:
-    """Name of each checkpoint's arm -> its file."""
+def _named(checkpoints: DictConfig | ListConfig | None) -> dict[str, str | DictConfig]:
+    """Name of each checkpoint's arm -> its file, or {checkpoint: FILE, ...}."""
     if checkpoints is None:
         return {}
     if isinstance(checkpoints, DictConfig):

@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from core.registry import discover
 from core.weight_files import content_digest
 from experiments.data import open_data
 from experiments.measuring.tasks import Ceiling, tasks
+from experiments.measuring.upsamplers import checkpoint_and_changes
 from experiments.peers import named_peers, peer_from_config, peer_identity, peers
 from experiments.peers.base import PeerNode
 from experiments.settings import SettingError
@@ -51,6 +52,8 @@ class Arm:
     training: DictConfig | None = None
     """For a trained arm: its configuration of experiments.train; seed and out_dir do not matter."""
     checkpoint: Path | None = None
+    changes: Mapping[str, object] = field(default_factory=dict)
+    """Of a checkpoint's settings and fillers, as `core.load` takes them."""
     peer: PeerNode | None = None
     """For a peer: NAME, or with settings and weights `{peer: NAME, SETTING: VALUE, ...}`."""
 
@@ -68,6 +71,7 @@ class Arm:
             known = {"peer": peer_identity(self.peer)}
         else:
             known = {"name": self.name, "file": content_digest(self.checkpoint) if self.checkpoint else ""}
+            known |= {"changes": dict(self.changes)} if self.changes else {}
         return digest_of({"kind": self.kind, "code": self._code} | known)
 
     @cached_property
@@ -77,7 +81,7 @@ class Arm:
         config = self.training
         if self.checkpoint is not None:
             with suppress(core.WeightsError, OSError):  # the arm fails with this error when it is measured
-                config = checkpoint.read(self.checkpoint)[1]
+                config = checkpoint.changed(checkpoint.read(self.checkpoint)[1], self.changes)
         return code_version([(hook, config[hook]["name"]) for hook in HOOK_POINTS if hook in config] if config else [])
 
     def model(self, trained: Path | None = None) -> nn.Module | Ceiling:
@@ -90,7 +94,7 @@ class Arm:
             return peer_from_config(self.peer)
         if self.kind == "ceiling":
             return Ceiling(self.name)
-        return core.load(trained or self.checkpoint).eval()
+        return core.load(trained or self.checkpoint, self.changes).eval()
 
 
 def read_arms(config: DictConfig) -> list[Arm]:
@@ -218,7 +222,7 @@ def names_of(data: DictConfig) -> frozenset[str]:
 
 
 def _named(config: DictConfig) -> dict[str, object]:
-    """Name -> overrides, {checkpoint: FILE or NAME} or {peer: NAME, ...}. Overrides name the arms of `product`."""
+    """Name -> overrides, {checkpoint: FILE or NAME, ...} or {peer: NAME, ...}. Overrides name the arms of `product`."""
     named: dict[str, object] = {name: config.arms[name] for name in config.arms or {}}
     values: dict[str, list[object]] = {}
     for key, node in dict(config.product or {}).items():
@@ -253,16 +257,22 @@ def _arm(name: str, value: object, config: DictConfig) -> Arm:
     if isinstance(value, DictConfig):
         if "peer" in value:
             return _peer(name, value)
-        if set(value) != {"checkpoint"}:
+        if "checkpoint" not in value:
             raise SettingError(
                 f"arm {name} must be a list of overrides, or {{checkpoint: FILE}}, or {{peer: NAME, SETTING: VALUE}}, "
                 f"got {value}"
             )
+        source, changes = checkpoint_and_changes(value)
         try:
-            path = checkpoint.find(value.checkpoint)
+            path = checkpoint.find(source)
         except (core.WeightsError, OSError) as error:
             raise SettingError(f"arm {name}: its {error}") from error
-        return Arm(name, "checkpoint", checkpoint=path)
+        if changes:
+            try:
+                core.load(path, changes)
+            except ValueError as error:
+                raise SettingError(f"arm {name}: {error}") from error
+        return Arm(name, "checkpoint", checkpoint=path, changes=changes)
     overrides = value if isinstance(value, list) else strings(config, "arms", name)
     if any(override.lstrip("+").partition("=")[0] == "seed" for override in [*strings(config, "train"), *overrides]):
         raise SettingError(f"arm {name} sets a seed: all arms have the same seeds; set them with seeds=[...]")

@@ -288,7 +288,7 @@ class Member:
             config = self.arm.training.copy()
             config.seed, config.out_dir, config.resume = self.seed, str(self.folder), "auto"
         else:
-            made_of = {"checkpoint": str(self.arm.checkpoint or ""), "peer": self.arm.peer}
+            made_of = {"checkpoint": str(self.arm.checkpoint or ""), "peer": self.arm.peer} | dict(self.arm.changes)
             config = OmegaConf.create({**made_of, "seed": self.seed})
         OmegaConf.set_struct(config, False)
         config.tracking = standalone(sweep.tracking)
