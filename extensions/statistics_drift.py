@@ -13,7 +13,7 @@ for each channel, whatever the resolution. `strength=0` is the baseline, frame b
 A camera that turns to other things changes the statistics rightly, and this filler then lags behind. Where they jump,
 at a scene cut, it begins again.
 
-Status: runs.
+Status: measured on 3 videos (docs/temporal.md): lowers the warping error a little; flicker is not mostly drift there.
 """
 
 from dataclasses import dataclass

@@ -22,7 +22,7 @@ with its own noise (Lehtinen et al., arXiv 1803.04189; for video, Ehret et al., 
 encoder's features along a clip and compares each mixture with those of the following frame, moved along the flow.
 Keeping what has changed is punished, keeping what only flickered is rewarded.
 
-Status: runs.
+Status: measured on 3 videos (docs/temporal.md): lowers the warping error, and the error to the encoder at 2x.
 """
 
 from dataclasses import dataclass, replace
