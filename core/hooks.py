@@ -207,8 +207,9 @@ class Temporal(AfterAttention):
     def forward(self, output: Tensor, context: Context, state: object | None) -> tuple[Tensor, object | None]:
         """(B,C,Qh,Qw), state of the previous frame (None at the first frame) -> output, state for the next frame.
 
-        The state may be any object. A frame with another size or number of channels begins a new video. The filler
-        must detect this, and either raise an error or start again; its docstring says which.
+        The state may be any object; `core.video_state.VideoState` is a base for one that can be saved, and that knows
+        of missing frames. A frame with another size or number of channels begins a new video. The filler must detect
+        this, and either raise an error or start again; its docstring says which.
         """
 
 

@@ -18,7 +18,7 @@ then it is the baseline, frame by frame, exactly.
 Training: along a clip, the mixture at the feature grid is compared with the following frame's features, moved along the
 clip's flow. That frame is a second measurement of the same surfaces (Lehtinen et al., arXiv 1803.04189).
 
-Status: idea.
+Status: measured on 3 videos (docs/temporal.md): lowers the warping error, less than temporal_consistency.
 """
 
 from collections.abc import Iterator

@@ -13,7 +13,7 @@ for each channel, whatever the resolution. `strength=0` is the baseline, frame b
 A camera that turns to other things changes the statistics rightly, and this filler then lags behind. Where they jump,
 at a scene cut, it begins again.
 
-Status: runs.
+Status: measured on 3 videos (docs/temporal.md): lowers the warping error a little; flicker is not mostly drift there.
 """
 
 from dataclasses import dataclass
@@ -53,7 +53,8 @@ class StatisticsDrift(Temporal):
     Args:
         strength: weight of the past in the running statistics, from 0 (frame by frame) to below 1.
         cut_distance: a frame is a scene cut if its mean vector is further from the running one than this, in units of
-            the running deviation over all channels; 0: none is.
+            the running deviation over all channels; 0: none is. Between frames of a video it was at most 0.2, between
+            frames of two videos at least 0.47 (ViT-Ti on four DAVIS videos).
         max_gap: the video begins again after a longer gap.
 
     Raises:
@@ -63,7 +64,7 @@ class StatisticsDrift(Temporal):
     state_type = DriftState
     changeable = ("strength", "cut_distance", "max_gap")
 
-    def __init__(self, embed_dim: int, strength: float = 0.9, cut_distance: float = 0.5, max_gap: float = 30.0):
+    def __init__(self, embed_dim: int, strength: float = 0.9, cut_distance: float = 0.35, max_gap: float = 30.0):
         super().__init__()
         check_range("temporal=statistics_drift", strength, max_gap)
         if cut_distance < 0:

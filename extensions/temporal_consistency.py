@@ -22,7 +22,7 @@ with its own noise (Lehtinen et al., arXiv 1803.04189; for video, Ehret et al., 
 encoder's features along a clip and compares each mixture with those of the following frame, moved along the flow.
 Keeping what has changed is punished, keeping what only flickered is rewarded.
 
-Status: runs.
+Status: measured on 3 videos (docs/temporal.md): lowers the warping error, and the error to the encoder at 2x.
 """
 
 from dataclasses import dataclass, replace
@@ -93,6 +93,17 @@ class Evidence(NamedTuple):
     """(B,): mean of visibility times photometric agreement, over the reduced frame."""
 
 
+class Shown(NamedTuple):
+    """What pictures are made of: the first image of the latest forward without gradients."""
+
+    flow: Tensor
+    """(1,2,h,w)."""
+    share: Tensor
+    """(1,1,Qh,Qw)."""
+    flicker: Tensor
+    """(1,1,Qh,Qw)."""
+
+
 @register("temporal_consistency")
 class TemporalConsistency(Temporal):
     """Warps the previous output and mixes it in; see the module's docstring.
@@ -108,7 +119,8 @@ class TemporalConsistency(Temporal):
         flow_weights: file with torchvision's weights of RAFT.
         flow_size: longer side of the frames that flow is estimated between, and that are kept; smaller is faster.
         photometric_weight: the 50 in the confidence; 0 ignores the images.
-        cut_share: a frame with less agreement than this is a scene cut; 0: none is.
+        cut_share: a frame with less agreement than this is a scene cut; 0: none is. On four DAVIS videos consecutive
+            frames agreed by at least 0.89, frames of two videos by at most 0.01.
         max_gap: the video begins again after a longer gap.
         hidden_dim: width of the learned gate's network.
 
@@ -147,13 +159,13 @@ class TemporalConsistency(Temporal):
             self.hidden = nn.Linear(3, hidden_dim)
             self.gate = nn.Parameter(torch.zeros(hidden_dim))
             self.batch_parts = frozenset({"clip"})
-        self.shown: dict[str, Tensor] = {}
+        self.shown: Shown | None = None
 
     def forward(self, output: Tensor, context: Context, state: object | None) -> tuple[Tensor, FlowState]:
         frame = reduced(context.image, self.flow_size)
         reason = self._begins(output, frame, state)
         if reason:
-            self.shown = {}
+            self.shown = None
             return output, FlowState(output=output.clone(), frame=frame, message=reason)
         flow, back = self._flows(frame, context.image, state)
         warped, evidence = self._evidence(output, frame, state.output, state.frame, flow, back)
@@ -161,7 +173,7 @@ class TemporalConsistency(Temporal):
         share = self._share(evidence, state.gap) * ~cuts.view(-1, 1, 1, 1)
         fused = torch.lerp(output, warped, share.to(output.dtype))
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            self.shown = _first(flow, share, output, warped)
+            self.shown = Shown(flow[:1], share[:1], _flicker(output[0], warped[0]))
         told = self._message(cuts, evidence.agreeing, state)
         return fused, FlowState(output=fused.clone(), frame=frame, message=told)
 
@@ -202,7 +214,16 @@ class TemporalConsistency(Temporal):
         """Flow to the previous frame (colour wheel of Baker et al. 2011), share of the previous output (black 0,
         white 1), and flicker: difference to the previous output along the motion, in units of the features' deviation
         (white: 2 or more). Empty at the first frame of a video."""
-        return dict(self.shown)
+        if self.shown is None:
+            return {}
+        from torchvision.utils import flow_to_image
+
+        flow, share, flicker = self.shown
+        size = tuple(min(side, PICTURE_SIDE) for side in share.shape[-2:])
+        colours = flow_to_image(resize_flow(flow, size).nan_to_num()[0]) / 255
+        share, flicker = (F.adaptive_avg_pool2d(x.float(), size)[0] for x in (share.abs(), flicker / 2))
+        grey = {"share of the previous output": share, "flicker": flicker}
+        return {"flow": colours} | {title: x.clamp(0, 1).expand(3, -1, -1) for title, x in grey.items()}
 
     def _begins(self, output: Tensor, frame: Tensor, state: object | None) -> str:
         """Why the video begins (again) at this frame; empty if it goes on.
@@ -251,7 +272,8 @@ class TemporalConsistency(Temporal):
         seen = inside(flow)
         miss = torch.zeros_like(flow[:, :1]) if back is None else round_trip(flow, back).nan_to_num(torch.inf)
         seen = seen & (miss <= 1)
-        photometric = torch.exp(-self.photometric_weight * (frame - warp(previous_frame, flow)).square().sum(1, True))
+        difference = (frame - warp(previous_frame, flow)).square().sum(1, True)  # (B,1,h,w)
+        photometric = torch.exp(-self.photometric_weight * difference).nan_to_num()
         measures = torch.cat([torch.exp(-miss), photometric], 1)  # (B,2,h,w)
         returns, agreement = F.interpolate(measures, size, mode="bilinear", antialias=True).split(1, 1)
         moved = resize_flow(flow, size)
@@ -300,20 +322,16 @@ def _similarity(output: Tensor, warped: Tensor) -> Tensor:
     return F.cosine_similarity(output.to(wide) - mean, warped.to(wide) - mean)[:, None]
 
 
-def _first(flow: Tensor, share: Tensor, output: Tensor, warped: Tensor) -> dict[str, Tensor]:
-    """Pictures of the first image."""
-    from torchvision.utils import flow_to_image
-
-    size = [min(side, PICTURE_SIDE) for side in share.shape[-2:]]
-    small = lambda x: F.adaptive_avg_pool2d(x[None].float(), size)[0].expand(3, -1, -1).clamp(0, 1)  # noqa: E731
-    deviation = output[0].float().var((1, 2), correction=0).sum().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-    flicker = (output[0] - warped[0]).float().norm(dim=0, keepdim=True) / (2 * deviation)
-    colours = flow_to_image(resize_flow(flow[:1], tuple(size)).nan_to_num()[0]) / 255
-    return {"flow": colours, "share of the previous output": small(share[0].abs()), "flicker": small(flicker)}
+def _flicker(output: Tensor, warped: Tensor) -> Tensor:
+    """(1,1,Qh,Qw): distance between (C,Qh,Qw) features, in units of the output's deviation."""
+    deviation = output.float().var((1, 2), correction=0).sum().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    return (output - warped).float().norm(dim=0)[None, None] / deviation
 
 
 def _checked(flow: Tensor, image: Tensor, frame: Tensor) -> Tensor:
     """A given flow, as that of the reduced frame."""
+    if not isinstance(flow, Tensor):
+        raise TypeError(f"flow must be a torch tensor, got {type(flow).__name__}")
     expected = (len(image), 2, *image.shape[-2:])
     if tuple(flow.shape) != expected:
         raise ValueError(

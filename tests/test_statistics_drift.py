@@ -112,11 +112,11 @@ def test_a_scene_cut_begins_again_in_its_image_only():
     assert torch.equal(output[1], second[1])
     torch.testing.assert_close(output[0], second[0] - 0.05)
     assert state.message.startswith("scene cut in image 1 of the batch: its mean moved by ")
-    assert "more than cut_distance=0.5, the video begins again" in state.message
+    assert "more than cut_distance=0.35, the video begins again" in state.message
     torch.testing.assert_close(state.mean[1], second[1].mean((1, 2), keepdim=True))
 
 
-@pytest.mark.parametrize("cut_distance", [0, 0.5])
+@pytest.mark.parametrize("cut_distance", [0, 0.35])
 def test_one_bad_frame_does_not_spoil_the_rest(cut_distance):
     _, frames = drifting()
     frames[1][0, 0, 2, 2] = torch.nan

@@ -222,16 +222,16 @@ def test_what_the_caller_does_to_the_output_does_not_reach_the_state():
             result.zero_()
 
 
-def test_one_bad_frame_does_not_spoil_the_rest():
-    frames = video(4)
-    broken = frames[1][1].clone()
-    broken[:, 0, 3, 4] = torch.nan
-    frames[1] = (frames[1][0], broken)
+@pytest.mark.parametrize("part", ["image", "features"])
+@pytest.mark.parametrize("flow", ["still", "tvl1"])
+def test_one_bad_frame_does_not_spoil_the_rest(part, flow):
+    frames = [(image.clone(), output) for image, output in video(5)]
+    frames[1][part == "features"][:, 0, 3, 4] = torch.nan
     with torch.no_grad():
-        outputs, _ = run(TemporalConsistency(WIDTH, flow="still"), frames)
-    assert outputs[2].isfinite().all()
+        outputs, _ = run(TemporalConsistency(WIDTH, flow=flow), frames)
+    assert all(output.isfinite().all() for output in outputs[2:])
     assert torch.equal(outputs[2][..., 3, 4], frames[2][1][..., 3, 4])
-    assert (outputs[3] - frames[3][1]).abs().mean() > 0.05
+    assert (outputs[4] - frames[4][1]).abs().mean() > 0.05
 
 
 # --- where a video begins again --------------------------------------------------------------------------------------
@@ -314,6 +314,13 @@ def test_what_cannot_be_told_of_a_frame(told, message):
     _, state = run(filler, [(picture(), torch.zeros(1, 3, 12, 16))])
     with pytest.raises(ValueError, match=message):
         run(filler, [(picture(), torch.zeros(1, 3, 12, 16))], state, **told)
+
+
+def test_a_flow_that_is_no_tensor():
+    frame = (picture(), torch.zeros(1, 3, 12, 16))
+    _, state = run(TemporalConsistency(WIDTH), [frame])
+    with pytest.raises(TypeError, match="flow must be a torch tensor, got ndarray"):
+        run(TemporalConsistency(WIDTH), [frame], state, flow=torch.zeros(1, 2, 24, 32).numpy())
 
 
 @pytest.mark.parametrize(
