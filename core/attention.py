@@ -68,7 +68,8 @@ class CrossAttention(Attention):
         if any(getattr(type(self), name) is not getattr(CrossAttention, name) for name in _WEIGHTS_MADE_IN):
             yield from super().bands_with_entropy(query, key, value)  # a subclass has other weights
             return
-        for rows, band in self._bands(query, key, under_autocast(value), None, _mixed_with_entropy):
+        with_room = F.pad(under_autocast(value), (0, 0, 0, 0, 0, 1))  # (B,C+1,h,w): the last one is for the entropy
+        for rows, band in self._bands(query, key, with_room, None, _mixed_with_entropy):
             yield rows, band[:, :-1], band[:, -1:]  # (B,C,rows,Qw), (B,1,rows,Qw)
 
     def at(self, query: Tensor, key: Tensor, value: Tensor, coords: Tensor) -> Tensor:
@@ -161,9 +162,10 @@ _WEIGHTS_MADE_IN = ("forward", "bands", "_keys", "_bands", "_band", "_tiles", "c
 
 
 def _mixed_with_entropy(weights: Tensor, values: Tensor) -> Tensor:
-    """(P,M,K) weights, (P,K,C) values -> (P,M,C+1): the weighted sums, and the entropy of the weights in nats."""
-    entropy = -torch.special.xlogy(weights, weights).sum(-1, keepdim=True)  # (P,M,1)
-    return torch.cat([torch.bmm(weights, values), entropy], -1)
+    """(P,M,K) weights, (P,K,C) values -> (P,M,C): the weighted sums, and last the entropy of the weights in nats."""
+    mixed = torch.bmm(weights, values)
+    mixed[..., -1] = -torch.special.xlogy(weights, weights).sum(-1)
+    return mixed
 
 
 def empty_output(value: Tensor, size: tuple[int, int]) -> Tensor:

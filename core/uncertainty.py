@@ -117,7 +117,7 @@ def _bands(model: nn.Module, query: Tensor, key: Tensor, features: Tensor) -> It
     for _, band, entropy in model.attention.bands_with_entropy(query, key, torch.cat([features, carried], 1)):
         output, (energy, rare, total) = band[:, :channels], _wide(band[:, channels:]).split(1, 1)
         _check_average(model, total, band.dtype)
-        kept = (_wide(output) - mean).square().sum(1, keepdim=True) / unit  # (B,1,rows,Qw)
+        kept = torch.linalg.vector_norm(_wide(output) - mean, dim=1, keepdim=True).square() / unit  # (B,1,rows,Qw)
         yield output, (energy - kept).clamp(min=0), rare.clamp(min=0), _wide(entropy).clamp(min=0)
 
 

@@ -384,6 +384,19 @@ def test_bands_of_an_attention_are_its_forward(row, size, perturbed):
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.hook == "attention"], ids=str)
+def test_bands_with_entropy_are_the_bands_and_the_entropy_of_the_weights(row, perturbed):
+    filler = perturbed(make(row)).eval()
+    given = arguments(row, Sizes(output=(23, 8)))
+    with torch.no_grad():
+        rows, bands, entropy = zip(*filler.bands_with_entropy(**given), strict=True)
+        plain = list(filler.bands(**given))
+        by_definition = [part for _, _, part in Attention.bands_with_entropy(filler, **given)]
+    assert list(rows) == [some for some, _ in plain]
+    assert close(torch.cat(bands, 2), torch.cat([band for _, band in plain], 2), 1e-5)
+    assert close(torch.cat(entropy, 2), torch.cat(by_definition, 2), 1e-5)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.hook == "attention"], ids=str)
 def test_attention_looks_up_values(row, perturbed):
     """The output is a weighted mean of value vectors: linear in them, and constant where they are."""
     filler = perturbed(make(row)).eval()

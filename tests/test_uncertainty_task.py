@@ -27,6 +27,7 @@ from experiments.statistics.calibration import (
     ause,
     conformal_factor,
     coverage,
+    fitted_exponent,
     rank_correlation,
     sparsification,
 )
@@ -86,6 +87,25 @@ def test_the_factor_by_hand():
     assert coverage(uncertainty, error, 8.0) == pytest.approx(8 / 9)
     with pytest.raises(CannotCalibrate, match="9 pixels are too few to calibrate a bound for 95% of them"):
         conformal_factor([(uncertainty, error)], 0.95)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.4, 1.0])
+def test_the_exponent_is_the_power_of_the_error(power):
+    """Noise of the logarithm with deviation 0.3 gives the slope a deviation of 0.3/sqrt(N)."""
+    pairs = []
+    for _ in range(3):
+        uncertainty = np.exp(NOISE.normal(size=3000)) + 1
+        error = 50 * (uncertainty + LEAST) ** power * np.exp(0.3 * NOISE.normal(size=3000))
+        pairs.append((uncertainty, error))
+    assert fitted_exponent(pairs) == pytest.approx(power, abs=0.05)
+    assert fitted_exponent([(error, uncertainty + 1 / error) for uncertainty, error in pairs]) >= 0
+    factor = conformal_factor(pairs, 0.8, power)
+    assert np.mean([coverage(*pair, factor, power) for pair in pairs]) == pytest.approx(0.8, abs=1e-3)
+
+
+def test_an_uncertainty_that_says_the_contrary_gives_a_constant_bound():
+    assert fitted_exponent([(np.arange(1.0, 9), 1 / np.arange(1.0, 9))]) == 0
+    assert fitted_exponent([(np.ones(8), np.arange(1.0, 9))]) == 0
 
 
 @pytest.mark.parametrize(
@@ -192,17 +212,19 @@ def test_every_kind_is_measured_on_every_image(photos, weights):
         pairs[name] = found.rarity.flatten().double().numpy(), error.detach().flatten().double().numpy()
         rank = scores["uncertainty/2x/rarity", "seed1", "error_rank", name]
         assert rank == pytest.approx(spearmanr(*pairs[name])[0], abs=0.02)  # the cache rounds to half precision
-    factor = conformal_factor([pairs["a"], pairs["c"]], 0.9)
+    exponent = fitted_exponent([pairs["a"], pairs["c"]])
+    factor = conformal_factor([pairs["a"], pairs["c"]], 0.9, exponent)
+    assert scores["uncertainty/2x/rarity", "seed1", "exponent", "b"] == pytest.approx(exponent, abs=0.02)
     assert scores["uncertainty/2x/rarity", "seed1", "factor_90", "b"] == pytest.approx(factor, rel=0.02)
     assert scores["uncertainty/2x/rarity", "seed1", "coverage_90", "b"] == pytest.approx(
-        coverage(*pairs["b"], factor), abs=0.05
+        coverage(*pairs["b"], factor, exponent), abs=0.05
     )
     assert any("coverage is best where it is nominal" in note for note in report.notes)
     assert len(report.pictures) == 3
 
 
-def test_factors_from_elsewhere(photos):
-    scores = evaluate(config("task.factors=[0.001,1e6]", "task.kinds=[local]", "ceilings=[]")).scores
+def test_a_calibration_from_elsewhere(photos):
+    scores = evaluate(config("task.calibration=[1,0.001,1e6]", "task.kinds=[local]", "ceilings=[]")).scores
     found = scores.groupby("measure")["numerator"].mean()
     assert found["factor_80"] == pytest.approx(0.001)
     assert found["coverage_80"] < 0.1
@@ -212,8 +234,8 @@ def test_factors_from_elsewhere(photos):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"factors": [1.0]}, "task.factors must be null or two positive numbers, for 80 and 90 %, got [1.0]"),
-        ({"factors": [1.0, 0.0]}, "task.factors must be null or two positive numbers"),
+        ({"calibration": [1.0]}, "task.calibration must be null or [exponent, factor for 80 %, factor for 90 %]"),
+        ({"calibration": [1.0, 2.0, -3.0]}, "none below 0, got [1.0, 2.0, -3.0]"),
         ({"kinds": ["doubt"]}, "task.kinds must be different ones of rarity, variance, entropy, local"),
         ({"kinds": []}, "task.kinds must be different ones of"),
         ({"scales": [1]}, "task.scales must be different whole numbers from 2"),
@@ -225,7 +247,7 @@ def test_settings_that_make_no_sense(setting, message):
 
 
 def test_one_image_cannot_calibrate_itself(photos):
-    with pytest.raises(SettingError, match=r"calibrates on the other images: it needs two.*task\.factors"):
+    with pytest.raises(SettingError, match=r"calibrates on the other images: it needs two.*task\.calibration"):
         evaluate(config("max_val_images=1"))
 
 

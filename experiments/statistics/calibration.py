@@ -11,7 +11,7 @@ from scipy.stats import rankdata
 from experiments.errors import Told
 
 LEAST = 0.01
-"""Added to an uncertainty before an error is divided by it, so that a pixel said to be certain still has a bound."""
+"""Added to uncertainties, so that a pixel said to be certain still has a bound, and to errors before a logarithm."""
 
 
 class CannotCalibrate(Told, ValueError):
@@ -62,15 +62,36 @@ def ause(uncertainty: np.ndarray, error: np.ndarray) -> float:
     return float((ours - best).sum() / chance)
 
 
-def conformal_factor(pairs: Sequence[tuple[np.ndarray, np.ndarray]], level: float) -> float:
-    """The factor f for which error <= f·(uncertainty + `LEAST`) in a share `level` of pixels like these.
+def fitted_exponent(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    """The power of the uncertainty that the error grows with: the slope of their logarithms over all pixels, or 0.
+
+    A negative slope gives 0, and so a constant bound. The power changes no order of pixels. Below 1, errors differ less
+    than uncertainties do, from image to image as well.
+
+    Args:
+        pairs: (uncertainty, error) of each calibration image.
+
+    Raises:
+        CannotCalibrate: as `sparsification`; no images.
+    """
+    known, errors = _pooled(pairs)
+    known, errors = np.log(known), np.log(errors + LEAST)
+    known = known - known.mean()
+    energy = known @ known
+    return max(0.0, float(known @ errors / energy)) if energy else 0.0
+
+
+def conformal_factor(pairs: Sequence[tuple[np.ndarray, np.ndarray]], level: float, exponent: float = 1.0) -> float:
+    """The factor f for which error <= f·(uncertainty + `LEAST`)^exponent in a share `level` of pixels like these.
 
     Split conformal prediction with normalised scores (Lei et al., JASA 2018; Angelopoulos & Bates, arXiv 2107.07511,
-    section 2.3): the ceil((N + 1)·level)-th smallest of the N scores error/(uncertainty + `LEAST`). The guarantee is
-    for pixels that are exchangeable. Those of one image are alike, so on few images coverage varies more than that.
+    section 2.3): the ceil((N + 1)·level)-th smallest of the N scores error/(uncertainty + `LEAST`)^exponent. The
+    guarantee is for pixels that are exchangeable. Those of one image are alike, so the coverage of single images
+    varies more than that; and it is for an exponent from elsewhere, but one number moves the coverage little.
 
     Args:
         pairs: (uncertainty, error) of each calibration image. level: between 0 and 1.
+        exponent: see `fitted_exponent`.
 
     Raises:
         CannotCalibrate: as `sparsification`; no images, or too few pixels for the level.
@@ -78,23 +99,30 @@ def conformal_factor(pairs: Sequence[tuple[np.ndarray, np.ndarray]], level: floa
     """
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, got {level}")
-    if not pairs:
-        raise CannotCalibrate("there is no image to calibrate on")
-    scores = np.concatenate([error / (uncertainty + LEAST) for uncertainty, error in (_checked(*p) for p in pairs)])
+    known, errors = _pooled(pairs)
+    scores = errors / known**exponent
     rank = int(np.ceil((len(scores) + 1) * level - 1e-9))
     if rank > len(scores):
         raise CannotCalibrate(f"{len(scores)} pixels are too few to calibrate a bound for {level:.0%} of them")
     return float(np.partition(scores, rank - 1)[rank - 1])
 
 
-def coverage(uncertainty: np.ndarray, error: np.ndarray, factor: float) -> float:
-    """Share of the pixels whose error is within the bound factor·(uncertainty + `LEAST`).
+def coverage(uncertainty: np.ndarray, error: np.ndarray, factor: float, exponent: float = 1.0) -> float:
+    """Share of the pixels whose error is within the bound factor·(uncertainty + `LEAST`)^exponent.
 
     Raises:
         CannotCalibrate: as `sparsification`.
     """
     uncertainty, error = _checked(uncertainty, error)
-    return float((error <= factor * (uncertainty + LEAST)).mean())
+    return float((error <= factor * (uncertainty + LEAST) ** exponent).mean())
+
+
+def _pooled(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """All pixels of all images: uncertainty + `LEAST`, and error."""
+    if not pairs:
+        raise CannotCalibrate("there is no image to calibrate on")
+    known, errors = zip(*(_checked(*pair) for pair in pairs), strict=True)
+    return np.concatenate(known) + LEAST, np.concatenate(errors)
 
 
 def _checked(uncertainty: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

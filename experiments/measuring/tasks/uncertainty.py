@@ -19,6 +19,7 @@ from experiments.statistics.calibration import (
     ause,
     conformal_factor,
     coverage,
+    fitted_exponent,
     rank_correlation,
 )
 from experiments.statistics.scores import Measure, image_rows, register_measures
@@ -32,6 +33,7 @@ register_measures(
         "ause": Measure(-1, "of a random order's", "AUSE"),
         "squared_error": Measure(-1, "of the low-resolution features' variance", "squared error"),
     }
+    | {"exponent": Measure(+1, title="exponent of the bounds")}
     | {f"coverage_{level}": Measure(+1, title=f"coverage at {level} %") for level in LEVELS}
     | {f"factor_{level}": Measure(-1, title=f"factor for {level} %") for level in LEVELS}
 )
@@ -49,8 +51,9 @@ class UncertaintyTask(Fidelity):
 
     Args:
         scales, view, guidance, crop_step, num_crops: as of `task=fidelity`.
-        factors: of the bounds for 80 and 90 % of the pixels, from another calibration (the measures factor_80 and
-            factor_90 of the same kind, of another encoder say); null: calibrated on the other images.
+        calibration: [e, f, g] for bounds f·(uncertainty + 0.01)^e of 80 % of the pixels, and g·(...)^e of 90 %: the
+            measures exponent, factor_80 and factor_90 of the same kind, of other images or another encoder. null:
+            calibrated on the other images.
         kinds: of uncertainty, of `KINDS`.
 
     Raises:
@@ -64,24 +67,27 @@ class UncertaintyTask(Fidelity):
         guidance: int | None = None,
         crop_step: int | None = 2,
         num_crops: int | None = 256,
-        factors: list[float] | None = None,
+        calibration: list[float] | None = None,
         kinds: list[str] = list(KINDS),  # noqa: B006  read only
     ):
         super().__init__(scales, view, guidance, crop_step, num_crops)
         self.ceilings = ("encoder",)
-        if factors is not None and (len(factors) != len(LEVELS) or min(factors) <= 0):
-            raise SettingError(f"task.factors must be null or two positive numbers, for 80 and 90 %, got {factors}")
+        if calibration is not None and (len(calibration) != 1 + len(LEVELS) or min(calibration) < 0):
+            raise SettingError(
+                "task.calibration must be null or [exponent, factor for 80 %, factor for 90 %], none below 0, got "
+                f"{calibration}"
+            )
         if not kinds or not set(kinds) <= set(KINDS) or len(set(kinds)) < len(kinds):
             raise SettingError(f"task.kinds must be different ones of {', '.join(KINDS)}, got {list(kinds)}")
-        self.factors, self.kinds = None if factors is None else list(factors), list(kinds)
+        self.calibration, self.kinds = None if calibration is None else list(calibration), list(kinds)
 
     def check(self, bench: Bench) -> None:
         """Contract: `Task.check`; two images at least, one to calibrate on and one to measure."""
         super().check(bench)
-        if self.factors is None and len(bench.val) < 2:
+        if self.calibration is None and len(bench.val) < 2:
             raise SettingError(
                 "task=uncertainty calibrates on the other images: it needs two, got 1; take more images, or set "
-                "task.factors"
+                "task.calibration"
             )
         self.notes.append(
             "coverage is best where it is nominal, not where it is largest; arms that are not AnyUp have the "
@@ -111,9 +117,15 @@ class UncertaintyTask(Fidelity):
             "ause": ause(uncertainty, error),
             "squared_error": float(error.mean()),
         }
-        for at, level in enumerate(LEVELS):
-            factor = conformal_factor(others, level / 100) if self.factors is None else self.factors[at]
-            found |= {f"coverage_{level}": coverage(uncertainty, error, factor), f"factor_{level}": factor}
+        if self.calibration is None:
+            exponent = fitted_exponent(others)
+            factors = [conformal_factor(others, level / 100, exponent) for level in LEVELS]
+        else:
+            exponent, *factors = self.calibration
+        found["exponent"] = exponent
+        for level, factor in zip(LEVELS, factors, strict=True):
+            found[f"coverage_{level}"] = coverage(uncertainty, error, factor, exponent)
+            found[f"factor_{level}"] = factor
         return found
 
     @torch.no_grad()
