@@ -106,7 +106,7 @@ def _opencv():
         import cv2
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "flow=dis needs OpenCV: run `pip install opencv-python-headless`, or use flow=tvl1, which is installed"
+            "flow=dis needs OpenCV: run `pip install opencv-python-headless`, or use flow=tvl1, which does not"
         ) from error
     return cv2
 

@@ -115,7 +115,7 @@ class TemporalConsistency(Temporal):
     Args:
         strength: largest share of the previous output, from 0 (frame by frame) to below 1.
         fusion: `analytic` or `learned`.
-        flow: `tvl1`, `dis`, `raft_small`, `raft_large`, `still` (core/optical_flow.py), or `given`: never estimated.
+        flow: `dis`, `tvl1`, `raft_small`, `raft_large`, `still` (core/optical_flow.py), or `given`: never estimated.
         flow_weights: file with torchvision's weights of RAFT.
         flow_size: longer side of the frames that flow is estimated between, and that are kept; smaller is faster.
         photometric_weight: the 50 in the confidence; 0 ignores the images.
@@ -140,7 +140,7 @@ class TemporalConsistency(Temporal):
         embed_dim: int,
         strength: float = 0.7,
         fusion: str = "analytic",
-        flow: str = "tvl1",
+        flow: str = "dis",
         flow_weights: str | None = None,
         flow_size: int = 224,
         photometric_weight: float = 50.0,
@@ -249,7 +249,7 @@ class TemporalConsistency(Temporal):
         if self.estimate is None:
             raise ValueError(
                 "temporal.flow=given, but the state has none: call the model with state=state.before_next(flow=...), "
-                "or let it be estimated, temporal.flow=tvl1"
+                "or let it be estimated, temporal.flow=dis"
             )
         return self.estimate(frame, state.frame), self.estimate(state.frame, frame)
 
@@ -258,9 +258,7 @@ class TemporalConsistency(Temporal):
         if flow is not None:
             return resize_flow(flow[:, i].float(), tuple(frames[i].shape[-2:]))
         if self.estimate is None:
-            raise ValueError(
-                "temporal.flow=given, but the clips have no flow: use data that has, or temporal.flow=tvl1"
-            )
+            raise ValueError("temporal.flow=given, but the clips have no flow: use data that has, or temporal.flow=dis")
         there, back = self.estimate(frames[i], frames[i + 1]), self.estimate(frames[i + 1], frames[i])
         return torch.where(round_trip(there, back) <= 1, there, torch.nan)
 

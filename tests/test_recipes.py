@@ -25,6 +25,8 @@ SMALL = {
     "segmentation": [*PROBE, "encoder_size=[64,64]"],
     "depth": PROBE,
     "normals": PROBE,
+    "temporal": ["image_size=[32,40]", "output_size=[8,10]"],
+    "propagation": ["image_size=[32,40]", "output_size=[8,10]", "task.radius=8"],
 }  # fmt: skip
 SLOW = ("num_basis", "paper_ablation", "paper_ablation_rgbd", "any_to_any", "unseen_backbone", "single_to_multi",
         "preservation", "model_extensions", "model_extensions_probes", "extension_variations")  # fmt: skip
@@ -42,7 +44,14 @@ def given(tmp_path_factory):
             save(numbers.integers(0, 255, (64, 80, 3), np.uint8), folder / f"rgbd_{split}/{i}.color.png")
             depth = (1000 + 20 * np.arange(64)[:, None] + 30 * i + np.zeros((64, 80))).astype(np.uint16)
             save(depth, folder / f"rgbd_{split}/{i}.depth.png")
+    for i in range(3):
+        for video in ("a", "b"):
+            save(numbers.integers(0, 255, (64, 80, 3), np.uint8), folder / f"davis/JPEGImages/480p/{video}/{i}.png")
+            mask = 255 * (np.arange(80) < 40 + i).astype(np.uint8) + np.zeros((64, 1), np.uint8)
+            save(mask, folder / f"davis/Annotations/480p/{video}/{i}.png")
     return {
+        "davis": str(folder / "davis"), "clips": str(folder / "davis/JPEGImages/480p/a"), "published": "bundled",
+        "num_videos": 1, "num_frames": 3,
         "photos": "bundled", "num_train": 3, "num_test": 2, "encoder": "hog8", "camvid": str(folder / "camvid"),
         "rgbd_train": str(folder / "rgbd_train"), "rgbd_val": str(folder / "rgbd_val"), "unseen": "daisy8",
         "intrinsics": "[60,60,40,32]", "num_scenes": 2, "num_test_scenes": 2,
