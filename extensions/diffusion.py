@@ -9,7 +9,7 @@ is missing: the residual (target - initial output), as CorrDiff does (Mardani et
   coordinates, and the guidance. It writes, for each point, weights of differences to the cells around it and of the
   noisy neighbours; the same weights serve all K coordinates. So signs and order of the directions, and rotations of
   directions with equal variance, change nothing (of the image or its samples: the noise is drawn relative to the
-  features). One run serves all coordinates. What is not invariant: where equal variances straddle the K-th direction, the
+  features). One run serves all coordinates. Not invariant: where equal variances straddle the K-th direction, the
   subspace itself is arbitrary.
 - Conditioning: initial output and cells (their distances in feature space at each point), encoded guidance and image
   (their values, and their distances to the cells, as in a joint bilateral filter).
@@ -36,10 +36,13 @@ Status: runs.
 
 import inspect
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +116,7 @@ class DiffusionRefiner(Refiner):
         num_directions: K, coordinates that are refined; fewer where the features have fewer.
         refine_scale: side of the refinement grid, relative to the feature grid; at most the output's.
         window: side of the square of cells around each point that are mixed; odd.
-        prediction: what the network's mixture stands for: noise, v (Salimans and Ho, arXiv 2202.00512), or the residual.
+        prediction: what the network's mixture stands for: noise, v (Salimans and Ho, 2202.00512), or the residual.
         min_snr_gamma: limit of the loss weight; None: the plain loss of the prediction.
         num_inference_steps: denoising steps, 1 to 50; 0 gives the baseline.
         strength: share of the noise schedule that is added to the initial output, 0 to 1; 0 gives the baseline.
@@ -228,7 +231,7 @@ class DiffusionRefiner(Refiner):
         return (snr + 1 if self.prediction is Prediction.v_prediction else snr).clamp(max=self.min_snr_gamma)
 
     def pictures(self) -> dict[str, Tensor]:
-        """The leading three coordinates as RGB: initial output, then each step's estimate; and the spread of samples."""
+        """The leading three coordinates as RGB: initial output, each step's estimate; and the spread of samples."""
         if not self._steps:
             return {}
         steps = torch.stack(self._steps)  # (steps+1,3,gh,gw)
@@ -338,10 +341,9 @@ class DiffusionRefiner(Refiner):
 
     def _denoised(self, condition: Condition, start: Tensor, context: Context) -> list[Tensor]:
         """The estimates of all steps from (B,K,gh,gw) noise; the last one is the sample."""
-        scheduler, flows = scheduler_of(self.scheduler)
         steps = min(self.num_inference_steps, math.ceil(self.strength * TRAIN_STEPS))
         whole = max(steps, min(round(steps / self.strength), TRAIN_STEPS))  # steps from pure noise, of which ...
-        scheduler.set_timesteps(whole, device=start.device)
+        scheduler, flows = scheduler_of(self.scheduler, whole, start.device)
         first = (whole - steps) * scheduler.order  # ... these are left out
         timesteps = scheduler.timesteps[first:]
         if hasattr(scheduler, "set_begin_index"):
@@ -365,7 +367,8 @@ class DiffusionRefiner(Refiner):
             estimates.append(clean)
             if i + 1 < len(timesteps):
                 away = (x - clean) / share if flows else (noisy - angle.cos() * clean) / angle.sin()
-                x = scheduler.step(away, timestep, x, **more).prev_sample.to(start.dtype)
+                with _numpy_of_tensors():
+                    x = scheduler.step(away, timestep, x, **more).prev_sample.to(start.dtype)
         return estimates
 
 
@@ -498,25 +501,38 @@ def scheduler_classes(name: str) -> dict[str, type]:
     return suitable
 
 
-def scheduler_of(name: str):
-    """A new scheduler of diffusers, and whether it is one of flow matching."""
+def scheduler_of(name: str, steps: int = TRAIN_STEPS, device: torch.device | str = "cpu") -> tuple[Any, bool]:
+    """A new scheduler of diffusers, set to that many steps from pure noise; and whether it is one of flow matching."""
     from diffusers import DDIMScheduler
 
     cls = scheduler_classes(name)[name]
     if name == FLOW:
-        return cls(num_train_timesteps=TRAIN_STEPS), True
+        flow = cls(num_train_timesteps=TRAIN_STEPS)
+        flow.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], device=device)
+        return flow, True
     plain = DDIMScheduler(
         num_train_timesteps=TRAIN_STEPS,
         beta_schedule="squaredcos_cap_v2",
         clip_sample=False,
         prediction_type="epsilon",
-        timestep_spacing="trailing",
+        timestep_spacing="trailing",  # the first step is from pure noise, whatever their number
     )
-    return cls.from_config(plain.config), False
+    with _numpy_of_tensors():
+        scheduler = cls.from_config(plain.config, lower_order_final=True)
+        scheduler.set_timesteps(steps, device=device)
+    return scheduler, False
+
+
+@contextmanager
+def _numpy_of_tensors() -> Iterator[None]:
+    """Several schedulers hand tensors to NumPy, which version 2 complains of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "__array", DeprecationWarning)
+        yield
 
 
 def tiles(length: int, tile: int) -> list[tuple[slice, Tensor]]:
-    """Tiles of one axis with an overlap of at least a quarter, and their blending weights, which sum to 1 everywhere."""
+    """Tiles of one axis with an overlap of at least a quarter, and their blending weights, which sum to 1."""
     if length <= tile:
         return [(slice(0, length), torch.ones(length))]
     overlap = tile // 4
