@@ -119,7 +119,8 @@ class DiffusionRefiner(Refiner):
         prediction: what the network's mixture stands for: noise, v (Salimans and Ho, 2202.00512), or the residual.
         min_snr_gamma: limit of the loss weight; None: the plain loss of the prediction.
         num_inference_steps: denoising steps, 1 to 50; 0 gives the baseline.
-        strength: share of the noise schedule that is added to the initial output, 0 to 1; 0 gives the baseline.
+        strength: share of the noise schedule that is added to the initial output, 0 to 1; 0 gives the baseline. It is
+            rounded to n of m equal steps, with n = num_inference_steps; n is at most 1000 · strength.
         scheduler: class of diffusers that makes the steps, such as DDIMScheduler, DPMSolverMultistepScheduler, or
             FlowMatchEulerDiscreteScheduler (flow matching).
         num_samples: samples that are averaged; `spread` then has their standard deviation.
