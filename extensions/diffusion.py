@@ -117,6 +117,7 @@ class DiffusionRefiner(Refiner):
         refine_scale: side of the refinement grid, relative to the feature grid; at most the output's.
         window: side of the square of cells around each point that are mixed; odd.
         prediction: what the network's mixture stands for: noise, v (Salimans and Ho, 2202.00512), or the residual.
+            Noise says little near strength 1, where nothing is left of the signal.
         min_snr_gamma: limit of the loss weight; None: the plain loss of the prediction.
         num_inference_steps: denoising steps, 1 to 50; 0 gives the baseline.
         strength: share of the noise schedule that is added to the initial output, 0 to 1; 0 gives the baseline. It is
@@ -413,7 +414,8 @@ def _added(output: Tensor, along: Tensor, directions: Tensor) -> Tensor:
         along = F.interpolate(along, size, mode="bilinear", align_corners=False)
     pixels = output.permute(0, 2, 3, 1).flatten(1, 2)  # (B,Q,C), a view if the channels are last
     along, directions = along.flatten(2).mT.to(output.dtype), directions.mT.to(output.dtype)
-    return torch.baddbmm(pixels, along, directions).unflatten(1, size).permute(0, 3, 1, 2)
+    with torch.autocast(output.device.type, enabled=False):
+        return torch.baddbmm(pixels, along, directions).unflatten(1, size).permute(0, 3, 1, 2)
 
 
 def around(cells: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
@@ -440,9 +442,10 @@ def noise(condition: Condition, context: Context) -> Tensor:
     num, _, few = cells.shape
     random = context.noise_like(cells.new_empty(num, cells.shape[1], 2 * few))
     drawn = context.noise_like(condition.initial.new_empty(num, 2 * few, condition.initial[0, 0].numel()))
-    left, _, right = torch.linalg.svd(cells.mT @ random, full_matrices=False)  # (N,K,2·K)
-    rows = (left @ right) * (condition.variance > 0)[..., None]
-    return (rows.to(drawn.dtype) @ drawn).unflatten(2, condition.initial.shape[-2:])
+    with torch.autocast(drawn.device.type, enabled=False):
+        left, _, right = torch.linalg.svd(cells.mT @ random, full_matrices=False)
+        rows = (left @ right) * (condition.variance > 0)[..., None]  # (N,K,2·K), orthonormal
+        return (rows.to(drawn.dtype) @ drawn).unflatten(2, condition.initial.shape[-2:])
 
 
 def _cropped(condition: Condition, batch: Batch) -> Condition:

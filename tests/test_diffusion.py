@@ -80,6 +80,22 @@ def test_as_built_it_is_the_baseline_bit_by_bit(scheduler):
         assert torch.equal(model(image, features, size), baseline(image, features, size))
 
 
+@torch.no_grad()
+def test_under_autocast_the_output_is_not_rounded():
+    """As built it is the baseline there too; and what it adds is right to half precision's rounding."""
+    output, context = given()
+    for part in ("image", "features", "guidance"):
+        setattr(context, part, getattr(context, part).float())
+    refiner = make().float()
+    for gate in (0.0, 0.3):
+        refiner.gate.fill_(gate)
+        expected = refine(refiner, output.float(), context)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = refine(refiner, output.float(), context)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, output.float()) if gate == 0 else close(found, expected, 0.05)
+
+
 @pytest.mark.parametrize("settings", [{"strength": 0.0}, {"num_inference_steps": 0}], ids=str)
 def test_without_strength_or_steps_the_very_output_comes_back(settings, perturbed):
     output, context = given()
