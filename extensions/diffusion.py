@@ -106,6 +106,10 @@ class Condition:
     def part(self, index: slice) -> "Condition":
         return Condition(*(getattr(self, one.name)[index] for one in fields(self)))
 
+    def repeated(self, times: int) -> "Condition":
+        parts = (getattr(self, one.name) for one in fields(self))
+        return Condition(*(part.repeat(times, *[1] * (part.dim() - 1)) for part in parts))
+
 
 @register("diffusion")
 class DiffusionRefiner(Refiner):
@@ -119,6 +123,7 @@ class DiffusionRefiner(Refiner):
         prediction: what the network's mixture stands for: noise, v (Salimans and Ho, 2202.00512), or the residual.
             Noise says little near strength 1, where nothing is left of the signal.
         min_snr_gamma: limit of the loss weight; None: the plain loss of the prediction.
+        num_levels: noise levels of each target in a training step; the UNet is cheap beside the core.
         num_inference_steps: denoising steps, 1 to 50; 0 gives the baseline.
         strength: share of the noise schedule that is added to the initial output, 0 to 1; 0 gives the baseline. It is
             rounded to n of m equal steps, with n = num_inference_steps; n is at most 1000 · strength.
@@ -145,6 +150,7 @@ class DiffusionRefiner(Refiner):
         window: int = 5,
         prediction: Prediction = Prediction.v_prediction,
         min_snr_gamma: float | None = 5.0,
+        num_levels: int = 4,
         num_inference_steps: int = 10,
         strength: float = 0.5,
         scheduler: str = "DDIMScheduler",
@@ -161,10 +167,11 @@ class DiffusionRefiner(Refiner):
             ("num_directions", num_directions, num_directions >= 1, "at least 1"),
             ("refine_scale", refine_scale, refine_scale >= 1, "at least 1"),
             ("window", window, window >= 1 and window % 2 == 1, "odd, at least 1"),
+            ("num_levels", num_levels, num_levels >= 1, "at least 1"),
             ("min_snr_gamma", min_snr_gamma, min_snr_gamma is None or min_snr_gamma > 0, "above 0, or null"),
         )
         self.num_directions, self.refine_scale, self.window = num_directions, refine_scale, window
-        self.prediction, self.min_snr_gamma = prediction, min_snr_gamma
+        self.prediction, self.min_snr_gamma, self.num_levels = prediction, min_snr_gamma, num_levels
         self.num_inference_steps, self.strength, self.scheduler = num_inference_steps, strength, scheduler
         self.num_samples, self.tile = num_samples, tile
         scheduler_classes(scheduler)
@@ -213,7 +220,11 @@ class DiffusionRefiner(Refiner):
             basis = Basis(*(part.repeat_interleave(crops, 0) for part in basis))
         clean = coordinates(F.adaptive_avg_pool2d(target, condition.initial.shape[-2:]), basis)
         clean = (clean - condition.initial).detach()  # (N,K,gh,gw)
-        level = torch.randint(TRAIN_STEPS, (len(clean),), generator=random.generator)
+        if self.num_levels > 1:
+            clean = clean.repeat(self.num_levels, 1, 1, 1)  # (L·N,K,gh,gw); from here on N is L·N
+            condition = condition.repeated(self.num_levels)
+        order = torch.randperm(len(clean), generator=random.generator)  # levels are spread evenly over the schedule
+        level = ((order + torch.rand(len(clean), generator=random.generator)) * (TRAIN_STEPS / len(clean))).long()
         angle = angles().to(clean)[level.to(clean.device)]  # (N,)
         signal, noise_share = angle.cos()[:, None, None, None], angle.sin()[:, None, None, None]
         noisy = signal * clean + noise_share * noise(condition, random)
