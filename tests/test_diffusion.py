@@ -635,8 +635,8 @@ def test_what_the_image_foretells_is_recovered():
 
 
 def test_what_nothing_foretells_is_not_made_up_by_the_mean():
-    """A residual of random sign: a sample has a larger error than the initial output (twice, if it were exact); the mean
-    predictor and the mean of samples stay near it."""
+    """A residual of random sign: a sample has a larger error than the initial output (twice, if it were exact); the
+    mean predictor and the mean of samples stay near it."""
     found = errors(learned(False, 100), False)
     assert found["mean predictor"] < 1.15
     assert found["sample"] > 1.3
