@@ -74,6 +74,13 @@ ROWS = [
     Row("decoder", "none", neutral={}),
     Row("decoder", "inr", {"hidden_dim": 8, "num_units": 4, "num_frequencies": 2}, neutral={}),
     Row("refiner", "none", neutral={}),
+    Row("refiner", "diffusion", {"hidden_dim": 8, "window": 3, "num_inference_steps": 2}, neutral={"strength": 0}),
+    Row(
+        "refiner",
+        "diffusion",
+        {"hidden_dim": 8, "num_directions": 3, "window": 1, "num_samples": 2, "prediction": "epsilon", "tile": 8}
+        | {"scheduler": "FlowMatchEulerDiscreteScheduler", "num_inference_steps": 2},
+    ),
     Row("temporal", "none", neutral={}),
     Row(
         "temporal",
