@@ -9,7 +9,7 @@ quickstart: setup  ## upsample the bundled photographs, then run a small real ab
 	$(UV) run --no-sync python -m experiments.ablate experiment=quickstart
 
 test: setup  ## everything that must pass, offline, on two cores
-	$(UV) run --no-sync pytest
+	$(UV) run --no-sync pytest -n 2 --dist loadfile
 
 test-slow: setup  ## the tests that take minutes
 	$(UV) run --no-sync pytest -m slow
