@@ -138,7 +138,7 @@ class NewHookPoint(Filler):
     hook = "postprocessor"
 
 
-@pytest.mark.parametrize("cls", [NotOne, Filler, NewHookPoint, lambda embed_dim: None, dict, "window"], ids=repr)
+@pytest.mark.parametrize("cls", [NotOne, Filler, NewHookPoint, lambda embed_dim: None, dict, "window"], ids=range(6))
 def test_what_fills_no_hook_point_is_refused(cls):
     with pytest.raises(
         TypeError, match=r"fills no hook point: subclass one of Unifier, Attention, Decoder, Refiner, Te"
