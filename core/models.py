@@ -58,7 +58,9 @@ def load(source: str | Path, changes: Mapping[str, Any] | None = None) -> AnyUp:
             what may.
     """
     state, config = checkpoint.read(source)
-    wanted = checkpoint.changed(config, changes or {})
+    if not changes:
+        return checkpoint.rebuild(AnyUp, state, config, source)
+    wanted = checkpoint.changed(config, changes)
     if all(wanted[hook]["name"] == config[hook]["name"] for hook in MODEL_HOOKS):
         return checkpoint.rebuild(AnyUp, state, wanted, source)
     model = AnyUp(**arguments(wanted))

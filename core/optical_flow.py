@@ -18,6 +18,8 @@ from core.weight_files import WeightsError, read_weights
 Estimator = Callable[[Tensor, Tensor], Tensor]
 RAFT_SIDE = 128
 """RAFT refuses frames with a shorter side than this, or with sides that are no multiples of 8."""
+DIS_SIDE = 16
+"""DIS refuses frames that are smaller."""
 _GREY = (0.2125, 0.7154, 0.0721)  # ITU-R 709, as skimage.color.rgb2gray
 
 
@@ -30,17 +32,21 @@ def tvl1(frame: Tensor, other: Tensor) -> Tensor:
 
 
 def dis(frame: Tensor, other: Tensor) -> Tensor:
-    """DIS (Kroeger et al., arXiv 1603.03590) of OpenCV, preset MEDIUM: on the CPU.
+    """DIS (Kroeger et al., arXiv 1603.03590) of OpenCV, preset MEDIUM: on the CPU. Small frames are enlarged for it.
 
     Raises:
         ModuleNotFoundError: OpenCV is not installed; the message says how to install it.
     """
     cv2 = _opencv()
     method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    rows, columns = frame.shape[-2:]
+    size = max(DIS_SIDE, rows), max(DIS_SIDE, columns)
+    enlarged = [x if size == (rows, columns) else F.interpolate(x, size, mode="bilinear") for x in (frame, other)]
     bytes_of = lambda grey: np.round(255 * grey.clip(0, 1)).astype(np.uint8)  # noqa: E731
-    pairs = zip(map(bytes_of, _grey(frame)), map(bytes_of, _grey(other)), strict=True)
-    found = np.stack([method.calc(*pair, None) for pair in pairs])  # (B,H,W,2)
-    return torch.from_numpy(found).permute(0, 3, 1, 2).to(frame.device, torch.float32)
+    pairs = zip(*(map(bytes_of, _grey(x)) for x in enlarged), strict=True)
+    found = np.stack([method.calc(*pair, None) for pair in pairs])  # (B,*size,2)
+    flow = torch.from_numpy(found).permute(0, 3, 1, 2).to(frame.device, torch.float32)
+    return flow if size == (rows, columns) else _shrunk(flow, (rows, columns))
 
 
 def still(frame: Tensor, other: Tensor) -> Tensor:
@@ -56,8 +62,13 @@ def raft(frame: Tensor, other: Tensor, model: nn.Module) -> Tensor:
     model.to(frame.device)
     with torch.no_grad(), torch.autocast(frame.device.type, enabled=False):
         flow = model(*enlarged)[-1]  # (B,2,*size); the last of the refinements
-    factor = flow.new_tensor([columns / size[1], rows / size[0]]).view(2, 1, 1)
-    return F.interpolate(flow, (rows, columns), mode="bilinear") * factor
+    return _shrunk(flow, (rows, columns))
+
+
+def _shrunk(flow: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B,2,H,W) in pixels -> (B,2,*size) in pixels of that grid."""
+    factor = flow.new_tensor([size[1] / flow.shape[-1], size[0] / flow.shape[-2]]).view(2, 1, 1)
+    return F.interpolate(flow, size, mode="bilinear") * factor
 
 
 PLAIN: dict[str, Estimator] = {"tvl1": tvl1, "dis": dis, "still": still}

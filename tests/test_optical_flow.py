@@ -143,19 +143,28 @@ def test_opencv_gets_bytes_and_returns_x_and_y(monkeypatch):
 
     module = SimpleNamespace(DISOpticalFlow_create=lambda preset: Method(), DISOPTICAL_FLOW_PRESET_MEDIUM=2)
     monkeypatch.setitem(sys.modules, "cv2", module)
-    flow = estimator("dis")(torch.zeros(2, 3, 4, 5), torch.ones(2, 3, 4, 5))
-    assert flow.shape == (2, 2, 4, 5)
+    flow = estimator("dis")(torch.zeros(2, 3, 20, 24), torch.ones(2, 3, 20, 24))
+    assert flow.shape == (2, 2, 20, 24)
     assert (flow[:, 0] == 3).all()
     assert (flow[:, 1] == -1).all()
+    small = estimator("dis")(torch.zeros(1, 3, 4, 8), torch.ones(1, 3, 4, 8))  # is enlarged to 16 x 16
+    assert torch.equal(small, torch.tensor([3.0 / 2, -1.0 / 4]).view(1, 2, 1, 1).expand(1, 2, 4, 8))
+    del seen[4:]
     assert [image.dtype for image in seen] == [np.uint8] * 4
     assert [int(image.max()) for image in seen] == [0, 255, 0, 255]
 
 
 def test_real_opencv_finds_a_shift():
-    pytest.importorskip("cv2", reason="OpenCV is not installed")
     flow = estimator("dis")(*moved(96, 112))
     assert flow[0, 0, 16:-16, 16:-16].median() == pytest.approx(-2, abs=0.3)
     assert flow[0, 1, 16:-16, 16:-16].median() == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.parametrize("size", [(2, 2), (3, 40), (13, 5)])
+def test_real_opencv_takes_small_frames(size):
+    flow = estimator("dis")(torch.rand(1, 3, *size), torch.rand(1, 3, *size))
+    assert flow.shape == (1, 2, *size)
+    assert flow.isfinite().all()
 
 
 def test_without_opencv_the_message_says_how_to_get_it(monkeypatch):

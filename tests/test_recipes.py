@@ -153,8 +153,8 @@ def test_arms_start_from_the_weights_that_are_asked_for(start, arm, init_from, o
     assert OmegaConf.to_container(training.unifier, enum_to_str=True).get("ordering") == ordering
 
 
-def test_every_recipe_can_start_from_trained_weights(given):
-    for name in set(RECIPES) - {"debug/fast"}:  # whose models are tiny
+def test_every_recipe_that_trains_can_start_from_trained_weights(given):
+    for name in set(RECIPES) - {"debug/fast", "video"}:  # whose models are tiny; which trains nothing
         made = recipe(name)
         for key, value in given.items():
             if key in made.keys():  # noqa: SIM118

@@ -370,8 +370,8 @@ def test_rates_of_learning():
         (
             "colours",
             {},
-            "task=colours is not registered; there are: depth, fidelity, matching, normals, segmentation, temporal, "
-            "uncertainty",
+            "task=colours is not registered; there are: depth, fidelity, matching, normals, propagation, segmentation, "
+            "temporal, uncertainty",
         ),
     ],
 )
@@ -381,7 +381,8 @@ def test_settings_that_make_no_sense(name, settings, message):
 
 
 def test_all_tasks_are_registered():
-    assert set(tasks()) == {"segmentation", "depth", "normals", "fidelity", "matching", "temporal", "uncertainty"}
+    probes, others = {"segmentation", "depth", "normals"}, {"fidelity", "matching", "propagation", "temporal"}
+    assert set(tasks()) == probes | others | {"uncertainty"}
 
 
 class Unlabelled(Blocks):
