@@ -53,6 +53,7 @@ from core.batch import Batch, Context, crops_of
 from core.hooks import GATE_LR_SCALE, Refiner
 from core.registry import register
 from core.streams import generator
+from core.uncertainty import rarity
 
 MAX_STEPS = 50
 TRAIN_STEPS = 1000
@@ -131,6 +132,8 @@ class DiffusionRefiner(Refiner):
         scheduler: class of diffusers that makes the steps, such as DDIMScheduler, DPMSolverMultistepScheduler, or
             FlowMatchEulerDiscreteScheduler (flow matching).
         num_samples: samples that are averaged; `spread` then has their standard deviation.
+        uncertain_share: share of the points that are refined: those where the output is least certain
+            (`core.uncertainty.rarity` of the cells, enlarged); 1: all.
         tile: side of the tiles that the UNet sees, in points of the refinement grid; larger grids are cut into tiles
             with an overlap of a quarter, blended in each step.
 
@@ -139,7 +142,7 @@ class DiffusionRefiner(Refiner):
     """
 
     needs_guidance = True
-    changeable = ("num_inference_steps", "strength", "scheduler", "num_samples", "tile")
+    changeable = ("num_inference_steps", "strength", "scheduler", "num_samples", "uncertain_share", "tile")
     lr_scales = {"gate": GATE_LR_SCALE}  # noqa: RUF012
 
     def __init__(
@@ -156,6 +159,7 @@ class DiffusionRefiner(Refiner):
         strength: float = 0.5,
         scheduler: str = "DDIMScheduler",
         num_samples: int = 1,
+        uncertain_share: float = 1.0,
         tile: int = 64,
     ):
         super().__init__()
@@ -163,6 +167,7 @@ class DiffusionRefiner(Refiner):
             ("num_inference_steps", num_inference_steps, 0 <= num_inference_steps <= MAX_STEPS, f"0 to {MAX_STEPS}"),
             ("strength", strength, 0 <= strength <= 1, "0 to 1 (0: the initial output as it is, 1: from noise)"),
             ("num_samples", num_samples, num_samples >= 1, "at least 1"),
+            ("uncertain_share", uncertain_share, 0 < uncertain_share <= 1, "above 0, to 1 (all points)"),
             ("tile", tile, tile >= 8 and tile % 4 == 0, "a multiple of 4, at least 8"),
             ("hidden_dim", hidden_dim, hidden_dim >= 8 and hidden_dim % 8 == 0, "a multiple of 8"),
             ("num_directions", num_directions, num_directions >= 1, "at least 1"),
@@ -174,7 +179,7 @@ class DiffusionRefiner(Refiner):
         self.num_directions, self.refine_scale, self.window = num_directions, refine_scale, window
         self.prediction, self.min_snr_gamma, self.num_levels = prediction, min_snr_gamma, num_levels
         self.num_inference_steps, self.strength, self.scheduler = num_inference_steps, strength, scheduler
-        self.num_samples, self.tile = num_samples, tile
+        self.num_samples, self.uncertain_share, self.tile = num_samples, uncertain_share, tile
         scheduler_classes(scheduler)
         self.project = nn.Conv2d(embed_dim, GUIDANCE_CHANNELS, 1, bias=False)
         self.unet = _unet(4 * window**2 + GUIDANCE_CHANNELS + 1, window**2 + NOISY_NEIGHBOURS**2, hidden_dim)
@@ -199,6 +204,8 @@ class DiffusionRefiner(Refiner):
         basis = basis_of(context.features, self.num_directions)
         condition = self._known(output, context, basis)
         residual = self._samples(condition, basis, context)
+        if self.uncertain_share < 1:
+            residual = residual * most_uncertain(context.features, tuple(residual.shape[-2:]), self.uncertain_share)
         return _added(output, residual * basis.deviation[..., None, None], basis.directions)
 
     def auxiliary_loss(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -384,6 +391,15 @@ class DiffusionRefiner(Refiner):
                 with _numpy_of_tensors():
                     x = scheduler.step(away, timestep, x, **more).prev_sample.to(start.dtype)
         return estimates
+
+
+@torch.no_grad()
+def most_uncertain(features: Tensor, grid: tuple[int, int], share: float) -> Tensor:
+    """(B,C,h,w) -> (B,1,*grid): 1 at the least certain `share` of each image's points (at least one), else 0."""
+    rare = F.interpolate(rarity(features), grid, mode="bilinear")  # (B,1,gh,gw)
+    count = max(1, round(share * grid[0] * grid[1]))
+    chosen = rare.flatten(1).topk(count, 1).indices  # (B,count)
+    return torch.zeros_like(rare).flatten(1).scatter_(1, chosen, 1.0).view_as(rare)
 
 
 # Coordinates

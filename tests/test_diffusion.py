@@ -15,6 +15,7 @@ from core import AnyUp, Batch, Context, build
 from core.hooks import GATE_LR_SCALE
 from core.points import pixel_centres
 from core.training import PlainStep, Trainable, lr_scale
+from core.uncertainty import rarity
 from extensions import diffusion
 from extensions.diffusion import (
     FLOW,
@@ -383,6 +384,21 @@ def test_num_samples_gives_mean_and_spread(perturbed):
     assert single.spread is None
 
 
+def test_only_the_least_certain_points_are_refined(perturbed):
+    output, context = given()
+    everywhere = refine(make(perturbed), output, context)
+    for share in (0.25, 0.001):
+        found = refine(make(perturbed, uncertain_share=share), output, context)
+        for i in range(len(output)):
+            rare = F.interpolate(rarity(context.features), (8, 10), mode="bilinear")[i, 0]
+            count = max(1, round(share * 80))
+            chosen = rare >= rare.flatten().sort(descending=True).values[count - 1]
+            assert chosen.sum() == count
+            assert torch.equal(found[i, :, ~chosen], output[i, :, ~chosen])
+            assert close(found[i, :, chosen], everywhere[i, :, chosen])
+            assert not torch.equal(found[i, :, chosen], output[i, :, chosen])
+
+
 def test_a_larger_output_gets_the_interpolated_correction(perturbed):
     refiner, (output, context) = make(perturbed), given(size=(24, 31))
     change = refine(refiner, output, context) - output
@@ -661,6 +677,7 @@ def test_what_nothing_foretells_is_not_made_up_by_the_mean():
         ("num_directions=0", "num_directions must be at least 1"),
         ("refine_scale=0", "refine_scale must be at least 1"),
         ("num_levels=0", "num_levels must be at least 1"),
+        ("uncertain_share=0", r"uncertain_share must be above 0, to 1 \(all points\), got 0"),
         ("window=4", "window must be odd, at least 1, got 4"),
         ("min_snr_gamma=0", "min_snr_gamma must be above 0, or null"),
         ("prediction=x0", r"refiner.prediction=x0: .*expected one of \[epsilon, v_prediction, sample\]"),
@@ -672,7 +689,8 @@ def test_settings_that_are_refused(setting, message):
 
 
 def test_what_may_change_after_training():
-    assert set(DiffusionRefiner.changeable) == {"num_inference_steps", "strength", "scheduler", "num_samples", "tile"}
+    of_sampling = {"num_inference_steps", "strength", "scheduler", "num_samples", "uncertain_share", "tile"}
+    assert set(DiffusionRefiner.changeable) == of_sampling
 
 
 def test_pictures_show_the_steps_and_the_spread(perturbed):
