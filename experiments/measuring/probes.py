@@ -7,7 +7,6 @@ data and seed only, so all arms share it. Of the arm `bilinear` both are the sam
 on whole cells.
 """
 
-import logging
 from collections.abc import Iterator
 
 import torch
@@ -20,8 +19,6 @@ from experiments.measuring.readout import raw_outputs
 from experiments.measuring.task import Picture
 from experiments.peers.interpolation import Bilinear
 from experiments.statistics.scores import MEASURES, image_rows
-
-log = logging.getLogger(__name__)
 
 NUM_WORST = 3
 """Images of which pictures are kept."""
@@ -55,15 +52,10 @@ class ProbeTask(Probe):
                 if kind == "upsampled" and self.worst_by in measured:
                     self._offer(case, measured[self.worst_by], prediction, target)
         if unknown:
-            self._note(
+            self.note(
                 f"{len(unknown)} of {len(bench.val)} images have no pixel whose target is known, and do not count "
                 f"({', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''})"
             )
-
-    def _note(self, note: str) -> None:
-        if note not in self.notes:  # the same of every arm
-            self.notes.append(note)
-            log.warning("task=%s: %s", self.choice, note)
 
     def _offer(
         self, case: EncodedImage, value: float | tuple[float, float], prediction: Tensor, target: Tensor

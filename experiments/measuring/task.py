@@ -1,5 +1,6 @@
 """What a task is, and how one is registered and made."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from core.registry import Choices
 from experiments.measuring.bench import Bench, Ceiling
 from experiments.settings import SettingError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,12 @@ class Task(ABC):
 
     def __init__(self) -> None:
         self.worst, self.notes = [], []
+
+    def note(self, note: str) -> None:
+        """Adds to `notes`, and to the log, what was not said before: it is the same of every arm."""
+        if note not in self.notes:
+            self.notes.append(note)
+            log.warning("task=%s: %s", self.choice, note)
 
     @abstractmethod
     def check(self, bench: Bench) -> None:

@@ -5,7 +5,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -36,7 +35,7 @@ class Bookmark:
         described = {"frame": str(frame), "made_with": self.made_with, "size": repr(video.size)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as part:
-            save_file({name: tensor.cpu() for name, tensor in tensors.items()} or _EMPTY, part, described)
+            save_file({name: tensor.cpu() for name, tensor in tensors.items()}, part, described)
 
     def read(self, video: Video) -> int:
         """The frame to go on with, 0 to begin; puts the state of the frame before into `video`."""
@@ -45,7 +44,7 @@ class Bookmark:
         try:
             with safe_open(self.path, "pt", device=str(next(video.model.parameters()).device)) as file:
                 described = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys() if name not in _EMPTY}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             log.warning("%s cannot be read (%s): the video begins again", self.path, error)
             return 0
@@ -56,9 +55,6 @@ class Bookmark:
             video.state = video.model.temporal.state_type.from_tensors(tensors)
             video.size = tuple(int(side) for side in described["size"].strip("()").split(","))
         return int(described["frame"])
-
-
-_EMPTY = {"nothing": torch.zeros(1)}  # a file without tensors is refused by some readers
 
 
 def made_with(config: DictConfig, model: nn.Module, backbone: Backbone, video: str) -> str:

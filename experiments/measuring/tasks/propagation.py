@@ -82,7 +82,7 @@ class Propagation(Task):
             present = present[present != IGNORE]  # (K,)
             objects = present[present != 0] if bench.val.data.classes[0] == "background" else present
             if not len(objects):
-                self._note(f"the first frame of video {video} has no labelled object, so the video does not count")
+                self.note(f"the first frame of video {video} has no labelled object, so the video does not count")
                 continue
             for i, predicted in self._propagated(model, frames, first, present, bench):
                 measured = _measures(predicted, _labels(i, bench), objects)
@@ -107,10 +107,6 @@ class Propagation(Task):
             recent.append((unit, soft))
             large = F.interpolate(soft, bench.sizes.image, mode="bilinear")  # (1,K,H,W)
             yield i, present[large.argmax(1)[0].cpu()]
-
-    def _note(self, note: str) -> None:
-        if note not in self.notes:  # the same of every arm
-            self.notes.append(note)
 
 
 @torch.no_grad()
