@@ -13,7 +13,8 @@ What counts first is detail (`experiments.measuring.detail`), for blur raises co
 sees, whatever h and w are.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from core.backbones import Backbone, imagenet_normalize
 from experiments.data.feature_cache import CachedBackbone
 from experiments.data.image_files import centre_square, resized
 from experiments.errors import Told
-from experiments.measuring.detail import detail_measures
+from experiments.measuring.detail import agreement, detail, detail_measures
 from experiments.measuring.targets import AVERAGED, CropSettings, crop_counts, half_targets, mean_of_halves
 
 EDGE_WITHIN = 1.0
@@ -57,6 +58,8 @@ class FidelityCase:
     """(s·h,s·w) bool, on the CPU: target cells that crops of both halves show."""
     counted: Tensor | None = None
     """(s·h,s·w) bool, on the CPU: target cells that measures look at; None: all."""
+    regions: Mapping[str, Tensor] = field(default_factory=dict)
+    """Name -> (s·h,s·w) bool, on the CPU: target cells that are also measured by themselves."""
 
     @property
     def output_size(self) -> tuple[int, int]:
@@ -127,7 +130,8 @@ def fidelity(upsampled: Tensor, case: FidelityCase) -> dict[str, float]:
     """Compares (1,C,s·h,s·w) upsampled features with the target, in float64.
 
     Returns:
-        What `detail_measures` says but the amplitude, which has no better or worse, and then what `closeness` says.
+        What `detail_measures` says but the amplitude, which has no better or worse, REGION_detail for each region, and
+        then what `closeness` says.
 
     Raises:
         ValueError, FidelityError: as `closeness`; a target without detail.
@@ -137,6 +141,10 @@ def fidelity(upsampled: Tensor, case: FidelityCase) -> dict[str, float]:
     found = detail_measures(upsampled, case.target, grid, case.edges, case.counted)
     if "detail" not in found:
         raise FidelityError("the target has no detail beyond the low-resolution grid, so nothing can agree with it")
+    fine, wanted = (detail(values.detach().double(), grid) for values in (upsampled, case.target))
+    for name, where in case.regions.items():
+        if near := agreement(fine, wanted, _both(where, case.counted)):
+            found[f"{name}_detail"] = near["correlation"]
     return {name: value for name, value in found.items() if name != "detail_amplitude"} | smooth
 
 
@@ -150,6 +158,7 @@ def closeness(upsampled: Tensor, case: FidelityCase) -> dict[str, float]:
             channels: 0 is perfect, 1 is what the image's mean feature vector reaches.
         edge_cosine, edge_error: the same over `case.edges` only, the error in the same unit. An image without edges
             has neither.
+        REGION_error: the same for each of `case.regions`.
 
     Raises:
         ValueError: the shape is not the target's. FidelityError: values that are not finite.
@@ -168,6 +177,9 @@ def closeness(upsampled: Tensor, case: FidelityCase) -> dict[str, float]:
     if (case.edges & directed).any():
         measured["edge_cosine"] = cosine[case.edges & directed].mean().item()
         measured["edge_error"] = error[case.edges & counted].mean().item()
+    for name, where in case.regions.items():
+        if (where & counted).any():
+            measured[f"{name}_error"] = error[where & counted].mean().item()
     return measured
 
 
@@ -203,6 +215,10 @@ def _halves(
     if isinstance(backbone, CachedBackbone):
         return [backbone.instead(half)(image) for half in half_targets(backbone.backbone, grid, scale, view, crops)]
     return [half(image) for half in half_targets(backbone, grid, scale, view, crops)]
+
+
+def _both(where: Tensor, counted: Tensor | None) -> Tensor:
+    return where if counted is None else where & counted
 
 
 def same_everywhere(features: Tensor) -> bool:

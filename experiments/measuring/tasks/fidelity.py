@@ -13,6 +13,7 @@ from experiments.measuring.bench import Bench, Ceiling, EvaluationError
 from experiments.measuring.blur import WIDTHS, at_best_width, blurred
 from experiments.measuring.ceilings import CEILINGS
 from experiments.measuring.metrics import FidelityCase, FidelityError, closeness, fidelity, fidelity_case
+from experiments.measuring.regions import REGIONS, regions_of
 from experiments.measuring.targets import CropSettings
 from experiments.measuring.task import Picture, Task, register_task
 from experiments.reports.fidelity_pictures import columns_of
@@ -21,9 +22,14 @@ from experiments.statistics.scores import Measure, image_rows, register_measures
 
 log = logging.getLogger(__name__)
 
-SMOOTH = {"cosine": +1, "error": -1, "edge_cosine": +1, "edge_error": -1}
+SMOOTH = {"cosine": +1, "error": -1, "edge_cosine": +1, "edge_error": -1} | {f"{name}_error": -1 for name in REGIONS}
 """Measures that blur improves -> +1 where more is better."""
 _OF_VARIANCE = "of the target's variance"
+
+
+def _in(region: str) -> str:
+    return {"thin": "thin structures", "flat": "flat parts"}.get(region, f"{region.replace('_', ' ')} of uncertainty")
+
 
 register_measures(
     {
@@ -39,6 +45,12 @@ register_measures(
         "edge_cosine_blurred": Measure(+1, title="cosine at edges, blurred"),
         "edge_error_blurred": Measure(-1, _OF_VARIANCE, "error at edges, blurred"),
     }
+    | {f"{name}_detail": Measure(+1, title=f"detail, {_in(name)}") for name in REGIONS}
+    | {
+        f"{name}_error": Measure(-1, _OF_VARIANCE, f"error, {_in(name)}", blurred=f"{name}_error_blurred")
+        for name in REGIONS
+    }
+    | {f"{name}_error_blurred": Measure(-1, _OF_VARIANCE, f"error, {_in(name)}, blurred") for name in REGIONS}
     | {f"detail_{2**i}x-{2 ** (i + 1)}x": Measure(+1, title=f"detail, {2**i}x to {2 ** (i + 1)}x") for i in range(5)}
 )
 
@@ -54,6 +66,7 @@ class Fidelity(Task):
         view: side in pixels of what the encoder sees at once. guidance: of what the upsampler sees; None: view.
         crop_step: cells of the target grid between neighbouring crops, whose features are averaged; None: side by side.
         num_crops: at most so many crops of an image; None: all.
+        regions: also measure thin structures, flat parts and deciles of uncertainty (`experiments.measuring.regions`).
 
     Raises:
         SettingError: a value out of its range.
@@ -68,6 +81,7 @@ class Fidelity(Task):
         guidance: int | None = None,
         crop_step: int | None = 2,
         num_crops: int | None = 256,
+        regions: bool = False,
     ):
         super().__init__()
         if not scales or min(scales) < 2 or len(set(scales)) < len(scales):
@@ -78,7 +92,7 @@ class Fidelity(Task):
                 f"{guidance}"
             )
         self.scales, self.view, self.guidance_size = list(scales), view, guidance
-        self.crops = CropSettings(crop_step, num_crops)
+        self.crops, self.regions = CropSettings(crop_step, num_crops), regions
         if crop_step is None:  # nothing overlaps
             self.ceilings = tuple(name for name in CEILINGS if name != "split_half")
 
@@ -152,4 +166,5 @@ class Fidelity(Task):
         image, name = bench.val.sample(i).image.to(bench.device), f"image {bench.val.names[i]}"
         encoder = CachedBackbone(bench.encoder.views[0], bench.encoder.cache, name)
         with bench.encoder.refusals_told(name):
-            return fidelity_case(image, encoder, scale, self.view, self.guidance_size, self.crops)
+            case = fidelity_case(image, encoder, scale, self.view, self.guidance_size, self.crops)
+        return replace(case, regions=regions_of(case.image, case.features, case.output_size)) if self.regions else case
