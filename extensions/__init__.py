@@ -1,4 +1,5 @@
-"""One idea per file. Importing this package registers all of them, so a new file needs no further change.
+"""One idea per file, or per folder where it is large. Importing this package registers all of them, so a new file needs
+no further change.
 
 A file imports only `core` at its top. It imports further packages where it uses them, so that a missing package
 disables only that idea.

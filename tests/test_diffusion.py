@@ -16,22 +16,12 @@ from core.hooks import GATE_LR_SCALE
 from core.points import pixel_centres
 from core.training import PlainStep, Trainable, lr_scale
 from core.uncertainty import rarity
-from extensions import diffusion
-from extensions.diffusion import (
-    FLOW,
-    Basis,
-    Condition,
-    DiffusionRefiner,
-    Prediction,
-    angle_at,
-    angles,
-    around,
-    basis_of,
-    coordinates,
-    noise,
-    scheduler_classes,
-    tiles,
-)
+from extensions.diffusion import DiffusionRefiner, Prediction, unet
+from extensions.diffusion import refiner as in_refiner
+from extensions.diffusion.condition import Condition, noise
+from extensions.diffusion.coordinates import Basis, around, basis_of, coordinates
+from extensions.diffusion.schedule import FLOW, angle_at, angles, scheduler_classes
+from extensions.diffusion.unet import tiles
 
 WIDTH = 16
 SMALL = {"hidden_dim": 8, "window": 3, "num_inference_steps": 3}
@@ -178,9 +168,9 @@ def test_the_choice_of_the_basis_changes_nothing(rotation, scheduler, perturbed,
         turned = torch.block_diag(torch.eye(1, dtype=torch.float64), orthogonal(3))
     expected = refine(refiner, output, context)
     assert (expected - output).abs().max() > 1e-2
-    plain = diffusion.basis_of
-    monkeypatch.setattr(diffusion, "basis_of", lambda *args: turn(plain(*args), turned))
-    assert not torch.equal(diffusion.basis_of(context.features, 4).directions, plain(context.features, 4).directions)
+    plain = in_refiner.basis_of
+    monkeypatch.setattr(in_refiner, "basis_of", lambda *args: turn(plain(*args), turned))
+    assert not torch.equal(in_refiner.basis_of(context.features, 4).directions, plain(context.features, 4).directions)
     # diffusers' flow matching steps in float32, which the rounding of a rotation reaches
     assert close(refine(refiner, output, context), expected, 1e-4 if scheduler == FLOW else 1e-8)
 
@@ -188,8 +178,8 @@ def test_the_choice_of_the_basis_changes_nothing(rotation, scheduler, perturbed,
 def test_a_rotation_of_unequal_variances_would_be_seen(perturbed, monkeypatch):
     """Guards the test above: it is the equal variances that make the choice free."""
     refiner, (output, context) = make(perturbed, num_directions=4), given()
-    expected, plain = refine(refiner, output, context), diffusion.basis_of
-    monkeypatch.setattr(diffusion, "basis_of", lambda *args: turn(plain(*args), orthogonal(4)))
+    expected, plain = refine(refiner, output, context), in_refiner.basis_of
+    monkeypatch.setattr(in_refiner, "basis_of", lambda *args: turn(plain(*args), orthogonal(4)))
     assert (refine(refiner, output, context) - expected).abs().max() > 1e-2
 
 
@@ -233,13 +223,13 @@ def test_the_estimate_is_its_definition(prediction, perturbed, monkeypatch):
     refiner, (output, context) = make(perturbed, prediction=prediction), given()
     basis = basis_of(context.features, 32)
     condition, seen = refiner._known(output, context, basis), {}
-    run = refiner._run
+    run = unet.on_tile
 
-    def keep(inputs: Tensor, angle: Tensor) -> Tensor:
-        seen["inputs"], seen["weights"] = inputs, run(inputs, angle)
+    def keep(network: torch.nn.Module, inputs: Tensor, angle: Tensor) -> Tensor:
+        seen["inputs"], seen["weights"] = inputs, run(network, inputs, angle)
         return seen["weights"]
 
-    monkeypatch.setattr(refiner, "_run", keep)
+    monkeypatch.setattr(unet, "on_tile", keep)
     noisy, angle = draw(2, 6, 8, 10), torch.tensor([0.4, 1.2], dtype=torch.float64)
     with torch.no_grad():
         found = refiner.estimate(condition, noisy, angle)
@@ -436,8 +426,9 @@ def test_tiles_leave_no_seams(perturbed):
     angle = torch.full((1,), 0.5, dtype=torch.float64)
     inputs = torch.cat([condition.fixed, smooth.repeat(1, 2, 1, 1)[:, :10]], 1)
     with torch.no_grad():
-        whole, tiled = refiner._run(inputs, angle), refiner._tiled(inputs, angle)
-        parts = [[refiner._run(part, angle) for part in row.split(16, 3)] for row in inputs.split(16, 2)]
+        whole = unet.on_tile(refiner.unet, inputs, angle)
+        tiled = unet.in_tiles(refiner.unet, inputs, angle, refiner.tile)
+        parts = [[unet.on_tile(refiner.unet, part, angle) for part in row.split(16, 3)] for row in inputs.split(16, 2)]
         hard = torch.cat([torch.cat(row, 3) for row in parts], 2)
 
     def seam(x: Tensor, places: list[int]) -> float:
@@ -455,10 +446,8 @@ def test_tiles_leave_no_seams(perturbed):
 
 def test_the_network_never_sees_more_than_a_tile(perturbed, monkeypatch):
     output, context = given(grid=(12, 20), size=(24, 40), batch=1)
-    refiner, sizes, run = make(perturbed, tile=16), [], DiffusionRefiner._run
-    monkeypatch.setattr(
-        DiffusionRefiner, "_run", lambda self, x, angle: sizes.append(x.shape[-2:]) or run(self, x, angle)
-    )
+    refiner, sizes, run = make(perturbed, tile=16), [], unet.on_tile
+    monkeypatch.setattr(unet, "on_tile", lambda net, x, angle: sizes.append(x.shape[-2:]) or run(net, x, angle))
     refine(refiner, output, context)
     assert {tuple(size) for size in sizes} == {(16, 16)}
 
@@ -690,7 +679,7 @@ def test_settings_that_are_refused(setting, message):
 
 def test_what_may_change_after_training():
     of_sampling = {"num_inference_steps", "strength", "scheduler", "num_samples", "uncertain_share", "tile"}
-    assert set(DiffusionRefiner.changeable) == of_sampling
+    assert set(DiffusionRefiner.changeable) == of_sampling | {"num_directions"}
 
 
 def test_pictures_show_the_steps_and_the_spread(perturbed):

@@ -1,6 +1,7 @@
 """Regions of an image that fidelity measures by themselves."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_deciles_divide_the_grid_in_the_order_of_uncertainty():
     assert (parts.sum(0) == 1).all()
     assert parts.flatten(1).sum(1).max() - parts.flatten(1).sum(1).min() <= 1
     rare = F.interpolate(rarity(values), SIZE, mode="bilinear")[0, 0].double()
-    for below, above in zip(parts[:-1], parts[1:], strict=True):
+    for below, above in pairwise(parts):
         assert rare[below].max() <= rare[above].min()
 
 

@@ -1,65 +1,31 @@
-"""`refiner=diffusion`: adds a sampled residual to the initial upsampling, in few denoising steps.
-
-Attention gives close to the mean of what the features may be, so detail is missing. Here a diffusion model samples what
-is missing: the residual (target - initial output), as CorrDiff does (Mardani et al., arXiv 2309.15214).
-
-- Any C: the residual lives in K whitened coordinates: the leading principal directions of the image's own
-  low-resolution features, each divided by its standard deviation. The complement passes unchanged.
-- The denoiser is a field of mixing weights. A light UNet of diffusers' blocks sees only inner products of vectors of
-  coordinates, and the guidance. It writes, for each point, weights of differences to the cells around it and of the
-  noisy neighbours; the same weights serve all K coordinates. So signs and order of the directions, and rotations of
-  directions with equal variance, change nothing (of the image or its samples: the noise is drawn relative to the
-  features). One run serves all coordinates. Not invariant: where equal variances straddle the K-th direction, the
-  subspace itself is arbitrary.
-- Conditioning: initial output and cells (their distances in feature space at each point), encoded guidance and image
-  (their values, and their distances to the cells, as in a joint bilateral filter).
-- Start: at `strength` s the residual 0, noised to the share s of the noise schedule: the partly noised initial output.
-  The result is the denoiser's last estimate of the clean residual, which is what the last step of each sampler
-  returns.
-- The network is conditioned on the noise level alone (angle: tan = noise / signal). So one training serves all
-  samplers, variance-preserving, variance-exploding or flow matching: they differ in scale only.
-- Neutral start: the estimate is multiplied by a gate that starts at zero, so the correction is zero, exactly. The gate
-  opens by the auxiliary loss. It needs no sampling: the target's residual at random noise levels, noise or
-  v-prediction, min-SNR weights (Hang et al., arXiv 2303.09556), the error measured in feature space.
-
-In training mode the refiner returns its input. The objective then trains the initial output (or freeze the core), and
-the auxiliary loss trains the refiner; gradients reach the core through the conditioning only.
-
-A single sample has a larger squared error than the mean of samples, and that is close to one step from pure noise
-(`num_inference_steps=1`, `strength=1`: the mean predictor). To judge a refinement, compare it with those.
-
-Refinement is made on a grid of at most `refine_scale` times the feature grid; coordinates of the residual are then
-interpolated bilinearly. The correction of a larger output is thus smooth below that grid.
-
-Status: measured after a few hundred steps (configs/experiment/diffusion.yaml): samples hurt detail and error. The mean
-predictor lowers the error, beyond what blur gives, and is not shown to change detail.
-"""
+"""The hook point's filler: sampling, its loss in training, and its pictures. The idea: the package's docstring."""
 
 import inspect
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
 from enum import Enum
-from functools import cache
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.batch import Batch, Context, crops_of
+from core.batch import Batch, Context
 from core.hooks import GATE_LR_SCALE, Refiner
 from core.registry import register
 from core.streams import generator
 from core.uncertainty import rarity
+from extensions.diffusion.condition import Condition, cropped, noise
+from extensions.diffusion.coordinates import Basis, added, around, basis_of, coordinates
+from extensions.diffusion.schedule import (
+    TRAIN_STEPS,
+    angle_at,
+    angles,
+    numpy_of_tensors,
+    scheduler_classes,
+    scheduler_of,
+)
+from extensions.diffusion.unet import in_tiles, make_unet
 
 MAX_STEPS = 50
-TRAIN_STEPS = 1000
-"""Noise levels of the schedule in training (squared cosine, Nichol and Dhariwal, arXiv 2102.09672)."""
-RANK_TOLERANCE = 1e-5
-"""Directions with less variance than this share of the largest are rounding errors: they are left alone."""
 NOISY_NEIGHBOURS = 3
 """Side of the window of noisy vectors that are mixed."""
 GUIDANCE_CHANNELS = 8
@@ -72,45 +38,6 @@ class Prediction(Enum):
     epsilon = "epsilon"
     v_prediction = "v_prediction"
     sample = "sample"
-
-
-class Basis(NamedTuple):
-    """Whitened coordinates of an image's features."""
-
-    mean: Tensor
-    """(B,C,1)."""
-    directions: Tensor
-    """(B,C,K): orthonormal, leading first."""
-    deviation: Tensor
-    """(B,K): standard deviation of the cells along each direction; zero: the direction is not used."""
-
-
-@dataclass
-class Condition:
-    """What the denoiser knows of N images (or crops), on the refinement grid (gh,gw)."""
-
-    fixed: Tensor
-    """(N,S,gh,gw): the network's inputs that do not depend on the noisy residual."""
-    differences: Tensor
-    """(N,K·M,gh,gw): coordinates of the M cells around each point, minus those of the initial output there."""
-    initial: Tensor
-    """(N,K,gh,gw): coordinates of the initial output."""
-    cells: Tensor
-    """(N,h·w,K): coordinates of the cells; identity covariance in used directions."""
-    variance: Tensor
-    """(N,K): share of each direction in the variance; sums to 1."""
-
-    @property
-    def rank(self) -> Tensor:
-        """(N,1,1,1): number of used directions, at least 1."""
-        return (self.variance > 0).sum(1).clamp(min=1)[:, None, None, None]
-
-    def part(self, index: slice) -> "Condition":
-        return Condition(*(getattr(self, one.name)[index] for one in fields(self)))
-
-    def repeated(self, times: int) -> "Condition":
-        parts = (getattr(self, one.name) for one in fields(self))
-        return Condition(*(part.repeat(times, *[1] * (part.dim() - 1)) for part in parts))
 
 
 @register("diffusion")
@@ -142,7 +69,15 @@ class DiffusionRefiner(Refiner):
     """
 
     needs_guidance = True
-    changeable = ("num_inference_steps", "strength", "scheduler", "num_samples", "uncertain_share", "tile")
+    changeable = (
+        "num_directions",
+        "num_inference_steps",
+        "strength",
+        "scheduler",
+        "num_samples",
+        "uncertain_share",
+        "tile",
+    )
     lr_scales = {"gate": GATE_LR_SCALE}  # noqa: RUF012
 
     def __init__(
@@ -182,7 +117,7 @@ class DiffusionRefiner(Refiner):
         self.num_samples, self.uncertain_share, self.tile = num_samples, uncertain_share, tile
         scheduler_classes(scheduler)
         self.project = nn.Conv2d(embed_dim, GUIDANCE_CHANNELS, 1, bias=False)
-        self.unet = _unet(4 * window**2 + GUIDANCE_CHANNELS + 1, window**2 + NOISY_NEIGHBOURS**2, hidden_dim)
+        self.unet = make_unet(4 * window**2 + GUIDANCE_CHANNELS + 1, window**2 + NOISY_NEIGHBOURS**2, hidden_dim)
         self.gate = nn.Parameter(torch.zeros(()))
         self.spread: Tensor | None = None
         """(B,gh,gw): standard deviation of the samples of the latest forward without gradients, as a length in feature
@@ -206,7 +141,7 @@ class DiffusionRefiner(Refiner):
         residual = self._samples(condition, basis, context)
         if self.uncertain_share < 1:
             residual = residual * most_uncertain(context.features, tuple(residual.shape[-2:]), self.uncertain_share)
-        return _added(output, residual * basis.deviation[..., None, None], basis.directions)
+        return added(output, residual * basis.deviation[..., None, None], basis.directions)
 
     def auxiliary_loss(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Weighted squared error of the estimated residual, relative to the features' variance: `denoising_loss`."""
@@ -224,7 +159,7 @@ class DiffusionRefiner(Refiner):
                     f"{tuple(batch.output_size)}: set refiner.refine_scale to views.scale or more, or views.crops=0"
                 )
             crops = len(target) // len(output)
-            condition = _cropped(condition, batch)
+            condition = cropped(condition, batch)
             basis = Basis(*(part.repeat_interleave(crops, 0) for part in basis))
         clean = coordinates(F.adaptive_avg_pool2d(target, condition.initial.shape[-2:]), basis)
         clean = (clean - condition.initial).detach()  # (N,K,gh,gw)
@@ -300,7 +235,9 @@ class DiffusionRefiner(Refiner):
         scale = condition.rank.to(noisy.dtype)
         products = (differences * noisy[:, :, None]).sum(1) / scale.sqrt()  # (N,M,gh,gw)
         energy = noisy.square().sum(1, keepdim=True) / scale
-        written = self._tiled(torch.cat([condition.fixed, products, energy], 1), angle).to(noisy.dtype)
+        written = in_tiles(self.unet, torch.cat([condition.fixed, products, energy], 1), angle, self.tile).to(
+            noisy.dtype
+        )
         of_cells, of_noisy = written.split([self.window**2, NOISY_NEIGHBOURS**2], 1)
         near = around(noisy, NOISY_NEIGHBOURS, tuple(noisy.shape[-2:]))  # (N,K,9,gh,gw)
         mixed = (differences * of_cells[:, None]).sum(2) + (near * of_noisy[:, None]).sum(2)
@@ -310,28 +247,6 @@ class DiffusionRefiner(Refiner):
         elif self.prediction is Prediction.v_prediction:
             mixed = signal * noisy - share * mixed
         return self.gate.to(noisy.dtype) * mixed
-
-    def _tiled(self, inputs: Tensor, angle: Tensor) -> Tensor:
-        """The UNet on tiles that overlap, blended by weights that fall to their borders (as MultiDiffusion, Bar-Tal et
-        al., arXiv 2302.08113, in each step; here it is the mixing weights that are blended)."""
-        height, width = inputs.shape[-2:]
-        rows, columns = tiles(height, self.tile), tiles(width, self.tile)
-        if len(rows) == len(columns) == 1:
-            return self._run(inputs, angle)
-        total: Tensor | float = 0.0
-        for row, row_weight in rows:
-            for column, column_weight in columns:
-                written = self._run(inputs[..., row, column], angle)
-                weight = (row_weight[:, None] * column_weight).to(written)
-                around_it = (column.start, width - column.stop, row.start, height - row.stop)
-                total = total + F.pad(written * weight, around_it)
-        return total
-
-    def _run(self, inputs: Tensor, angle: Tensor) -> Tensor:
-        height, width = inputs.shape[-2:]
-        inputs = F.pad(inputs, (0, width % 2, 0, height % 2), mode="replicate")  # the UNet halves its grid once
-        level = angle.float() * (2 / math.pi * TRAIN_STEPS)
-        return self.unet(inputs.to(self.project.weight.dtype), level).sample[..., :height, :width]
 
     # Sampling
 
@@ -388,7 +303,7 @@ class DiffusionRefiner(Refiner):
             estimates.append(clean)
             if i + 1 < len(timesteps):
                 away = (x - clean) / share if flows else (noisy - angle.cos() * clean) / angle.sin()
-                with _numpy_of_tensors():
+                with numpy_of_tensors():
                     x = scheduler.step(away, timestep, x, **more).prev_sample.to(start.dtype)
         return estimates
 
@@ -400,197 +315,6 @@ def most_uncertain(features: Tensor, grid: tuple[int, int], share: float) -> Ten
     count = max(1, round(share * grid[0] * grid[1]))
     chosen = rare.flatten(1).topk(count, 1).indices  # (B,count)
     return torch.zeros_like(rare).flatten(1).scatter_(1, chosen, 1.0).view_as(rare)
-
-
-# Coordinates
-
-
-@torch.no_grad()
-def basis_of(features: Tensor, num_directions: int) -> Basis:
-    """The leading principal directions of each image's (B,C,h,w) features, in double precision."""
-    with torch.autocast(features.device.type, enabled=False):
-        vectors = features.flatten(2).double()  # (B,C,n)
-        mean = vectors.mean(2, keepdim=True)
-        centred = vectors - mean
-        channels, cells = centred.shape[1:]
-        few = min(num_directions, channels, cells - 1)
-        wide = channels > cells
-        gram = (centred.mT @ centred if wide else centred @ centred.mT) / cells  # of the smaller side
-        variance, vectors = torch.linalg.eigh(gram)  # ascending
-        variance, vectors = variance[:, -few:].flip(1), vectors[..., -few:].flip(2)
-        used = variance > (RANK_TOLERANCE * variance[:, :1]).clamp(min=torch.finfo(torch.float32).tiny)
-        deviation = torch.where(used, variance, 0).sqrt()
-        if wide:
-            inverse = torch.where(used, 1 / deviation, 0)
-            vectors = centred @ vectors * (inverse / math.sqrt(cells))[:, None]
-        dtype = torch.promote_types(features.dtype, torch.float32)
-        return Basis(mean.to(dtype), (vectors * used[:, None]).to(dtype), deviation.to(dtype))
-
-
-def coordinates(x: Tensor, basis: Basis) -> Tensor:
-    """Whitened coordinates of (B,C,gh,gw) vectors -> (B,K,gh,gw); zero along unused directions."""
-    with torch.autocast(x.device.type, enabled=False):
-        inverse = torch.where(basis.deviation > 0, 1 / basis.deviation, 0)
-        found = basis.directions.mT @ (x.flatten(2).to(basis.mean.dtype) - basis.mean)  # (B,K,gh·gw)
-        return (found * inverse[..., None]).unflatten(2, x.shape[-2:])
-
-
-def _added(output: Tensor, along: Tensor, directions: Tensor) -> Tensor:
-    """(B,C,Qh,Qw) output + (B,K,gh,gw) along (B,C,K) directions."""
-    size = tuple(output.shape[-2:])
-    if tuple(along.shape[-2:]) != size:
-        along = F.interpolate(along, size, mode="bilinear", align_corners=False)
-    pixels = output.permute(0, 2, 3, 1).flatten(1, 2)  # (B,Q,C), a view if the channels are last
-    along, directions = along.flatten(2).mT.to(output.dtype), directions.mT.to(output.dtype)
-    with torch.autocast(output.device.type, enabled=False):
-        return torch.baddbmm(pixels, along, directions).unflatten(1, size).permute(0, 3, 1, 2)
-
-
-def around(cells: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
-    """The side x side cells around the cell of each grid point: (B,K,h,w) -> (B,K,side²,gh,gw). Borders repeat."""
-    size = cells.shape[-2:]
-    padded = F.pad(cells, [side // 2] * 4, mode="replicate")
-    found = padded.unfold(2, side, 1).unfold(3, side, 1).flatten(4).movedim(4, 2)  # (B,K,M,h,w)
-    if tuple(size) == grid:
-        return found
-    rows, columns = (
-        ((torch.arange(n, device=cells.device) + 0.5) * side_of / n).long()
-        for n, side_of in zip(grid, size, strict=True)
-    )
-    return found.index_select(3, rows).index_select(4, columns)
-
-
-def noise(condition: Condition, context: Context) -> Tensor:
-    """Standard normal noise in whitened coordinates, (N,K,gh,gw), zero along unused directions.
-
-    It is drawn relative to the cells: random combinations of them give orthonormal rows (a polar factor), along which
-    the noise lies. So another basis of the same space gives the same noise, in its coordinates.
-    """
-    cells = condition.cells.double()  # (N,n,K)
-    num, _, few = cells.shape
-    random = context.noise_like(cells.new_empty(num, cells.shape[1], 2 * few))
-    drawn = context.noise_like(condition.initial.new_empty(num, 2 * few, condition.initial[0, 0].numel()))
-    with torch.autocast(drawn.device.type, enabled=False):
-        left, _, right = torch.linalg.svd(cells.mT @ random, full_matrices=False)
-        rows = (left @ right) * (condition.variance > 0)[..., None]  # (N,K,2·K), orthonormal
-        return (rows.to(drawn.dtype) @ drawn).unflatten(2, condition.initial.shape[-2:])
-
-
-def _cropped(condition: Condition, batch: Batch) -> Condition:
-    """The condition of each of the batch's crops."""
-    crops = len(batch.target) // len(condition.initial)
-    repeated = {name: getattr(condition, name).repeat_interleave(crops, 0) for name in ("cells", "variance")}
-    cut = {}
-    for name in ("fixed", "differences", "initial"):
-        whole = getattr(condition, name)
-        size = batch.target[:, :1].expand(-1, whole.shape[1], -1, -1)
-        cut[name] = crops_of(whole, replace(batch, target=size))
-    return Condition(**cut, **repeated)
-
-
-# Schedule, tiles, network
-
-
-@cache
-def angles() -> Tensor:
-    """(1000,) float64: noise levels of the training schedule; tan = noise / signal."""
-    scheduler, _ = scheduler_of("DDIMScheduler")
-    signal = scheduler.alphas_cumprod.double()
-    return torch.atan2((1 - signal).sqrt(), signal.sqrt())
-
-
-def angle_at(timestep: Tensor) -> Tensor:
-    """The noise level at a step of a sampler; between two of the training's, noise / signal is interpolated."""
-    ratio, position = angles().tan(), timestep.double().cpu().clamp(0, TRAIN_STEPS - 1)
-    below = position.floor().long()
-    above = (below + 1).clamp(max=TRAIN_STEPS - 1)
-    return torch.atan(torch.lerp(ratio[below], ratio[above], position - below))
-
-
-UNSUITABLE = {
-    "EDMEulerScheduler": "it has a noise schedule of its own",
-    "DPMSolverSDEScheduler": "it draws random numbers of its own",
-    "PNDMScheduler": "its first steps repeat, so that they cannot start from a partly noised output",
-}
-FLOW = "FlowMatchEulerDiscreteScheduler"
-
-
-def scheduler_classes(name: str) -> dict[str, type]:
-    """Schedulers by name, `name` among them: those that diffusers calls compatible with DDIM, and flow matching.
-
-    Raises:
-        ValueError: `name` is none of them.
-    """
-    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-
-    found = {cls.__name__: cls for cls in (*DDIMScheduler().compatibles, FlowMatchEulerDiscreteScheduler)}
-    suitable = {key: cls for key, cls in found.items() if key not in UNSUITABLE}
-    if name not in suitable:
-        reason = f" ({UNSUITABLE[name]})" if name in UNSUITABLE else ""
-        raise ValueError(
-            f"refiner=diffusion: scheduler {name!r} is not to be had{reason}; there are: {', '.join(sorted(suitable))}"
-        )
-    return suitable
-
-
-def scheduler_of(name: str, steps: int = TRAIN_STEPS, device: torch.device | str = "cpu") -> tuple[Any, bool]:
-    """A new scheduler of diffusers, set to that many steps from pure noise; and whether it is one of flow matching."""
-    from diffusers import DDIMScheduler
-
-    cls = scheduler_classes(name)[name]
-    if name == FLOW:
-        flow = cls(num_train_timesteps=TRAIN_STEPS)
-        flow.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], device=device)
-        return flow, True
-    plain = DDIMScheduler(
-        num_train_timesteps=TRAIN_STEPS,
-        beta_schedule="squaredcos_cap_v2",
-        clip_sample=False,
-        prediction_type="epsilon",
-        timestep_spacing="trailing",  # the first step is from pure noise, whatever their number
-    )
-    with _numpy_of_tensors():
-        scheduler = cls.from_config(plain.config, lower_order_final=True)
-        scheduler.set_timesteps(steps, device=device)
-    return scheduler, False
-
-
-@contextmanager
-def _numpy_of_tensors() -> Iterator[None]:
-    """Several schedulers hand tensors to NumPy, which version 2 complains of."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "__array", DeprecationWarning)
-        yield
-
-
-def tiles(length: int, tile: int) -> list[tuple[slice, Tensor]]:
-    """Tiles of one axis with an overlap of at least a quarter, and their blending weights, which sum to 1."""
-    if length <= tile:
-        return [(slice(0, length), torch.ones(length))]
-    overlap = tile // 4
-    count = math.ceil((length - overlap) / (tile - overlap))
-    starts = [round(i * (length - tile) / (count - 1)) for i in range(count)]
-    inner = torch.arange(tile, dtype=torch.float32) + 0.5
-    ramp = (torch.minimum(inner, tile - inner) / overlap).clamp(max=1)
-    total = torch.zeros(length)
-    for start in starts:
-        total[start : start + tile] += ramp
-    return [(slice(start, start + tile), ramp / total[start : start + tile]) for start in starts]
-
-
-def _unet(inputs: int, outputs: int, width: int) -> nn.Module:
-    from diffusers import UNet2DModel
-
-    return UNet2DModel(
-        in_channels=inputs,
-        out_channels=outputs,
-        block_out_channels=(width, 2 * width),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        add_attention=False,
-    )
 
 
 def _check(*settings: tuple[str, object, bool, str]) -> None:
