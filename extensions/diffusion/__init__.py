@@ -31,8 +31,8 @@ A single sample has a larger squared error than the mean of samples, and that is
 Refinement is made on a grid of at most `refine_scale` times the feature grid; coordinates of the residual are then
 interpolated bilinearly. The correction of a larger output is thus smooth below that grid.
 
-Status: measured after a few hundred steps (configs/experiment/diffusion.yaml): samples hurt detail and error. The mean
-predictor lowers the error, beyond what blur gives, and is not shown to change detail.
+Status: measured (docs/diffusion.md). Samples hurt detail. The mean predictor lowers the error by more than blur does,
+everywhere and most in the hardest tenth of the image, and with 128 directions it raises detail a little.
 """
 
 from extensions.diffusion.refiner import DiffusionRefiner, Prediction
