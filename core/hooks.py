@@ -238,6 +238,12 @@ class Learner(Filler):
 
     hook = "learner"
 
+    def prepare(self, model: nn.Module) -> None:
+        """Shows the model to be trained, once, before training: for parameters that depend on it, such as learnt rates.
+
+        By default, nothing is prepared.
+        """
+
     @abstractmethod
     def forward(self, model: nn.Module, objective: Objective, tasks: Sequence[Batch]) -> list[dict[str, Tensor]]:
         """The losses of each task; their sums are minimised. Everything that a step differentiates happens here.
