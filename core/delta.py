@@ -21,7 +21,7 @@ DELTA_FORMAT = "anyup_lab_delta/1"
 
 
 def content_hash(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
-    """SHA-256 of a model's weights, and of the settings that these depend on, whatever file and dtype they came from."""
+    """SHA-256 of a model's weights and of the settings that these depend on, whatever the kind and dtype of the file."""
     digest = hashlib.sha256(json.dumps(_fixed(config), sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -80,7 +80,7 @@ def patched(
     if found != wanted:
         raise WeightsError(
             f"{path} was made from {metadata.get('base')} (content {wanted[:12]}...), and {base} is another model "
-            f"(content {found[:12]}...): give the base that it was made from, core.load(DELTA, base=FILE)"
+            f"(content {found[:12]}...): give the base that it was made from, core.load(BASE, {{'delta': FILE}})"
         )
     if unknown := sorted(changed.keys() - base_state.keys()):
         raise WeightsError(f"{path} is damaged: its base has no weight {unknown[0]}; save the delta again")
@@ -103,8 +103,8 @@ def base_of(metadata: Mapping[str, str], path: Path, names: Mapping[str, object]
             return place
     raise FileNotFoundError(
         f"{path} changes weights of {base} (content {metadata.get('base_sha256', '')[:12]}...), which is not there: "
-        f"put {beside.name} beside it, or give the base: core.load(DELTA, base=FILE), or in a configuration "
-        "{checkpoint: FILE, delta: DELTA}"
+        f"put {beside.name} beside it, or give the base: core.load(BASE, {{'delta': FILE}}), or in a "
+        "configuration {checkpoint: BASE, delta: FILE}"
     )
 
 

@@ -39,7 +39,7 @@ def from_config(config: DictConfig | dict[str, Any]) -> AnyUp:
     return AnyUp(**arguments(config))
 
 
-def load(source: str | Path, changes: Mapping[str, Any] | None = None, base: str | Path | None = None) -> AnyUp:
+def load(source: str | Path, changes: Mapping[str, Any] | None = None) -> AnyUp:
     """Rebuilds the model of a checkpoint, in eval mode on the CPU.
 
     Args:
@@ -50,8 +50,8 @@ def load(source: str | Path, changes: Mapping[str, Any] | None = None, base: str
         changes: new values for settings that may change after training (`Filler.changeable`), such as
             `{"attention.window_ratio": 0.2}`; or a filler for a hook point after attention that is `none` in the
             checkpoint, such as `{"temporal": "temporal_consistency"}`, with settings `{"name": NAME, SETTING: VALUE}`.
-            Where it has weights, they are untrained, and a warning names them.
-        base: of a delta whose base is no longer where it was: another source with the same content.
+            Where it has weights, they are untrained, and a warning names them. `{"delta": FILE}` puts a delta on the
+            checkpoint, for one that does not find its base by itself.
 
     Raises:
         FileNotFoundError: no such file. OSError: published weights cannot be downloaded.
@@ -60,6 +60,11 @@ def load(source: str | Path, changes: Mapping[str, Any] | None = None, base: str
         ValueError: `changes` names a setting that may not change, or a filler that cannot be added; the message says
             what may.
     """
+    changes = dict(changes or {})
+    if "delta" in changes:
+        source, base = changes.pop("delta"), source
+    else:
+        base = None
     state, config = checkpoint.read(source, base)
     if not changes:
         return checkpoint.rebuild(AnyUp, state, config, source)

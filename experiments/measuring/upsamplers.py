@@ -46,8 +46,6 @@ def _loaded(node: str | DictConfig) -> core.AnyUp:
     if isinstance(node, str):
         return core.load(node)
     source, changes = checkpoint_and_changes(node)
-    if "delta" in changes:
-        return core.load(changes.pop("delta"), changes, base=source)
     return core.load(source, changes)
 
 
