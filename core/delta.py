@@ -21,7 +21,7 @@ DELTA_FORMAT = "anyup_lab_delta/1"
 
 
 def content_hash(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
-    """SHA-256 of a model's weights and of the settings that these depend on, whatever the kind and dtype of the file."""
+    """SHA-256 of a model's weights and of the settings they depend on, whatever the kind and dtype of the file."""
     digest = hashlib.sha256(json.dumps(_fixed(config), sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
