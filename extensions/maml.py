@@ -307,6 +307,9 @@ def _clone(modules: nn.ModuleDict, weights: Mapping[str, Tensor]) -> nn.ModuleDi
     for inner in copied.modules():
         if isinstance(inner, Encoder):
             inner.compiles = False  # each copy would be compiled anew
+        for name in [name for name, child in inner._modules.items() if child is None]:
+            del inner._modules[name]  # learn2learn's update stumbles over children that are None
+            inner.__dict__[name] = None
     return copied
 
 

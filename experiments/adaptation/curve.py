@@ -65,10 +65,9 @@ class Curve:
         told = f"{measure} on {len(self.names)} held-out images: {before:.4f} before, {after:.4f} after {last} steps"
         if gain.low is None:
             return f"{told}: one image gives no interval"
-        ends = f"better by {gain.value:+.4f} ({gain.low:+.4f} to {gain.high:+.4f}, {self.confidence:.0%} over images)"
-        if gain.low > 0:
-            return f"{told}: it helped, {ends}"
-        return f"{told}: it {'hurt' if gain.high < 0 else 'did not help, as far as this shows'}, {ends}"
+        ends = f"gain {gain.value:+.4f} ({gain.low:+.4f} to {gain.high:+.4f}, {self.confidence:.0%} over images)"
+        shown = "it helped" if gain.low > 0 else "it hurt" if gain.high < 0 else "no help shown"
+        return f"{told}: {shown}, {ends}"
 
     def save(self, path: Path) -> list[Path]:
         """Writes PATH.csv and PATH.png, each whole or not at all."""
