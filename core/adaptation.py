@@ -13,7 +13,6 @@ The model that was given is never changed. `core.delta` saves what changed as a 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from enum import Enum
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +27,8 @@ Images = Tensor | Sequence[Tensor]
 """(N,·,·,·), or N tensors (·,·,·) or (1,·,·,·), which may have different heights and widths."""
 LEAST_CELLS = 2
 """Rows and columns that features must have to be upsampled."""
+DESCENTS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 AfterStep = Callable[[int, nn.Module], None]
-
-
-class Descent(Enum):
-    """The steps of an adaptation."""
-
-    adamw = "adamw"
-    sgd = "sgd"
 
 
 def adapt(
@@ -83,11 +76,11 @@ def adapt(
         raise ValueError(
             f"adapt needs steps >= 0, lr > 0 and images_per_step >= 1, got {steps}, {lr} and {images_per_step}"
         )
+    if descent not in DESCENTS:
+        raise ValueError(f"descent must be one of {', '.join(DESCENTS)}, got {descent!r}")
     adapted = copy.deepcopy(model).train()
     weights = list(weights_of(adapted, parts).values())
-    kind = Descent(descent)
-    make = torch.optim.SGD if kind is Descent.sgd else torch.optim.AdamW
-    optimizer = make(weights, lr=lr, weight_decay=0.0)
+    optimizer = DESCENTS[descent](weights, lr=lr, weight_decay=0.0)
     order = _order(len(support))
     tell = after_step or (lambda step, model: None)
     tell(0, adapted)

@@ -67,6 +67,7 @@ def test_the_given_model_is_not_changed_and_steps_lower_the_loss(model):
     images, features, _ = support()
     before = copy.deepcopy(model)
 
+    @torch.no_grad()
     def loss(which: torch.nn.Module) -> float:
         tasks = [task for tasks in support_of(images, features) for task in tasks]
         return sum(float(sum(all_losses(which, CosineMSE(0.0), task).values())) for task in tasks)
@@ -163,7 +164,7 @@ MESSAGES = {
     "frozen part": r"parts=\['decoder'\]: nothing to adapt",
     "negative steps": r"adapt needs steps >= 0, lr > 0",
     "no scale": r"scales must be whole numbers from 2, got \[\]",
-    "unknown descent": r"'adam' is not a valid Descent",
+    "unknown descent": r"descent must be one of adamw, sgd, got 'adam'",
 }
 
 
@@ -205,9 +206,7 @@ def test_a_delta_finds_its_base_where_it_was_beside_it_or_as_told(base, adapted,
     away.mkdir()
     core.save_delta(adapted, away / "delta.safetensors", base)
     base.rename(other)
-    with pytest.raises(
-        FileNotFoundError, match=r"changes weights of .*base.safetensors .*put base.safetensors beside it"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"changes weights of .*put base.safetensors beside it"):
         core.load(away / "delta.safetensors")
     assert same(core.load(other, {"delta": away / "delta.safetensors"}), adapted)
     other.rename(away / "base.safetensors")
@@ -220,9 +219,7 @@ def test_a_delta_refuses_another_base(base, adapted, tmp_path, perturbed):
         another = tmp_path / f"{i}.safetensors"
         other = perturbed(core.build(overrides), seed=1 - i)  # the second one has the same weights
         core.save(other, another)
-        with pytest.raises(
-            core.WeightsError, match=r"delta.safetensors was made from .*base.safetensors .*another model"
-        ):
+        with pytest.raises(core.WeightsError, match=r"delta.safetensors was made from .*base.* another model"):
             core.load(another, {"delta": tmp_path / "delta.safetensors"})
     core.save(perturbed(core.build(SMALL), seed=1), base)  # the file was replaced
     with pytest.raises(core.WeightsError, match="another model"):

@@ -9,7 +9,7 @@ from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import core
-from core.adaptation import Descent
+from core.adaptation import DESCENTS
 from core.backbones import backbone_from_config
 from experiments.adaptation.curve import Curve
 from experiments.adaptation.support import TARGETS, Images
@@ -63,13 +63,13 @@ def adapt(config: DictConfig) -> Adapted:
     try:
         model = core.load(config.checkpoint).to(device)
         backbone = backbone_from_config(config.backbone).to(device)
-        learner = core.load_learner(config.checkpoint, model) if config.learner else None
+        learner = core.load_learner(config.checkpoint, model) if config.by_learner else None
     except core.WeightsError:
         raise
     except ValueError as error:
         raise SettingError(str(error)) from error
-    if config.learner and learner is None:
-        raise SettingError(f"learner=true, but checkpoint={config.checkpoint} has none: it was not trained by one")
+    if config.by_learner and learner is None:
+        raise SettingError(f"by_learner=true, but checkpoint={config.checkpoint} has none: it was not trained by one")
     with track(config, device) as run, logging_redirect_tqdm():
         run.tag("data.fingerprint", data.fingerprint)
         known = Images(data, support, backbone, config, config.targets == "encoder", "encoding the support")
@@ -106,7 +106,7 @@ class _Watch:
     def __init__(self, config: DictConfig, curve: Curve, held_out: Images, run: Run):
         self.config, self.curve, self.held_out, self.run = config, curve, held_out, run
         self.deltas: list[Path] = []
-        self.progress = Progress(None, "adapting", "step", 0 if config.learner else config.steps)
+        self.progress = Progress(None, "adapting", "step", 0 if config.by_learner else config.steps)
 
     def __call__(self, step: int, model: nn.Module) -> None:
         c = self.config
@@ -171,7 +171,7 @@ def _check(config: DictConfig) -> None:
     """Raises SettingError: a value that cannot be."""
     check_choice("targets", config.targets, TARGETS)
     check_choice("write", config.write, WRITE)
-    check_choice("descent", config.descent, [kind.name for kind in Descent])
+    check_choice("descent", config.descent, tuple(DESCENTS))
     for name, least in (("held_out", 1), ("steps", 0), ("images_per_step", 1), ("measure_every", 1), ("scale", 2)):
         check_count(name, config[name], least)
     if config.num_support is not None:
