@@ -74,7 +74,7 @@ def test_the_measured_detail_is_that_of_fidelity(config, tmp_path):
         own = scores[(scores["arm"] == arm) & (scores["measure"] == "detail")].set_index("image")
         for name, value in found.curve.values("detail").loc[step].items():
             # the evaluation rounds features to half precision, and the image too
-            assert own.loc[name, "value"] == pytest.approx(value, abs=5e-3)
+            assert own.loc[name, "numerator"] == pytest.approx(value, abs=5e-3)
 
 
 def core_names() -> list[str]:
@@ -166,3 +166,35 @@ def test_the_command_reports_and_its_exit_code_tells(config, tmp_path, monkeypat
     printed = capsys.readouterr().out
     assert "detail on 2 held-out images" in printed
     assert ("usable as checkpoint=FILE" in printed) == (write == "always")
+
+
+def test_an_evaluation_adapts_its_checkpoints_first(config, tmp_path):
+    """Its arm is what `core.adapt` makes of the first images; peers stay, and arms are compared with the one named."""
+    base, out = tmp_path / "base.safetensors", tmp_path / "out"
+    given = [
+        "backbone=hog8", "task.view=64", "task.guidance=32", "task.scales=[2]", "peers=[bilinear]", "ceilings=[]",
+        "val_data.first=6", "tracking.enabled=false", "device=cpu", "name=ev", "data=images", "data.last=2",
+        "adapt.view=64", "adapt.guidance=32", "adapt.steps=1", "adapt.lr=0.5",
+    ]  # fmt: skip
+    delta = adapt(config("steps=1", "lr=0.5", "descent=sgd", "targets=encoder", "write=always")).deltas[-1]
+    plain = evaluate(config(*given, f"checkpoints={{base: {base}, adapted: {delta}}}", "baseline=base",
+                            f"out_dir={out / 'plain'}", name="fidelity"))  # fmt: skip
+    first = evaluate(config(*given, f"checkpoints={{base: {base}}}", "adapt.images=2", f"out_dir={out / 'first'}",
+                            name="fidelity"))  # fmt: skip
+
+    def values(found, arm: str) -> list[float]:
+        own = found.scores
+        return own[(own["arm"] == arm) & (own["measure"] == "detail")]["numerator"].tolist()
+
+    assert values(first, "base") == pytest.approx(values(plain, "adapted"), abs=1e-5)
+    assert values(first, "bilinear") == values(plain, "bilinear")
+    assert values(plain, "base") != pytest.approx(values(plain, "adapted"), abs=1e-5)
+    differences = {one.arm: one.difference for one in plain.results if one.measure == "detail"}
+    assert differences["base"] is None
+    expected = np.mean(np.subtract(values(plain, "adapted"), values(plain, "base")))
+    assert differences["adapted"].value == pytest.approx(expected)
+    assert "mean paired difference to base," in (out / "plain" / "ev.md").read_text()
+    with pytest.raises(SettingError, match=r"adapt.images=3, but data has 2 images"):
+        evaluate(config(*given, "adapt.images=3", f"out_dir={out}", name="fidelity"))
+    with pytest.raises(SettingError, match=r"baseline must be one of bilinear, got other"):
+        evaluate(config(*given, "baseline=other", f"out_dir={out}", name="fidelity"))

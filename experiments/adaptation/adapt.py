@@ -9,11 +9,11 @@ from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import core
-from core.adaptation import DESCENTS
 from core.backbones import backbone_from_config
 from experiments.adaptation.curve import Curve
-from experiments.adaptation.support import TARGETS, Images
 from experiments.data import DataSet, open_data
+from experiments.data.feature_cache import FeatureCache
+from experiments.measuring.support import Images, check_adaptation
 from experiments.progress import Progress
 from experiments.settings import (
     SettingError,
@@ -72,25 +72,12 @@ def adapt(config: DictConfig) -> Adapted:
         raise SettingError(f"by_learner=true, but checkpoint={config.checkpoint} has none: it was not trained by one")
     with track(config, device) as run, logging_redirect_tqdm():
         run.tag("data.fingerprint", data.fingerprint)
-        known = Images(data, support, backbone, config, config.targets == "encoder", "encoding the support")
-        others = Images(data, held_out, backbone, config, config.measure_detail, "encoding held-out images")
+        how = backbone, config, FeatureCache(config.cache.folder, config.cache.max_gb)
+        known = Images(data, support, *how, config.targets == "encoder", "encoding the support")
+        others = Images(data, held_out, *how, config.measure_detail, "encoding held-out images")
         curve = Curve([example.name for example in others.examples], config.confidence)
         watch = _Watch(config, curve, others, run)
-        try:
-            adapted = core.adapt(
-                model,
-                *known.given(),
-                steps=config.steps,
-                lr=config.lr,
-                descent=config.descent,
-                parts=list(config.parts),
-                scales=list(config.scales),
-                images_per_step=config.images_per_step,
-                learner=learner.to(device) if learner is not None else None,
-                after_step=watch,
-            )
-        except ValueError as error:
-            raise SettingError(str(error)) from error
+        adapted = known.adapt(model, None if learner is None else learner.to(device), watch)
         if learner is not None:
             watch.of_learner(model, adapted, learner)
         deltas = watch.deltas + _write(config, adapted, curve)
@@ -169,15 +156,12 @@ def _divide(config: DictConfig, data: DataSet) -> tuple[range, range]:
 
 def _check(config: DictConfig) -> None:
     """Raises SettingError: a value that cannot be."""
-    check_choice("targets", config.targets, TARGETS)
+    check_adaptation(config)
     check_choice("write", config.write, WRITE)
-    check_choice("descent", config.descent, tuple(DESCENTS))
-    for name, least in (("held_out", 1), ("steps", 0), ("images_per_step", 1), ("measure_every", 1), ("scale", 2)):
-        check_count(name, config[name], least)
+    check_count("held_out", config.held_out)
+    check_count("measure_every", config.measure_every)
     if config.num_support is not None:
         check_count("num_support", config.num_support)
-    if not isinstance(config.lr, int | float) or not config.lr > 0:
-        raise SettingError(f"lr must be a number above 0, got {config.lr}")
     if wrong := [step for step in config.save_at if type(step) is not int or not 0 <= step <= config.steps]:
         raise SettingError(
             f"save_at={list(config.save_at)}: each must be a step from 0 to {config.steps}, not {wrong[0]}"
