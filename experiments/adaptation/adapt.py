@@ -73,8 +73,9 @@ def adapt(config: DictConfig) -> Adapted:
     with track(config, device) as run, logging_redirect_tqdm():
         run.tag("data.fingerprint", data.fingerprint)
         how = backbone, config, FeatureCache(config.cache.folder, config.cache.max_gb)
-        known = Images(data, support, *how, config.targets == "encoder", "encoding the support")
-        others = Images(data, held_out, *how, config.measure_detail, "encoding held-out images")
+        finer = config.targets == "encoder"
+        known = Images(data, support, *how, finer, "encoding the support")
+        others = Images(data, held_out, *how, finer or config.measure_detail, "encoding held-out images")
         curve = Curve([example.name for example in others.examples], config.confidence)
         watch = _Watch(config, curve, others, run)
         adapted = known.adapt(model, None if learner is None else learner.to(device), watch)
