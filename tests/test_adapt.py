@@ -135,7 +135,7 @@ def test_the_verdict_follows_the_interval():
         (["held_out=100"], r"data has \d+ images, and held_out=100 .*none is left to adapt to"),
         (["num_support=50"], r"num_support=50, but of \d+ images held_out=2"),
         (["targets=labels"], r"targets must be one of features, encoder, got labels"),
-        (["descent=adam"], r"descent must be one of adamw, sgd, got adam"),
+        (["descent=adam"], r"descent must be one of sgd, adamw, got adam"),
         (["parts=[head]"], r"the model has no part 'head'"),
         (["save_at=[7]"], r"save_at=\[7\]: each must be a step from 0 to 2, not 7"),
         (["view=16", "guidance=16"], r"features of 2x2 cells are too small for scale 2"),
