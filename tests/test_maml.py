@@ -277,6 +277,29 @@ def test_an_objectives_weight_acts_through_the_inner_loop(perturbed):
     assert found[False] != pytest.approx(found[True], rel=1e-6)
 
 
+class Faint(Objective):
+    """Gradients below what float16 can hold."""
+
+    def forward(self, model: nn.Module, batch: Batch, output: Tensor | None) -> dict[str, Tensor]:
+        return {"faint_loss": 1e-5 * (core.batch.crops_of(output, batch) - batch.target).square().mean()}
+
+
+def test_small_gradients_survive_in_float16(monkeypatch, perturbed):
+    model, support = perturbed(core.build(SMALL)), batch_of(2)
+    learner = maml(inner_steps=1, inner_lr=1e3, first_order=True)
+
+    def moved(half: bool) -> Tensor:
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            adapted = learner.adapted(model, Faint(), support)
+        pairs = zip(adapted.parameters(), model.parameters(), strict=True)
+        return torch.cat([(ours - theirs).flatten().detach() for ours, theirs in pairs])
+
+    expected = moved(half=False)
+    assert (moved(half=True) - expected).norm() < 0.05 * expected.norm()
+    monkeypatch.setattr("extensions.maml.INNER_SCALE", 1.0)
+    assert (moved(half=True) - expected).norm() > 0.1 * expected.norm(), "nothing is lost without a scale"
+
+
 # --- tasks -----------------------------------------------------------------------------------------------------------
 
 

@@ -98,7 +98,7 @@ class _Watch:
 
     def __call__(self, step: int, model: nn.Module) -> None:
         c = self.config
-        if step % c.measure_every == 0 or step == c.steps:
+        if step % c.measure_every == 0 or step in c.save_at or step == c.steps:
             self.measure(step, model)
         if step in c.save_at:
             self.deltas.append(_saved(c, model, f"{c.name}_step{step}"))
