@@ -156,12 +156,9 @@ def test_a_folder_without_images_is_refused(config, tmp_path):
 
 
 @pytest.mark.parametrize("write", ["always", "if_better"])
-def test_the_command_reports_and_its_exit_code_tells(config, tmp_path, monkeypatch, capsys, write):
-    base = tmp_path / "base.safetensors"
-    arguments = [*TINY, "steps=0", f"checkpoint={base}", f"out_dir={tmp_path / 'out'}", f"write={write}"]
-    monkeypatch.setattr("sys.argv", ["adapt", *arguments, f"hydra.run.dir={tmp_path / 'hydra'}"])
+def test_the_command_reports_and_its_exit_code_tells(config, capsys, write):
     with pytest.raises(SystemExit) as ended:
-        main()
+        main.__wrapped__(config("steps=0", f"write={write}"))
     assert ended.value.code == 1
     printed = capsys.readouterr().out
     assert "detail on 2 held-out images" in printed
@@ -173,7 +170,7 @@ def test_an_evaluation_adapts_its_checkpoints_first(config, tmp_path):
     base, out = tmp_path / "base.safetensors", tmp_path / "out"
     given = [
         "backbone=hog8", "task.view=64", "task.guidance=32", "task.scales=[2]", "peers=[bilinear]", "ceilings=[]",
-        "val_data.first=6", "tracking.enabled=false", "device=cpu", "name=ev", "data=images", "data.last=2",
+        "val_data.first=4", "tracking.enabled=false", "device=cpu", "name=ev", "data=images", "data.last=2",
         "adapt.view=64", "adapt.guidance=32", "adapt.steps=1", "adapt.lr=0.5",
     ]  # fmt: skip
     delta = adapt(config("steps=1", "lr=0.5", "descent=sgd", "targets=encoder", "write=always")).deltas[-1]
