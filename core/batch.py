@@ -3,8 +3,8 @@
 Shape letters as in `core/hooks.py`.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -136,6 +136,20 @@ def crops_of(output: Tensor, batch: Batch) -> Tensor:
             for i, (row, column) in enumerate(corners.tolist())
         ]
     )
+
+
+def images_of(batch: Batch, positions: Sequence[int]) -> Batch:
+    """The part of a batch that shows some of its images, with all that belongs to them."""
+
+    def of(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        per_image = len(x) // len(batch.image)
+        return x.unflatten(0, (-1, per_image))[list(positions)].flatten(0, 1)
+
+    clip = batch.clip and Clip(of(batch.clip.image), of(batch.clip.features), of(batch.clip.flow))
+    tensors = ("image", "features", "target", "corners", "augmented_image", "whole", "crops")
+    return replace(batch, clip=clip, **{name: of(getattr(batch, name)) for name in tensors})
 
 
 def check_parts(asked: Iterable[tuple[object, Iterable[str]]]) -> frozenset[str]:

@@ -12,7 +12,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from core.atomic import replacing
 from core.compose import arguments
-from core.hooks import AFTER_ATTENTION, MODEL_HOOKS
+from core.delta import DELTA_FORMAT, base_of, patched
+from core.hooks import AFTER_ATTENTION, MODEL_HOOKS, Learner
 from core.published import PUBLISHED, fetch, is_published, rename_published
 from core.registry import changeable, describe, factory
 from core.weight_files import WeightsError, read_weights
@@ -22,14 +23,16 @@ BUNDLED = {name: Path(__file__).parent / "weights" / f"{name}.safetensors" for n
 """Trained baselines that come with the package: with `ordering=paper`, and with `ordering=released`
 (docs/weights.md)."""
 FORMAT = "anyup_lab/1"
+_LEARNER = "learner."  # begins the names of a learner's weights
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def save(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -> None:
+def save(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None, learner: Learner | None = None) -> None:
     """Writes weights and configuration to `path` (.safetensors), atomically; casts the weights to `dtype` if given.
 
     For a wrapped model (`torch.compile`, DataParallel, DistributedDataParallel, AveragedModel), writes the AnyUp
-    inside.
+    inside. Of a `learner` that can adapt models and was built from a configuration, writes that and its weights too
+    (`core.load_learner`); of others, nothing.
 
     Raises:
         ValueError: `path` does not end in .safetensors.
@@ -42,6 +45,14 @@ def save(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -
         name.replace("_orig_mod.", ""): tensor.detach().to("cpu", dtype).contiguous()  # the prefix of compiled modules
         for name, tensor in model.state_dict().items()
     }
+    if learner is not None and learner.config and type(learner).adapt is not Learner.adapt:
+        metadata["learner"] = json.dumps(learner.config)
+        state |= {f"{_LEARNER}{name}": tensor.detach().cpu() for name, tensor in learner.state_dict().items()}
+    write(state, path, metadata)
+
+
+def write(state: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+    """Writes tensors to a safetensors file, atomically. Raises as `save`."""
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"{path}: the name of a checkpoint must end in .safetensors")
     with replacing(Path(path)) as part:
@@ -161,11 +172,11 @@ def _fixed(hook: str, settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if f"{hook}.{key}" not in free}
 
 
-def warm_start(model: nn.Module, source: str | Path) -> list[str]:
+def warm_start(model: nn.Module, source: str | Path, base: str | Path | None = None) -> list[str]:
     """Copies a checkpoint's weights into a model whose fillers may differ.
 
     Weights may be missing or unused only in hook points whose filler or settings differ from the checkpoint's.
-    `source` is a path or a name, as for `core.load`.
+    `source` is a path or a name, and `base` that of a delta, as for `core.load`.
 
     Returns:
         Names of the weights that the checkpoint does not have; they keep their values.
@@ -175,7 +186,7 @@ def warm_start(model: nn.Module, source: str | Path) -> list[str]:
         WeightsError: as `core.load`; or another weight is missing, unexpected or of another shape.
     """
     model = unwrapped(model)
-    state, config = read(source)
+    state, config = read(source, base)
     mine = json.loads(json.dumps(model.config))  # as read from a file: tuples become lists
     differs = [hook for hook in model.factories if _fixed(hook, mine[hook]) != _fixed(hook, mine[hook] | config[hook])]
     switched = tuple(f"{hook}." for hook in differs)
@@ -190,24 +201,31 @@ def warm_start(model: nn.Module, source: str | Path) -> list[str]:
     return untouched
 
 
-def read(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads a checkpoint -> state dict with this project's parameter names, configuration.
+def read(source: str | Path, base: str | Path | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads a checkpoint, or a delta and its base -> state dict with this project's parameter names, configuration.
+
+    Args:
+        base: of a delta, if it is not where it was; a source as well.
 
     Raises:
         FileNotFoundError, OSError, WeightsError: as `core.load`.
     """
     path = find(source)
-    trusted = () if path.suffix == ".safetensors" else _omegaconf_classes()
-    state, metadata = read_weights(path, ("anyup", "state_dict", "model"), trusted)
+    state, metadata = _tensors(path)
+    if metadata.get("format") == DELTA_FORMAT:
+        base = base_of(metadata, path, BUNDLED | PUBLISHED) if base is None else base
+        return patched(state, metadata, *read(base), path, base)
+    if base is not None:
+        raise WeightsError(f"{path} is no delta, so it has no base: load it without base={base}")
     if metadata.get("format", "").startswith("anyup_lab/"):
-        if metadata["format"] != FORMAT:
-            raise WeightsError(f"{path} has format {metadata['format']}; this version reads {FORMAT}")
+        _check_format(path, metadata)
         try:
-            return state, json.loads(metadata["config"])
+            config = json.loads(metadata["config"])
         except (KeyError, ValueError) as error:
             raise WeightsError(
                 f"{path} is damaged: its configuration cannot be read; copy or download the file again"
             ) from error
+        return {name: tensor for name, tensor in state.items() if not name.startswith(_LEARNER)}, config
     if not is_published(state) and {"rotary.freqs", "image_encoder.0.weight"} <= state.keys():
         reader = "safetensors.torch.load_file(FILE)" if path.suffix == ".safetensors" else "torch.load(FILE)"
         raise WeightsError(
@@ -216,6 +234,29 @@ def read(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             '"NAME.safetensors") writes a file that core.load can read'
         )
     return rename_published(state, path)
+
+
+def read_learner(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Reads the learner that a checkpoint was trained by -> its state dict and configuration; None: there is none.
+
+    Raises:
+        FileNotFoundError, OSError, WeightsError: as `core.load`.
+    """
+    state, metadata = _tensors(find(source))
+    if "learner" not in metadata:
+        return None
+    own = {name.removeprefix(_LEARNER): tensor for name, tensor in state.items() if name.startswith(_LEARNER)}
+    return own, json.loads(metadata["learner"])
+
+
+def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    trusted = () if path.suffix == ".safetensors" else _omegaconf_classes()
+    return read_weights(path, ("anyup", "state_dict", "model"), trusted)
+
+
+def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
+    if metadata["format"] != FORMAT:
+        raise WeightsError(f"{path} has format {metadata['format']}; this version reads {FORMAT}")
 
 
 def _omegaconf_classes() -> list:

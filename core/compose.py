@@ -8,6 +8,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from core import registry
 from core.hooks import HOOK_POINTS, MODEL_HOOKS, Filler
+from core.registry import describe
 
 BASELINE = {
     "unifier": "learned_basis",
@@ -74,7 +75,10 @@ def build_filler(hook: str, config: DictConfig | Mapping[str, Any]) -> Filler:
     Raises:
         ValueError: a name, setting or value is not valid; the message says which, and lists what there is.
     """
-    return _factory(hook, config)()
+    make = _factory(hook, config)
+    filler = make()
+    filler.config = describe(make)
+    return filler
 
 
 def available() -> str:

@@ -64,6 +64,8 @@ class Filler(nn.Module, ABC):
     """Factors on the learning rate. Key: a parameter's name as in `named_parameters`, or the first part of it."""
     batch_parts: frozenset[str] = frozenset()
     """Optional parts of `Batch` that the filler needs in training (core/batch.py); may be set in `__init__`."""
+    config: Mapping[str, object] | None = None
+    """Name and settings of an objective or learner that `core.build_filler` built."""
 
     def auxiliary_loss(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The filler's own scalar losses, named `*_loss`; they are added to the objective's.
@@ -237,6 +239,12 @@ class Learner(Filler):
     """
 
     hook = "learner"
+
+    def prepare(self, model: nn.Module) -> None:
+        """Shows the model to be trained, once, before training: for parameters that depend on it, such as learnt rates.
+
+        By default, nothing is prepared.
+        """
 
     @abstractmethod
     def forward(self, model: nn.Module, objective: Objective, tasks: Sequence[Batch]) -> list[dict[str, Tensor]]:

@@ -21,6 +21,7 @@ class Trainable(nn.Module):
     def __init__(self, model: nn.Module, objective: Objective, learner: Learner):
         super().__init__()
         self.model, self.objective, self.learner = model, objective, learner
+        learner.prepare(model)
 
     def forward(self, tasks: Sequence[Batch]) -> list[dict[str, Tensor]]:
         """The losses of each task, as the learner computes them."""

@@ -100,6 +100,8 @@ ROWS = [
     Row("objective", "cosine_mse", {"self_consistency_size": 9}),
     Row("objective", "cosine_mse", {"self_consistency": 0, "input_consistency": 0}),
     Row("learner", "sgd"),
+    Row("learner", "maml", {"inner_lr": 0.001, "rates": "tensor"}, neutral={"inner_steps": 0, "rates": "fixed"}),
+    Row("learner", "maml", {"inner_lr": 0.001, "first_order": True, "mixing": 0.5, "parts": ["attention"]}),
 ]
 MODEL_ROWS = [row for row in ROWS if row.hook in MODEL_HOOKS]
 SMALLEST = {(row.hook, row.name): row for row in reversed(ROWS)}  # the first row of each filler

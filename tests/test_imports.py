@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "cost": {"data"},
     "peers": {"data"},
     "measuring": {"peers", "cost", "statistics", "tracking", "data", "reports"},
+    "adaptation": {"measuring", "statistics", "tracking", "data"},
     "training": {"measuring", "peers", "cost", "statistics", "tracking", "data", "reports"},
     "upsampling": {"measuring", "tracking", "data", "reports"},
     "sweeps": {"training", "measuring", "peers", "cost", "statistics", "tracking", "data", "reports"},

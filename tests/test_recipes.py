@@ -21,7 +21,8 @@ TRAIN = ["embed_dim=16", "attention.num_heads=2", "steps=2", "batch_size=1", "vi
 FEW = ["max_train_images=2", "max_val_images=2", "task.epochs=2"]
 PROBE = [*FEW, "image_size=[64,64]", "output_size=[8,8]"]
 SMALL = {
-    "fidelity": ["task.view=32", "task.guidance=32", "task.scales=[2]", "max_val_images=2"],
+    "fidelity": ["task.view=32", "task.guidance=32", "task.scales=[2]", "max_val_images=2", "adapt.view=32",
+                 "adapt.guidance=32"],
     "segmentation": [*PROBE, "encoder_size=[64,64]"],
     "depth": PROBE,
     "normals": PROBE,
@@ -29,7 +30,8 @@ SMALL = {
     "propagation": ["image_size=[32,40]", "output_size=[8,10]", "task.radius=8"],
 }  # fmt: skip
 SLOW = ("num_basis", "paper_ablation", "paper_ablation_rgbd", "any_to_any", "unseen_backbone", "single_to_multi",
-        "preservation", "model_extensions", "model_extensions_probes", "extension_variations", "diffusion")  # fmt: skip
+        "preservation", "model_extensions", "model_extensions_probes", "extension_variations", "diffusion",
+        "maml")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +54,9 @@ def given(tmp_path_factory):
     return {
         "davis": str(folder / "davis"), "clips": str(folder / "davis/JPEGImages/480p/a"), "published": "bundled",
         "num_videos": 1, "num_frames": 3,
-        "photos": "bundled", "num_train": 3, "num_test": 2, "encoder": "hog8", "camvid": str(folder / "camvid"),
+        "photos": "bundled", "num_train": 4, "num_test": 2, "encoder": "hog8", "camvid": str(folder / "camvid"),
         "rgbd_train": str(folder / "rgbd_train"), "rgbd_val": str(folder / "rgbd_val"), "unseen": "daisy8",
-        "intrinsics": "[60,60,40,32]", "num_scenes": 2, "num_test_scenes": 2,
+        "shots": 2, "shots_many": 3, "intrinsics": "[60,60,40,32]", "num_scenes": 2, "num_test_scenes": 2,
     }  # fmt: skip
 
 

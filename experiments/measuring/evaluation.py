@@ -17,13 +17,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+import core
 from core.backbones import Backbone, backbone_from_config
 from experiments.atomic import replacing
 from experiments.cost.arm_cost import check_cost, measure_costs
-from experiments.data import open_data
+from experiments.data import DataSet, open_data
 from experiments.data.feature_cache import FeatureCache, fingerprint
 from experiments.measuring.bench import Bench, Ceiling, EncodedImages, Encoder, EvaluationError, Memory, Sizes
 from experiments.measuring.heads import HEADS
+from experiments.measuring.support import Images, check_adaptation
 from experiments.measuring.task import Picture, make_task
 from experiments.measuring.upsamplers import upsamplers
 from experiments.peers import CannotUpsample, Peer, named_peers, peer_identity
@@ -32,7 +34,9 @@ from experiments.reports.evaluation import metrics, write
 from experiments.reports.pictures import panel
 from experiments.settings import (
     SettingError,
+    check_choice,
     check_confidence,
+    check_count,
     check_name,
     check_once,
     check_seeds,
@@ -78,10 +82,10 @@ class Evaluation:
         encoder, memory = Encoder(backbone, cache, layers), Memory(config.cache.memory_gb)
         _check_encoder(encoder, sizes)
         data = {"val_data": open_data(config.val_data)}
-        if self.task.trains:
+        if self.task.trains or config.adapt.images:
             data["data"] = open_data(config.data)
             if data["data"].fingerprint == data["val_data"].fingerprint:
-                log.warning("data and val_data are the same images: probes are measured on what they were trained on")
+                log.warning("data and val_data are the same images: what was learned from them is measured on them")
         self.data_fingerprints = {role: opened.fingerprint for role, opened in data.items()}
 
         def cases(role: str, limit: int | None) -> EncodedImages:
@@ -91,6 +95,7 @@ class Evaluation:
         val = cases("val_data", config.max_val_images)
         self.bench = Bench(train, val, encoder, sizes, memory, config.ceiling_scale, self.device)
         self.task.check(self.bench)
+        self.support = _support(config, data, backbone, cache)
         self.names = (config.val_data.name, config.backbone.name)
         self.fingerprint = _fingerprint(config, sizes, self.data_fingerprints, backbone)
 
@@ -116,6 +121,8 @@ class Evaluation:
         was_training = isinstance(model, nn.Module) and model.training
         if isinstance(model, nn.Module):
             model.to(self.device).eval()
+        if self.support is not None and isinstance(model, core.AnyUp):
+            model = self.support.adapt(model)
         try:
             rows = list(self.task.rows(model, seed, self.bench))
         except (EvaluationError, CannotUpsample) as error:
@@ -180,6 +187,7 @@ def evaluate(config: DictConfig) -> Evaluated:
         )
     seeds = list(config.seeds) if evaluation.task.trains else list(config.seeds)[:1]
     check_cost(config.cost)
+    check_choice("baseline", config.baseline, tuple(models))
     with track(config, evaluation.device) as run, logging_redirect_tqdm():
         for role, digest in evaluation.data_fingerprints.items():
             run.data(role, digest)
@@ -193,7 +201,7 @@ def evaluate(config: DictConfig) -> Evaluated:
                 shown.append(_draw(picture, name, run, Path(config.out_dir) / f"{config.name}_worst"))
         scores = pd.concat(tables, ignore_index=True)
         trained = [name for name, model in models.items() if not isinstance(model, Peer | Ceiling)]
-        results = compare(scores, FLOOR, trained, config.confidence, num_resamples=0)
+        results = compare(scores, config.baseline, trained, config.confidence, num_resamples=0)
         networks = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
         costs = measure_costs(networks, FLOOR, config.cost, evaluation.device)
         origin = Origin.of_this_process(
@@ -227,6 +235,20 @@ def _check(config: DictConfig) -> None:
     check_confidence(config.confidence)
     check_name(config.name)
     check_writable(Path(config.out_dir))
+
+
+def _support(config: DictConfig, data: dict[str, DataSet], backbone: Backbone, cache: FeatureCache) -> Images | None:
+    """The images that checkpoints are adapted to; None: they are measured as they are."""
+    check_count("adapt.images", config.adapt.images, 0)
+    if not config.adapt.images:
+        return None
+    check_adaptation(config.adapt)
+    if config.adapt.images > len(data["data"]):
+        raise SettingError(f"adapt.images={config.adapt.images}, but data has {len(data['data'])} images")
+    finer = config.adapt.targets == "encoder"
+    return Images(
+        data["data"], range(config.adapt.images), backbone, config.adapt, cache, finer, "encoding the support"
+    )
 
 
 def _sizes(config: DictConfig) -> Sizes:
@@ -270,5 +292,6 @@ def _check_encoder(encoder: Encoder, sizes: Sizes) -> None:
 def _fingerprint(config: DictConfig, sizes: Sizes, data: dict[str, str], backbone: Backbone) -> str:
     task = OmegaConf.to_container(config.task, resolve=True)
     limits = config.max_train_images, config.max_val_images, config.ceiling_scale
-    known = [_FORMAT, sorted(task.items()), sizes, limits, sorted(data.items()), fingerprint(backbone)]
+    adapt = sorted(OmegaConf.to_container(config.adapt, resolve=True).items()) if config.adapt.images else []
+    known = [_FORMAT, *adapt, sorted(task.items()), sizes, limits, sorted(data.items()), fingerprint(backbone)]
     return hashlib.sha256(repr(known).encode()).hexdigest()

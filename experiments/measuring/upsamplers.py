@@ -42,7 +42,7 @@ def upsamplers(config: DictConfig) -> dict[str, nn.Module]:
 
 
 def _loaded(node: str | DictConfig) -> core.AnyUp:
-    """The model of a file or a name; or of {checkpoint: FILE, HOOK: FILLER, HOOK.SETTING: VALUE}."""
+    """The model of a file or a name; or of {checkpoint: FILE, delta: FILE, HOOK: FILLER, HOOK.SETTING: VALUE}."""
     if isinstance(node, str):
         return core.load(node)
     source, changes = checkpoint_and_changes(node)
@@ -58,7 +58,8 @@ def checkpoint_and_changes(node: DictConfig) -> tuple[str, dict[str, object]]:
     values = OmegaConf.to_container(node, resolve=True)
     if not isinstance(values, dict) or not isinstance(values.get("checkpoint"), str):
         raise SettingError(
-            f"a checkpoint must be FILE, or {{checkpoint: FILE, temporal: NAME, HOOK.SETTING: VALUE}}, got {values}"
+            "a checkpoint must be FILE, or {checkpoint: FILE, delta: FILE, temporal: NAME, HOOK.SETTING: VALUE}, got "
+            f"{values}"
         )
     return values.pop("checkpoint"), values
 

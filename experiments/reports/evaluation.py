@@ -17,7 +17,7 @@ from experiments.statistics.verdicts import FLOOR, Comparison, bases, table
 from experiments.tracking.provenance import Origin
 
 NOTES = f"""\
-- After each value comes the mean paired difference to {FLOOR}, with its interval. The line above a table says what the
+- After each value comes the mean paired difference to BASELINE, with its interval. The line above a table says what the
   intervals hold for; if an arm differs from the others in this, its verdict says so. One seed says nothing about other
   seeds, and one image gives no interval.
 - gap closed: (arm - {FLOOR}) / (encoder - {FLOOR}); left out where the encoder at the higher resolution is not clearly
@@ -63,15 +63,15 @@ def markdown(
         parts += [f"## {_heading(name, of_task)}", f"Intervals: {bases(of_task)}.", _table(of_task).markdown()]
     if costs is not None:
         parts.append(cost_section(costs))
-    return "\n\n".join([*parts, NOTES]) + "\n"
+    return "\n\n".join([*parts, NOTES.replace("BASELINE", config.baseline)]) + "\n"
 
 
 def rich_tables(results: Sequence[Comparison], costs: pd.DataFrame | None = None) -> list[rich.table.Table]:
     """For the terminal: the first measure of each task in full, the values of up to three others, and costs."""
-    shown = []
+    shown, baseline = [], next(one.arm for one in results if one.difference is None)
     for name, of_task in by_task(results).items():
         first, *others = dict.fromkeys(one.measure for one in of_task)
-        columns = ["arm", short_title(first), f"to {FLOOR}", "gap closed", *map(short_title, others[:3])]
+        columns = ["arm", short_title(first), f"to {baseline}", "gap closed", *map(short_title, others[:3])]
         arms = by_arm(of_task)
         rows = []
         for arm, mine in arms.items():

@@ -72,6 +72,8 @@ class Arm:
         else:
             known = {"name": self.name, "file": content_digest(self.checkpoint) if self.checkpoint else ""}
             known |= {"changes": dict(self.changes)} if self.changes else {}
+            if "delta" in self.changes:
+                known["delta"] = content_digest(checkpoint.find(self.changes["delta"]))
         return digest_of({"kind": self.kind, "code": self._code} | known)
 
     @cached_property
@@ -81,7 +83,8 @@ class Arm:
         config = self.training
         if self.checkpoint is not None:
             with suppress(core.WeightsError, OSError):  # the arm fails with this error when it is measured
-                config = checkpoint.changed(checkpoint.read(self.checkpoint)[1], self.changes)
+                changes = {key: value for key, value in self.changes.items() if key != "delta"}
+                config = checkpoint.changed(checkpoint.read(self.checkpoint)[1], changes)
         return code_version([(hook, config[hook]["name"]) for hook in HOOK_POINTS if hook in config] if config else [])
 
     def model(self, trained: Path | None = None) -> nn.Module | Ceiling:

@@ -251,7 +251,7 @@ class Training:
         with self._told_how_to_go_on():
             self.curves.save()
             with self.optimiser.averaged():
-                core.save(self.inner.model, self.out_dir / "last.safetensors")
+                core.save(self.inner.model, self.out_dir / "last.safetensors", learner=self.inner.learner)
             save_state(path, self.state, tensors | of_optimiser, self._identity())
 
     @contextmanager
@@ -292,7 +292,7 @@ class Training:
             if state.best is None or result > state.best:
                 state.best = result
                 with self._told_how_to_go_on():
-                    core.save(self.inner.model, self.out_dir / "best.safetensors")
+                    core.save(self.inner.model, self.out_dir / "best.safetensors", learner=self.inner.learner)
 
     def _report_non_finite(self, views: StepViews, batch: Batch, losses: dict[str, float]) -> str:
         path = self.out_dir / f"non_finite_step_{views.step}.safetensors"

@@ -213,7 +213,8 @@ def make_trainable(
     for hook in ("objective", "learner"):
         with _refusals_named(), named_stream(config.seed, hook):
             fillers.append(core.build_filler(hook, config[hook]))
-    return Trainable(replaced_by(model), *fillers)
+    with _refusals_named():
+        return Trainable(replaced_by(model), *fillers)
 
 
 def check_clips(asked: frozenset[str], views: ViewSettings, data: DataSet) -> None:
