@@ -13,7 +13,7 @@ A task with weight 0 is not computed. `reconstruction` adds the baseline's loss 
 supervised training; then targets are made. With `reconstruction=1` and all others 0 it is `cosine_mse` without its
 consistency terms, exactly.
 
-Errors are squared, in units of the variance of what must be reached over the image: 1 is as good as its mean vector.
+Errors are squared, in units of the features' variance over the image: inpainting's mean vector has an error of 1.
 
 Stop-gradients do not prevent blur: two smooth outputs agree better than two sharp ones. `diagnostics` measures it.
 
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.batch import Batch, crops_of
+from core.collapse import detail_variance, effective_rank, spatial_variance
 from core.fast.norm_act_conv import without_autocast
 from core.hooks import Objective
 from core.registry import register
@@ -106,26 +107,20 @@ class SelfSupervised(Objective):
 
     @torch.no_grad()
     def diagnostics(self, model: nn.Module, batch: Batch) -> dict[str, float]:
-        """Signs of collapse, means over the images of the batch.
-
-        `query_rank`, `key_rank`, `output_rank`: effective rank over an image. `query_variance`, `key_variance`: of the
-        embeddings as unit vectors, from 0 (all are the same) to 1. `output_variance`: of the output, in units of
-        the features' variance. `output_detail`: share of the output's variance that the grid of the features cannot
-        carry; blur lowers it.
-        """
-        query, key = (x.float().flatten(2).mT for x in _embeddings(model, batch, self.key_sees_image))  # (B,h·w,D)
-        output = model(batch.image, batch.features, batch.output_size).float()
-        grid = tuple(batch.features.shape[-2:])
-        carried = F.interpolate(F.interpolate(output, grid, mode="area"), output.shape[-2:], mode="bilinear")
-        spread = _variance(output)
+        """Signs of collapse (`core.collapse`): `query_rank`, `key_rank`, `output_rank`; `query_variance`,
+        `key_variance` of the embeddings as unit vectors; `output_variance`, in units of the features' variance; and
+        `output_detail`, which blur lowers. Means over the images of the batch."""
+        query, key = (widened(x) for x in _embeddings(model, batch, self.key_sees_image))  # (B,D,h,w)
+        output = widened(model(batch.image, batch.features, batch.output_size))
+        spread = spatial_variance(output)
         found = {
             "query_rank": effective_rank(query),
             "key_rank": effective_rank(key),
-            "output_rank": effective_rank(output.flatten(2).mT),
-            "query_variance": F.normalize(query, dim=2).var(1, correction=0).sum(1),
-            "key_variance": F.normalize(key, dim=2).var(1, correction=0).sum(1),
-            "output_variance": spread / _variance(batch.features.float()),
-            "output_detail": _variance(output - carried) / spread,
+            "output_rank": effective_rank(output),
+            "query_variance": spatial_variance(F.normalize(query, dim=1)),
+            "key_variance": spatial_variance(F.normalize(key, dim=1)),
+            "output_variance": spread / spatial_variance(widened(batch.features)),
+            "output_detail": detail_variance(output, tuple(batch.features.shape[-2:])) / spread,
         }
         return {name: value.mean().item() for name, value in found.items()}
 
@@ -156,7 +151,7 @@ class SelfSupervised(Objective):
         pooled = F.interpolate(output, grid, mode="area")  # (B,C,h,w)
         kept = {"features": features[0], "inpainted": torch.where(hidden, pooled, features)[0], "hidden": hidden[0]}
         self._shown |= {name: tensor.detach() for name, tensor in kept.items()}
-        return relative_error(pooled, features, hidden)
+        return relative_error(pooled, features, features, hidden)
 
     def _consistency(self, model: nn.Module, batch: Batch, random: torch.Generator) -> Tensor:
         chosen = torch.randperm(len(self.scales), generator=random)[: self.scales_per_step].sort().values
@@ -164,7 +159,7 @@ class SelfSupervised(Objective):
         for scale in (self.scales[i] for i in chosen.tolist()):
             features = at_scale(batch, scale, self)
             outputs.append(widened(model(batch.image, features, batch.output_size, generator=random)))
-        return consistency(outputs, self.teachers)
+        return consistency(outputs, widened(batch.features), self.teachers)
 
     def _alignment(self, model: nn.Module, batch: Batch) -> Tensor:
         query, key = _embeddings(model, batch, self.key_sees_image)
@@ -180,7 +175,7 @@ class SelfSupervised(Objective):
 def hidden_cells(grid: tuple[int, int], share: float, block: int, random: torch.Generator) -> Tensor:
     """(h,w) bool: `share` of the cells, to the nearest whole number and at least one, in blocks of `block` x `block`.
 
-    Blocks lie on a grid with a random offset. They are hidden in random order; the last one may be hidden in part.
+    Blocks lie on a grid with a random offset. They are hidden in random order, the last one perhaps in part.
 
     Raises:
         ValueError: no cell would be left.
@@ -195,7 +190,8 @@ def hidden_cells(grid: tuple[int, int], share: float, block: int, random: torch.
     top, left = torch.randint(block, (2,), generator=random).tolist()
     order = torch.rand(-(-height // block) + 1, -(-width // block) + 1, generator=random)
     order = order.repeat_interleave(block, 0).repeat_interleave(block, 1)[top : top + height, left : left + width]
-    cells = order.flatten().argsort(stable=True)[:count]
+    cells = torch.randperm(height * width, generator=random)  # decides within a block
+    cells = cells[order.flatten()[cells].argsort(stable=True)][:count]
     return torch.zeros(height * width, dtype=torch.bool).index_fill(0, cells, True).view(height, width)
 
 
@@ -206,25 +202,27 @@ def without_hidden(features: Tensor, hidden: Tensor) -> Tensor:
     return torch.where(hidden, mean, features)
 
 
-def relative_error(prediction: Tensor, target: Tensor, where: Tensor | None = None) -> Tensor:
-    """Squared error in units of the target's variance over its image; both (B,C,H,W) -> scalar, mean over images.
+def relative_error(prediction: Tensor, target: Tensor, features: Tensor, where: Tensor | None = None) -> Tensor:
+    """Squared error in units of the features' variance over their image; (B,C,H,W) -> scalar, mean over images.
 
-    The variance counts as at least 1e-6 of the mean square, so that an image of one colour gives a finite error.
+    The variance counts as at least 1e-6 of the features' mean square, so an image of one colour gives a finite error.
 
     Args:
+        prediction, target: (B,C,H,W). features: (B,C,h,w).
         where: (B,1,H,W) bool, the cells whose error counts, at least one for each image; None: all.
     """
     error = (prediction - target).square().sum(1, keepdim=True)  # (B,1,H,W)
     where = torch.ones_like(error) if where is None else where.to(error.dtype)
-    floor = 1e-6 * target.square().sum(1).mean((1, 2)) + torch.finfo(target.dtype).tiny
-    return ((error * where).sum((1, 2, 3)) / where.sum((1, 2, 3)) / torch.maximum(_variance(target), floor)).mean()
+    floor = 1e-6 * features.square().sum(1).mean((1, 2)) + torch.finfo(features.dtype).tiny
+    unit = torch.maximum(spatial_variance(features), floor)  # (B,)
+    return ((error * where).sum((1, 2, 3)) / where.sum((1, 2, 3)) / unit).mean()
 
 
-def consistency(outputs: list[Tensor], teachers: Teachers) -> Tensor:
+def consistency(outputs: list[Tensor], features: Tensor, teachers: Teachers) -> Tensor:
     """Mean error of all pairs of (B,C,Qh,Qw) outputs, coarse to fine; no gradient flows into the one that teaches."""
     pairs = permutations(range(len(outputs)), 2)
     chosen = [(taught, teaches) for taught, teaches in pairs if teachers == Teachers.all or taught < teaches]
-    return torch.stack([relative_error(outputs[i], outputs[j].detach()) for i, j in chosen]).mean()
+    return torch.stack([relative_error(outputs[i], outputs[j].detach(), features) for i, j in chosen]).mean()
 
 
 def at_scale(batch: Batch, scale: float, who: Objective) -> Tensor:
@@ -270,18 +268,6 @@ def info_nce(similarity: Tensor, temperature: float) -> Tensor:
     return (F.cross_entropy(logits, right) + F.cross_entropy(logits.mT, right)) / 2
 
 
-def effective_rank(vectors: Tensor) -> Tensor:
-    """exp of the entropy of the singular values, as shares of their sum (Roy and Vetterli, EUSIPCO 2007).
-
-    (B,N,D), centred first -> (B,): between 1 and min(N - 1, D); 0 where all vectors are the same.
-    """
-    values = torch.linalg.svdvals(vectors - vectors.mean(1, keepdim=True))
-    total = values.sum(1, keepdim=True)
-    shares = values / total.clamp(min=torch.finfo(values.dtype).tiny)
-    varies = values[:, 0] > 1e-6 * vectors.flatten(1).norm(dim=1)
-    return torch.special.entr(shares).sum(1).exp() * varies
-
-
 def _embeddings(model: nn.Module, batch: Batch, key_sees_image: bool) -> tuple[Tensor, Tensor]:
     """Query and key of each cell of the features, (B,D,h,w) each, as the model's forward makes them.
 
@@ -297,11 +283,6 @@ def _embeddings(model: nn.Module, batch: Batch, key_sees_image: bool) -> tuple[T
         seen = seen.mean((2, 3), keepdim=True).expand_as(seen)
     key = model.aggregation(torch.cat([seen, model.unifier(batch.features, guidance)], 1))
     return model.query_encoder(guidance, grid), key
-
-
-def _variance(x: Tensor) -> Tensor:
-    """(B,C,H,W) -> (B,): mean squared distance to the image's mean vector."""
-    return x.var((2, 3), correction=0).sum(1)
 
 
 def _painted(*maps: Tensor) -> list[Tensor]:
