@@ -60,6 +60,9 @@ class SelfSupervised(Objective):
         key_sees_image: keys of alignment are those of the model, which see the image. The task is then trivial, because
             query and key share the image.
 
+    Alone, alignment trains neither attention nor what follows it. Several processes need a gradient for every weight:
+    for this task alone, name those parts in `freeze`.
+
     Raises:
         ValueError: a setting is out of range, or no weight is positive.
     """

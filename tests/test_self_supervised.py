@@ -1,6 +1,10 @@
 """`objective=self_supervised`: each task against a slow loop from its definition, and trainings without targets."""
 
 import math
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -559,3 +563,29 @@ def test_validation_keeps_the_pictures(config, monkeypatch):
     training._validate(Measured(), run)
     assert list(kept) == ["validation/000000_objective.png"]
     assert np.asarray(kept["validation/000000_objective.png"]).std() > 10
+
+
+@pytest.mark.slow
+def test_two_processes_train_every_weight(config, tmp_path):
+    made = config(*OWN, "steps=2")
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(made, resolve=True))
+    script = [
+        "import sys", "from omegaconf import OmegaConf", "from experiments.training.loop import train",
+        'if __name__ == "__main__":', "    train(OmegaConf.load(sys.argv[1]))",
+    ]  # fmt: skip
+    (tmp_path / "script.py").write_text("\n".join(script))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    done = subprocess.run(
+        [*launch, f"--main_process_port={port}", str(tmp_path / "script.py"), str(tmp_path / "config.yaml")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"},
+        capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = load_file(tmp_path / "out" / STATE_NAME)
+    weights = [name.removeprefix("weights/") for name in state if name.startswith("weights/model.")]
+    moments = [state[f"adam/exp_avg/{name}"] for name in weights if f"adam/exp_avg/{name}" in state]
+    assert len(moments) == len(list(Training(made).inner.parameters()))
+    assert all(moment.abs().max() > 0 for moment in moments)
