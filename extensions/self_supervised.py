@@ -57,8 +57,8 @@ class SelfSupervised(Objective):
         scales_per_step: how many of them a step draws; 0: all.
         teachers: `all`: each output is pulled to all others; `finer`: only to those of larger scales.
         temperature: of the similarities in alignment.
-        key_sees_image: keys of alignment are those of the model, which see the image. The task is then trivial, because
-            query and key share the image.
+        key_sees_image: keys of alignment are those of the model, which see the image. The task can then be solved
+            without the features.
 
     Alone, alignment trains neither attention nor what follows it. Several processes need a gradient for every weight:
     for this task alone, name those parts in `freeze`.
@@ -165,6 +165,8 @@ class SelfSupervised(Objective):
         return consistency(outputs, widened(batch.features), self.teachers)
 
     def _alignment(self, model: nn.Module, batch: Batch) -> Tensor:
+        if isinstance(model.unifier, NoUnifier) and not self.key_sees_image:
+            raise ValueError("unifier=none has no feature branch to align with the image: set objective.alignment=0")
         query, key = _embeddings(model, batch, self.key_sees_image)
         with without_autocast(query):
             similarity = similarities(widened(query), widened(key))
@@ -272,13 +274,7 @@ def info_nce(similarity: Tensor, temperature: float) -> Tensor:
 
 
 def _embeddings(model: nn.Module, batch: Batch, key_sees_image: bool) -> tuple[Tensor, Tensor]:
-    """Query and key of each cell of the features, (B,D,h,w) each, as the model's forward makes them.
-
-    Raises:
-        ValueError: there is no feature branch.
-    """
-    if isinstance(model.unifier, NoUnifier) and not key_sees_image:
-        raise ValueError("unifier=none has no feature branch to align with the image: set objective.alignment=0")
+    """Query and key of each cell of the features, (B,D,h,w) each, from the parts of the model's forward."""
     grid = tuple(batch.features.shape[-2:])
     guidance = model.rotary(model.image_encoder(batch.image))  # (B,D,H,W)
     seen = model.key_encoder(guidance, grid)  # (B,D,h,w)

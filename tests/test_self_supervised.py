@@ -289,8 +289,9 @@ def test_keys_see_the_features_and_only_the_mean_of_the_image_branch(sees, monke
 def test_without_a_feature_branch_there_is_nothing_to_align():
     with pytest.raises(ValueError, match=r"unifier=none has no feature branch .*set objective.alignment=0"):
         objective()(tiny_model_without_features(), batch(), None)
-    losses = objective(alignment=0)(tiny_model_without_features(), batch(), None)
-    assert losses.keys() == {"inpainting_loss", "consistency_loss"}
+    others = objective(alignment=0)
+    assert others(tiny_model_without_features(), batch(), None).keys() == {"inpainting_loss", "consistency_loss"}
+    assert others.diagnostics(tiny_model_without_features(), batch())["key_rank"] == 0
 
 
 def tiny_model_without_features() -> core.AnyUp:
