@@ -53,7 +53,7 @@ class Clip:
     the next frame. None if the data set has no flow."""
 
 
-OPTIONAL_PARTS = ("augmented_image", "whole", "crops", "encoder", "clip")
+OPTIONAL_PARTS = ("augmented_image", "whole", "crops", "high_resolution", "encoder", "clip")
 """Parts of a `Batch` that exist only if a filler names them in `batch_parts`."""
 
 
@@ -66,7 +66,7 @@ class Batch:
     features: Tensor
     """(B,C,h,w) encoder features of the whole image."""
     target: Tensor
-    """(N,C,th,tw) encoder features of N = n·B crops, n consecutive crops for each image."""
+    """(N,C,th,tw) encoder features of N = n·B crops, n consecutive for each image; N is 0 if nobody needs them."""
     output_size: tuple[int, int]
     """(Qh,Qw): the grid of the whole image at the resolution of the targets."""
     corners: Tensor | None = None
@@ -81,6 +81,8 @@ class Batch:
     """(B,3,s,s) RGB in [0,1]: the images that `features` were computed from."""
     crops: Tensor | None = None
     """(N,3,s,s) RGB in [0,1]: the images that `target` was computed from."""
+    high_resolution: Tensor | None = None
+    """(B,3,S,S) RGB in [0,1]: the whole images at the resolution of the targets."""
     encoder: Callable[[Tensor], Tensor] | None = None
     """The frozen encoder, (b,3,H,W) RGB in [0,1] -> (b,C,h,w). Features of images seen before come from a cache."""
     clip: Clip | None = None
@@ -106,6 +108,8 @@ def crops_of(output: Tensor, batch: Batch) -> Tensor:
         ValueError: targets, corners and output do not fit together.
     """
     target, corners = batch.target, batch.corners
+    if not len(target):
+        raise ValueError("the batch has no target: set needs_target = True in the objective that looks at it")
     if corners is None:
         if target.shape != output.shape:
             raise ValueError(

@@ -221,6 +221,8 @@ class Objective(Filler):
     hook = "objective"
     needs_output: ClassVar[bool] = True
     """False: it makes its own forwards, and `output` is None unless a filler's auxiliary loss needs it."""
+    needs_target: ClassVar[bool] = True
+    """False: training makes no targets, and `batch.target` is empty, unless a filler's auxiliary loss needs one."""
 
     @abstractmethod
     def forward(self, model: nn.Module, batch: Batch, output: Tensor | None) -> dict[str, Tensor]:
@@ -230,6 +232,13 @@ class Objective(Filler):
             model: for further forwards; under mixed precision they return half precision.
             output: (B,C,Qh,Qw) from the batch's own forward, at least in single precision.
         """
+
+    def diagnostics(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+        """Numbers about the model that are logged beside the losses, and not minimised; by default none.
+
+        Called without gradients after a step that is logged, with a batch of it, and never in other steps.
+        """
+        return {}
 
 
 class Learner(Filler):

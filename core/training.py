@@ -36,6 +36,11 @@ class Trainable(nn.Module):
         """
         return check_parts((filler, filler.batch_parts) for filler in fillers_of(self))
 
+    @property
+    def needs_target(self) -> bool:
+        """Whether a target must be made: for the objective, or for the auxiliary loss of some filler."""
+        return self.objective.needs_target or bool(_asking(self.model))
+
 
 def lr_scale(module: nn.Module, name: str) -> float:
     """Factor on the learning rate of the parameter `name` of a module, from `Filler.lr_scales`; 1 by default."""
@@ -127,7 +132,7 @@ def all_losses(model: nn.Module, objective: Objective, batch: Batch) -> dict[str
     Raises:
         TypeError, ValueError: losses are not a dict of scalars, there are none, or two have the same name.
     """
-    asking = [filler for filler in fillers_of(model) if type(filler).auxiliary_loss is not Filler.auxiliary_loss]
+    asking = _asking(model)
     output, auxiliary = None, []
     if objective.needs_output or asking:
         own = model(batch.image, batch.features, batch.output_size, generator=batch.generator)
@@ -144,6 +149,11 @@ def all_losses(model: nn.Module, objective: Objective, batch: Batch) -> dict[str
                 )
             losses[name] = loss
     return losses
+
+
+def _asking(model: nn.Module) -> list[Filler]:
+    """The fillers that have an auxiliary loss."""
+    return [filler for filler in fillers_of(model) if type(filler).auxiliary_loss is not Filler.auxiliary_loss]
 
 
 def fillers_of(module: nn.Module) -> list[Filler]:

@@ -99,6 +99,8 @@ ROWS = [
     Row("temporal", "cross_frame_attention", neutral={}),
     Row("objective", "cosine_mse", {"self_consistency_size": 9}),
     Row("objective", "cosine_mse", {"self_consistency": 0, "input_consistency": 0}),
+    Row("objective", "self_supervised", {"scales": [0.75, 1, 2]}),
+    Row("objective", "self_supervised", {"inpainting": 0, "consistency": 0, "alignment": 0, "reconstruction": 1}),
     Row("learner", "sgd"),
     Row("learner", "maml", {"inner_lr": 0.001, "rates": "tensor"}, neutral={"inner_steps": 0, "rates": "fixed"}),
     Row("learner", "maml", {"inner_lr": 0.001, "first_order": True, "mixing": 0.5, "parts": ["attention"]}),
@@ -520,6 +522,8 @@ def batch(images: int = 2, crops: int = 2) -> Batch:
         output_size=(6, 8),
         corners=corners,
         augmented_image=draw(images, 3, 12, 16),
+        high_resolution=torch.rand(images, 3, 24, 32, generator=generator),
+        encoder=lambda rgb: torch.nn.functional.avg_pool2d(torch.cat([rgb, rgb[:, :2].square()], 1), 4),
     )
 
 

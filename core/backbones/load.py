@@ -23,8 +23,8 @@ def load_backbone(name: str, weights: str | Path | None = None, model: str | Non
         name: the backbone's name in the table, `core.backbones.CHOICES`.
         weights: None: the pretrained weights, of this package or downloaded. A path: a local file (.safetensors, or
             .pth/.pt/.bin without code in it) with timm's or torchvision's parameter names, with or without the
-            classifier. "random": a fixed random initialisation, for tests and demonstrations only. Classical
-            descriptors have no weights.
+            classifier. "random": a fixed random initialisation, for tests, demonstrations, and self-supervised
+            pretraining. Classical descriptors have no weights.
         model: timm's model id, only for `name="timm"`.
 
     Raises:

@@ -20,6 +20,7 @@ class Batches:
         backbones: those of the training, in the views' order. settings: how the views were cut.
         cache: where features are looked for, and kept.
         parts: the optional parts of a batch that some filler looks at; nothing is made for others.
+        needs_target: False: targets are not made, and are empty.
         seed: of the training. rank: of this process.
     """
 
@@ -30,30 +31,35 @@ class Batches:
         cache: FeatureCache,
         device: torch.device,
         parts: frozenset[str],
+        needs_target: bool,
         seed: int,
         rank: int,
     ):
         self.backbones, self.settings, self.cache, self.device, self.parts = backbones, settings, cache, device, parts
-        self.seed, self.rank = seed, rank
+        self.needs_target, self.seed, self.rank = needs_target, seed, rank
 
     def __call__(self, views: StepViews) -> Batch:
         """Raises NotFinite: as `FeatureCache.encode`."""
         backbone, s = self.backbones[views.backbone], self.settings
         whole, crops = views.whole.to(self.device), views.crops.to(self.device)
         features = self.cache.encode(backbone, whole, views.names)  # (B,C,h,w)
-        target = self._target(backbone, crops, views.names, tuple(features.shape[-2:]))
+        target, corners = features[:0], torch.zeros(0, 2, dtype=torch.long, device=self.device)  # none
+        if self.needs_target:
+            target = self._target(backbone, crops, views.names, tuple(features.shape[-2:]))
+            corners = None if views.corners is None else views.corners.to(self.device)
         augmented, encoder = views.augmented, partial(self._encoded, backbone, views.names)
         return Batch(
             image=imagenet_normalize(views.guidance.to(self.device)),
             features=features,
             target=target,
             output_size=(features.shape[-2] * s.scale, features.shape[-1] * s.scale),
-            corners=None if views.corners is None else views.corners.to(self.device),
+            corners=corners,
             backbone=backbone.name,
             generator=generator(self.seed, "noise", views.step, views.backbone, self.rank),
             augmented_image=None if augmented is None else imagenet_normalize(augmented.to(self.device)),
             whole=whole if "whole" in self.parts else None,
             crops=crops if "crops" in self.parts else None,
+            high_resolution=None if views.high_resolution is None else views.high_resolution.to(self.device),
             encoder=encoder if "encoder" in self.parts else None,
             clip=None if views.clip is None else self._clip(views.clip, backbone, views.names),
         )

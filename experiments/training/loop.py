@@ -29,6 +29,7 @@ from experiments.data import open_data
 from experiments.data.feature_cache import FeatureCache, NotFinite
 from experiments.errors import Interrupted
 from experiments.progress import Progress
+from experiments.reports.pictures import panel
 from experiments.settings import SettingError, check_writable
 from experiments.tracking.store import Run, track
 from experiments.training.batches import Batches
@@ -134,10 +135,13 @@ class Training:
         patch_sizes = [backbone.patch_size for backbone in self.backbones]
         how = (config.seed, config.batch_size, config.steps, self.shard)
         self.views = Views(self.data, self.views_settings, patch_sizes, *how, self.inner.batch_parts)
-        where = (self.cache, self.device, self.inner.batch_parts, config.seed, self.shard[0])
+        asked = (self.inner.batch_parts, self.inner.needs_target)
+        where = (self.cache, self.device, *asked, config.seed, self.shard[0])
         self.batch = Batches(self.backbones, self.views_settings, *where)
         """The views of a step -> `core.Batch`."""
         self.state, self.curves = State(), Curves(self.out_dir / CURVES_NAME)
+        self.tasks: list[Batch] = []
+        """Of the latest step."""
 
     def run(self, run: Run) -> Trained:
         """Goes on to the last step (or `stop_after`).
@@ -198,7 +202,7 @@ class Training:
         """
         torch.manual_seed(generator(self.config.seed, "step", views.step, self.shard[0]).initial_seed())
         several = self.of_each_backbone(views)
-        tasks = [self.batch(one) for one in several]
+        self.tasks = tasks = [self.batch(one) for one in several]
         sums: dict[str, float] = {}
         for one, batch, losses in zip(
             several, tasks, self.inner.learner.step(self.trainable, tasks, self.optimiser), strict=True
@@ -274,6 +278,9 @@ class Training:
         if mixed:  # losses of different encoders make no one curve
             values[f"loss/{self.backbones[views.backbone].name}"] = values["loss"]
         values["lr"] = self.optimiser.lr
+        with torch.no_grad():
+            found = self.inner.objective.diagnostics(self.inner.model, self.tasks[0]) if self.leads else {}
+        values |= {f"diagnostics/{key}": value for key, value in found.items()}
         values = {key: value for key, value in values.items() if math.isfinite(value)}
         self.curves.add(self.state.step, values)
         run.metrics(values | {"steps_per_s": self.state.step / max(self.state.seconds, 1e-9)}, self.state.step)
@@ -287,6 +294,8 @@ class Training:
             self.inner.train()
             self.curves.add(state.step, state.validation)
             run.metrics(state.validation, state.step)
+            if run.run_id and (shown := self.inner.objective.pictures()):
+                run.picture(panel(shown), f"validation/{state.step:06d}_objective.png")
             log.info("step %d: %s", state.step, ", ".join(f"{k} {v:.4f}" for k, v in sorted(state.validation.items())))
             result = state.validation[f"val/{PRIMARY}"]
             if state.best is None or result > state.best:

@@ -122,6 +122,7 @@ def save_batch(path: Path, batch: Batch, names: list[str], losses: dict[str, flo
         "corners": batch.corners,
         "whole": batch.whole,
         "crops": batch.crops,
+        "high_resolution": batch.high_resolution,
     }
     kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
     with replacing(path) as part:

@@ -96,6 +96,8 @@ class StepViews:
     """(B·n,2) rows and columns of the crops, in cells of the fine grid; None without crops."""
     clip: ClipViews | None = None
     """None where nobody looks at it."""
+    high_resolution: Tensor | None = None
+    """(B,3,scale·view,scale·view): the whole images; None where nobody looks at them."""
 
 
 class Views(Dataset):
@@ -172,6 +174,7 @@ class Views(Dataset):
             crops=crops,
             corners=corners,
             clip=self._clip(chosen) if "clip" in self.parts else None,
+            high_resolution=square if "high_resolution" in self.parts else None,
         )
 
     def _shrunk(self, square: Tensor) -> tuple[Tensor, Tensor]:
