@@ -85,7 +85,7 @@ def test_the_quick_entropy_is_the_one_by_definition(perturbed):
 
 def test_a_subclass_with_other_weights_does_not_inherit_the_quick_entropy():
     class Even(core.attention.WindowAttention):
-        def _tiles(self, query, keys, values, visible, mix=torch.bmm):
+        def _tiles(self, query, keys, values, visible, mix=torch.bmm, terms=None):
             return super()._tiles(query * 0, keys, values, visible)
 
     model = AnyUp(attention=Even, embed_dim=16).double().eval()

@@ -29,6 +29,7 @@ from experiments.data import open_data
 from experiments.data.feature_cache import FeatureCache, NotFinite
 from experiments.errors import Interrupted
 from experiments.progress import Progress
+from experiments.reports.pictures import panel
 from experiments.settings import SettingError, check_writable
 from experiments.tracking.store import Run, track
 from experiments.training.batches import Batches
@@ -287,6 +288,8 @@ class Training:
             self.inner.train()
             self.curves.add(state.step, state.validation)
             run.metrics(state.validation, state.step)
+            if run.run_id and (shown := self.inner.objective.pictures()):
+                run.picture(panel(shown), f"validation/{state.step:06d}_objective.png")
             log.info("step %d: %s", state.step, ", ".join(f"{k} {v:.4f}" for k, v in sorted(state.validation.items())))
             result = state.validation[f"val/{PRIMARY}"]
             if state.best is None or result > state.best:
