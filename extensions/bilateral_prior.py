@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from core.attention import Prior, WindowAttention
 from core.backbones import IMAGENET_STD
 from core.hooks import GATE_LR_SCALE
-from core.points import pixel_centres, sample
+from core.points import sample
 from core.registry import register
 
 
@@ -154,8 +154,9 @@ class BilateralPrior(Prior):
 
     def _squares(self, some: slice, runs: Tensor, axis: int) -> Tensor:
         """Squared offsets along one axis, in cells: tiles of queries `some`, (tiles,K) keys -> (tiles,queries,K)."""
-        position = pixel_centres((self.size[axis], 1), like=self.fine)[some, 0, 0] * self.grid[axis] - 0.5
-        return (position.view(len(runs), -1, 1) - runs.to(position.device)[:, None]).square().to(self.fine.dtype)
+        numbers = torch.arange(some.start, some.stop, dtype=self.fine.dtype, device=self.fine.device)
+        position = (numbers + 0.5) / self.size[axis] * self.grid[axis] - 0.5
+        return (position.view(len(runs), -1, 1) - runs.to(position.device)[:, None]).square()
 
 
 def _colour_distance(fine: Tensor, coarse: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def weights_of(model: AnyUp, image: Tensor, features: Tensor, size: tuple[int, i
     _, query, key = model._guide(image, features, size, core.anyup.Buffers())
     grid = features.shape[-2:]
     alone = torch.eye(grid.numel(), dtype=features.dtype).unflatten(1, grid)
-    return model.attention(query, key, alone.expand(len(features), *alone.shape))
+    return model.attention(query, key, alone.expand(len(features), *alone.shape), **model.attention.seen(image))
 
 
 def by_loops(weights: Tensor, features: Tensor, nearest: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,7 +49,13 @@ def by_loops(weights: Tensor, features: Tensor, nearest: int) -> tuple[Tensor, T
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["attention=global"], ["attention.window_ratio=0.3"], ["attention=pyramid_window", "attention.scales=[3]"]],
+    [
+        [],
+        ["attention=global"],
+        ["attention.window_ratio=0.3"],
+        ["attention=pyramid_window", "attention.scales=[3]"],
+        ["attention=bilateral_prior", "attention.temperature=2"],
+    ],
     ids=str,
 )
 def test_is_what_loops_over_the_weights_give(perturbed, overrides):
