@@ -29,7 +29,8 @@ SMALL = {
     "propagation": ["image_size=[32,40]", "output_size=[8,10]", "task.radius=8"],
 }  # fmt: skip
 SLOW = ("num_basis", "paper_ablation", "paper_ablation_rgbd", "any_to_any", "unseen_backbone", "single_to_multi",
-        "preservation", "model_extensions", "model_extensions_probes", "extension_variations", "diffusion")  # fmt: skip
+        "preservation", "model_extensions", "model_extensions_probes", "extension_variations", "diffusion",
+        "detail_causes", "bilateral_prior")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
