@@ -1,7 +1,6 @@
 """Baseline fillers of `attention`: AnyUp's windowed attention, exact in bounded memory, and the global ablation."""
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -15,35 +14,12 @@ from core.fast import winograd
 from core.fast.norm_act_conv import under_autocast
 from core.fast.windows import Tiles, tiles
 from core.hooks import Attention
+from core.prior import Prior
 from core.registry import register
 
 FEW_POINTS = 8
 """If the grid has more than this many cells per point, only the cells around the points are convolved."""
 MAX_LOGITS = {"cpu": 2**20, "cuda": 2**26}  # logits held at once; on CPU this many stay in cache
-
-
-class Prior(ABC):
-    """Terms of the logits that no query-key similarity gives, for one call of a `CrossAttention`.
-
-    There are H + 1 terms. One is added to the logits of each of the H heads. The last is the logits of one more head,
-    which looks at nothing else.
-    """
-
-    share: Tensor
-    """(), from 0 to 1: what the further head's weights count beside the mean of the others."""
-
-    @abstractmethod
-    def of_tiles(self, rows: slice, columns: slice, keys: tuple[Tensor, Tensor]) -> Iterator[Tensor]:
-        """Yields the H + 1 terms of tiles of queries, (P,M,K) each, P = B·m·n.
-
-        Args:
-            rows, columns: of the query grid, in m and n tiles of one size each; a tile has M queries.
-            keys: (m,Kh) rows and (n,Kw) columns of the key grid that each tile sees. K = Kw·Kh, rows vary fastest.
-        """
-
-    @abstractmethod
-    def at(self, coords: Tensor, cells: Tensor) -> Tensor:
-        """(n,2) points of the image, (n,K) numbers of the cells that each sees -> (B,n,H+1,K)."""
 
 
 class CrossAttention(Attention):

@@ -4,11 +4,12 @@ Coordinates are (row, column) in the unit square of the image: the centre of pix
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from core.prior import Prior
 
 MAX_GATHERED = {"cpu": 2**20, "cuda": 2**26}  # values of gathered keys and features held at once
 
@@ -127,11 +128,11 @@ def attend(
     coords: Tensor,
     window_ratio: float,
     num_heads: int,
-    prior: Any = None,
+    prior: Prior | None = None,
 ) -> Tensor:
     """(B,N,D) projected queries, (B,h,w,D) projected and scaled keys, (B,h,w,C) values, (N,2) coords -> (B,C,N).
 
-    `prior` is a `core.attention.Prior`, or None. Works on blocks of points. The keys and values of each window are
+    `prior`: what is added to the logits. Works on blocks of points. The keys and values of each window are
     gathered, unless every point sees all of them.
     """
     rows, rows_visible = visible_keys(coords[:, 0], key.shape[1], window_ratio)
@@ -151,7 +152,7 @@ def attend(
     return torch.cat(parts, 1).transpose(1, 2)  # (B,C,N)
 
 
-def _attend(query, key, value, coords, cells, visible, num_heads: int, whole: bool, prior):
+def _attend(query, key, value, coords, cells, visible, num_heads: int, whole: bool, prior: Prior | None):
     """(B,n,D), (B,h·w,D), (B,h·w,C), (n,2), (n,K), (n,K) -> (B,n,C)."""
     query = query.unflatten(-1, (num_heads, -1))  # (B,n,heads,D/heads)
     if whole:

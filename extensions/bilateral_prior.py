@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.attention import Prior, WindowAttention
+from core.attention import WindowAttention
 from core.backbones import IMAGENET_STD
 from core.hooks import GATE_LR_SCALE
 from core.points import sample
+from core.prior import Prior
 from core.registry import register
 
 
