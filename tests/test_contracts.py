@@ -105,7 +105,12 @@ ROWS = [
     Row("temporal", "cross_frame_attention", neutral={}),
     Row("objective", "cosine_mse", {"self_consistency_size": 9}),
     Row("objective", "cosine_mse", {"self_consistency": 0, "input_consistency": 0}),
-    Row("objective", "detail", {"self_consistency_size": 9}, neutral={"weight_detail": 0, "weight_cosine": 1}),
+    Row(
+        "objective",
+        "detail",
+        {"self_consistency_size": 9},
+        neutral={"weight_detail": 0, "weight_cosine": 1, "weight_squared": 1},
+    ),
     Row(
         "objective",
         "detail",

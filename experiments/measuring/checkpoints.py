@@ -69,7 +69,12 @@ def load_model(config: DictConfig) -> tuple[core.AnyUp, DictConfig]:
             f"checkpoint={config.checkpoint} contradicts {', '.join(wrong)}: leave out the one or the other"
         )
     if changed:
-        model = core.load(config.checkpoint, changed)
+        try:
+            model = core.load(config.checkpoint, changed)
+        except core.WeightsError:
+            raise
+        except ValueError as error:  # a setting that must stay as in training
+            raise SettingError(f"checkpoint={config.checkpoint}: {error}") from error
     model.check_finite = config.get("check_finite", False)
     if config.get("compile"):
         model.compile_encoders()
