@@ -432,7 +432,7 @@ def test_a_filler_that_extends_the_checkpoints_takes_its_place(tmp_path):
     assert made_of.attention.name == "bilateral_prior"
     assert (model.attention.num_heads, model.attention.window_ratio) == (2, 0.3)
     assert model.attention.share.item() == pytest.approx(0.25)
-    with pytest.raises(SettingError, match=r"attention.num_heads cannot be changed after training: the checkpoint has 2"):
+    with pytest.raises(SettingError, match=r"num_heads cannot be changed after training: the checkpoint has 2"):
         load_model(config(*chosen, "attention.num_heads=1"))
 
 
