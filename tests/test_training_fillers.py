@@ -254,6 +254,29 @@ def test_videos_that_are_too_short_are_refused(config):
         Training(made)
 
 
+def test_an_objectives_pictures_are_logged_at_each_validation(config):
+    class Shown:
+        run_id, pictures = "known", {}
+
+        def metrics(self, values: dict, step: int) -> None:
+            pass
+
+        def picture(self, image: Tensor, path: str) -> None:
+            self.pictures[path] = image
+
+    class Measured:
+        def measure(self, model: nn.Module, run: Shown, step: int) -> dict[str, float]:
+            return {"val/detail": 0.5}
+
+    training = Training(config("objective=detail"))
+    training._validate(Measured(), Shown())
+    assert not Shown.pictures, "nothing was looked at before the first step"
+    training.step(training.views[0])
+    training.state.step = 1
+    training._validate(Measured(), Shown())
+    assert list(Shown.pictures) == ["validation/000001_objective.png"]
+
+
 # --- fillers of the model, trained for real --------------------------------------------------------------------------
 
 
