@@ -89,6 +89,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> bool:
 
 CASES = {
     "usual": ({}, {}),
+    "many tiles": ({"window_ratio": 0.15}, {"size": (25, 20)}),
     "no window": ({"window_ratio": 0.0}, {"batch": 1}),
     "wide, portrait": ({"window_ratio": 0.4}, {"grid": (7, 3), "size": (17, 4), "batch": 1}),
     "smaller than the features": ({}, {"grid": (6, 7), "size": (3, 2), "image": (24, 28)}),
