@@ -120,7 +120,8 @@ class AnyUp(nn.Module, Pretrained):
         guidance, query, key = self._guide(image, features, output_size, buffers)
         context = self._context(image, features, pixel_centres(output_size, like=query), guidance, generator)
         del guidance
-        output = self.attention(query, key, features, *([] if room is None else [room]))
+        seen = self.attention.seen(image)
+        output = self.attention(query, key, features, *([] if room is None else [room]), **seen)
         del query
         output, state = self._finish(output, context, state)
         return (output, state) if return_state else output
@@ -152,7 +153,7 @@ class AnyUp(nn.Module, Pretrained):
         guidance, query, key = self._guide(image, features, output_size, Buffers())
         coords = pixel_centres(output_size, like=query)
         context = self._context(image, features, coords, guidance, generator)
-        for rows, band in self.attention.bands(query, key, features):
+        for rows, band in self.attention.bands(query, key, features, **self.attention.seen(image)):
             yield rows, self._finish(band, replace(context, coords=coords[rows]))[0]
 
     def query(
@@ -223,7 +224,8 @@ class AnyUp(nn.Module, Pretrained):
         checks.check_linear(self)
         values = F.conv2d(features, weight[..., None, None])  # (B,K,h,w)
         _, query, key = self._guide(image, features, output_size, Buffers())
-        output = self.attention(query, key, values, *([None] if self.attention.takes_out else []))
+        seen = self.attention.seen(image)
+        output = self.attention(query, key, values, *([None] if self.attention.takes_out else []), **seen)
         output = checks.check_filled(self, "attention", output, (len(features), len(weight), *output_size))
         return output if bias is None else output + bias.to(output)[:, None, None]
 
@@ -266,7 +268,7 @@ class AnyUp(nn.Module, Pretrained):
 
     def _at(self, query, key, context):
         points, features = context.coords, context.features
-        output = self.attention.at(query, key, features, points)
+        output = self.attention.at(query, key, features, points, **self.attention.seen(context.image))
         output = checks.check_filled(self, "attention", output, (*features.shape[:2], len(points)))
         one_row = replace(context, coords=points[None])
         return self._finish(output[:, :, None], one_row)[0][:, :, 0]  # (B,C,N)

@@ -14,6 +14,7 @@ from core.fast import winograd
 from core.fast.norm_act_conv import under_autocast
 from core.fast.windows import Tiles, tiles
 from core.hooks import Attention
+from core.prior import Prior
 from core.registry import register
 
 FEW_POINTS = 8
@@ -50,30 +51,38 @@ class CrossAttention(Attention):
             nn.init.uniform_(projection.weight, -math.sqrt(1.5 / embed_dim), math.sqrt(1.5 / embed_dim))
         nn.init.zeros_(self.project_query.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor | None = None) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, out: Tensor | None = None, image: Tensor | None = None
+    ) -> Tensor:
         value = under_autocast(value)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return torch.cat([band for _, band in self.bands(query, key, value)], 2)  # (B,C,Qh,Qw)
+            bands = self.bands(query, key, value, **self.seen(image))
+            return torch.cat([band for _, band in bands], 2)  # (B,C,Qh,Qw)
         if out is None:
             out = empty_output(value, tuple(query.shape[-2:]))
-        for _ in self._bands(query, key, value, out.permute(0, 2, 3, 1)):
+        for _ in self._bands(query, key, value, out.permute(0, 2, 3, 1), image=image):
             pass
         return out
 
-    def bands(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        return self._bands(query, key, value, None)
+    def bands(
+        self, query: Tensor, key: Tensor, value: Tensor, image: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        return self._bands(query, key, value, image=image)
 
-    def bands_with_entropy(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def bands_with_entropy(
+        self, query: Tensor, key: Tensor, value: Tensor, image: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """As `Attention.bands_with_entropy`, in one pass over the weights, and so at almost no cost."""
         if any(getattr(type(self), name) is not getattr(CrossAttention, name) for name in _WEIGHTS_MADE_IN):
-            yield from super().bands_with_entropy(query, key, value)  # a subclass has other weights
+            yield from super().bands_with_entropy(query, key, value, image)  # a subclass has other weights
             return
         with_room = F.pad(under_autocast(value), (0, 0, 0, 0, 0, 1))  # (B,C+1,h,w): the last one is for the entropy
-        for rows, band in self._bands(query, key, with_room, None, _mixed_with_entropy):
+        for rows, band in self._bands(query, key, with_room, mix=_mixed_with_entropy, image=image):
             yield rows, band[:, :-1], band[:, -1:]  # (B,C,rows,Qw), (B,1,rows,Qw)
 
-    def at(self, query: Tensor, key: Tensor, value: Tensor, coords: Tensor) -> Tensor:
+    def at(self, query: Tensor, key: Tensor, value: Tensor, coords: Tensor, image: Tensor | None = None) -> Tensor:
         """As `Attention.at`, with each window centred on its point."""
+        prior = self.prior(tuple(query.shape[-2:]), tuple(key.shape[-2:]), image)
         if len(coords) * FEW_POINTS < query.shape[2] * query.shape[3]:
             convolved = points.sample_convolved(query, under_autocast(self.conv.weight), coords)  # (B,N,D)
         else:
@@ -81,14 +90,21 @@ class CrossAttention(Attention):
             convolved = points.sample(grid, coords)
         queries = self.project_query(normed(self.norm_query, convolved))  # (B,N,D)
         values = under_autocast(value).permute(0, 2, 3, 1)  # (B,h,w,C)
-        return points.attend(queries, self._keys(key), values, coords, self.window_ratio, self.num_heads)
+        return points.attend(queries, self._keys(key), values, coords, self.window_ratio, self.num_heads, prior)
+
+    def prior(self, size: tuple[int, int], grid: tuple[int, int], image: Tensor | None) -> Prior | None:
+        """What a subclass adds to the logits for queries on a (Qh,Qw) and keys on an (h,w) grid; None: nothing.
+
+        `image` is (B,3,H,W) for a subclass with `needs_image`, None for all others.
+        """
+        return None
 
     def _keys(self, key: Tensor) -> Tensor:
         """(B,D,h,w) -> (B,h,w,D): projected keys, scaled so that a head's logits are plain products."""
         head_scale = (self.num_heads / key.shape[1]) ** 0.5
         return self.project_key(normed(self.norm_key, key.permute(0, 2, 3, 1))) * head_scale
 
-    def _bands(self, query, key, value, output, mix=torch.bmm):
+    def _bands(self, query, key, value, output=None, mix=torch.bmm, image=None):
         height, width = query.shape[-2:]
         down = tiles(height, key.shape[-2], self.window_ratio)
         across = tiles(width, key.shape[-1], self.window_ratio)
@@ -97,10 +113,11 @@ class CrossAttention(Attention):
         logits = len(key) * self.num_heads * down.size * across.size * down.keys.shape[1] * across.keys.shape[1]
         at_once = max(1, MAX_LOGITS.get(query.device.type, 2**20) // logits)  # tiles
         recompute = torch.is_grad_enabled() and at_once < len(down) * len(across)
-        convolve = self.convolved_rows(query)
+        convolve, prior = self.convolved_rows(query), self.prior((height, width), tuple(key.shape[-2:]), image)
         for some, rows, size in down.blocks(max(1, at_once // len(across))):
             target = None if output is None else output[:, rows]
-            band = partial(self._band, convolve, rows, across=across, at_once=at_once, target=target, mix=mix)
+            given = {"across": across, "at_once": at_once, "target": target, "mix": mix, "prior": prior}
+            band = partial(self._band, convolve, rows, **given)
             arguments = keys, values, down.keys[some], down.visible[some, :size]
             if recompute and not torch.compiler.is_compiling():
                 band = checkpoint(band, *arguments, use_reentrant=False)
@@ -114,7 +131,7 @@ class CrossAttention(Attention):
             return winograd.Winograd(self.conv.weight, query.permute(0, 2, 3, 1).contiguous()).rows
         return partial(winograd.direct_rows, self.conv.weight, query)
 
-    def _band(self, convolve, rows, keys, values, key_rows, rows_visible, across: Tiles, at_once, target, mix):
+    def _band(self, convolve, rows, keys, values, key_rows, rows_visible, across: Tiles, at_once, target, mix, prior):
         """Attention for the rows of m tiles -> (B,rows,Qw,C), written into `target` if there is one."""
         query = normed(self.norm_query, convolve(rows))  # (B,rows,Qw,D)
         query = query.unflatten(1, rows_visible.shape[:2])  # (B,m,R,Qw,D)
@@ -122,12 +139,15 @@ class CrossAttention(Attention):
         parts = []
         for some, columns, size in across.blocks(max(1, at_once // len(key_rows))):
             run = across.keys[some].flatten().to(query.device)
+            where = rows, columns, (key_rows, across.keys[some])
+            terms = None if prior is None else (prior.of_tiles(*where), prior.share)
             part = self._tiles(
                 query[:, :, :, columns].unflatten(3, (-1, size)),  # (B,m,R,n,T,D)
                 keys.index_select(2, run).unflatten(2, (-1, across.keys.shape[1])),  # (B,m,n,Kw,Kh,D)
                 values.index_select(2, run).unflatten(2, (-1, across.keys.shape[1])),  # (B,m,n,Kw,Kh,C)
                 rows_visible[:, None, :, None, None] & across.visible[some, None, :size, :, None],  # (m,n,R,T,Kw,Kh)
                 mix,
+                terms,
             )
             if target is None:
                 parts.append(part.flatten(3, 4).flatten(1, 2))  # (B,rows,n·T,C)
@@ -135,10 +155,20 @@ class CrossAttention(Attention):
                 target.unflatten(1, rows_visible.shape[:2])[:, :, :, columns].unflatten(3, (-1, size)).copy_(part)
         return torch.cat(parts, 2) if target is None else target
 
-    def _tiles(self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, mix=torch.bmm) -> Tensor:
+    def _tiles(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        visible: Tensor,
+        mix: Callable[[Tensor, Tensor], Tensor] = torch.bmm,
+        terms: tuple[Iterator[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """(B,m,R,n,T,D), (B,m,n,Kw,Kh,D), (B,m,n,Kw,Kh,C), (m,n,R,T,Kw,Kh) -> (B,m,R,n,T,C).
 
-        `mix`: (P,M,K) weights, (P,K,C) values -> (P,M,C).
+        Args:
+            mix: (P,M,K) weights, (P,K,C) values -> (P,M,C).
+            terms: of a `Prior`: what its `of_tiles` gives, and its share.
         """
         batch, m, rows, n, columns, _ = query.shape
         query = query.transpose(2, 3).reshape(batch * m * n, rows * columns, -1)  # (P,M,D), P = B·m·n tiles
@@ -152,13 +182,23 @@ class CrossAttention(Attention):
         weights = 0
         for q, k in zip(query.chunk(self.num_heads, 2), keys.chunk(self.num_heads, 2), strict=True):
             k = k.transpose(1, 2)  # (P,D/heads,K)
-            logits = torch.bmm(q, k) if bias is None else torch.baddbmm(bias, q, k)  # (P,M,K)
+            added = bias if terms is None else _with(bias, next(terms[0]), q.dtype)
+            logits = torch.bmm(q, k) if added is None else torch.baddbmm(added, q, k)  # (P,M,K)
             weights += logits.softmax(-1)
-        weighted = mix((weights / self.num_heads).to(values.dtype), values)  # (P,M,C)
+        weights = weights / self.num_heads
+        if terms is not None:
+            alone = _with(bias, next(terms[0]), query.dtype).softmax(-1)
+            weights = weights + terms[1].to(weights.dtype) * (alone - weights)
+        weighted = mix(weights.to(values.dtype), values)  # (P,M,C)
         return weighted.view(batch, m, n, rows, columns, -1).transpose(2, 3)
 
 
-_WEIGHTS_MADE_IN = ("forward", "bands", "_keys", "_bands", "_band", "_tiles", "convolved_rows")
+_WEIGHTS_MADE_IN = ("forward", "bands", "_bands", "_band", "_tiles")
+
+
+def _with(bias: Tensor | None, term: Tensor, dtype: torch.dtype) -> Tensor:
+    """(P,M,K) masks, if any, and (P,M,K) logits -> their sum in the dtype."""
+    return term.to(dtype) if bias is None else bias + term.to(dtype)
 
 
 def _mixed_with_entropy(weights: Tensor, values: Tensor) -> Tensor:

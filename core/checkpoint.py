@@ -15,7 +15,7 @@ from core.compose import arguments
 from core.delta import DELTA_FORMAT, base_of, patched
 from core.hooks import AFTER_ATTENTION, MODEL_HOOKS, Learner
 from core.published import PUBLISHED, fetch, is_published, rename_published
-from core.registry import changeable, describe, factory
+from core.registry import changeable, choices, describe, factory, signature_fields
 from core.weight_files import WeightsError, read_weights
 
 WEIGHTS_NAME = "model.safetensors"
@@ -131,22 +131,22 @@ def rebuild(
 def changed(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Copies a checkpoint's configuration, with new values for settings that may change after training.
 
-    `changes` has keys "hook.setting"; or a hook point after attention that is `none` in the checkpoint, with the filler
-    to add: its name, or {"name": NAME, SETTING: VALUE, ...}.
+    `changes` has keys "hook.setting"; or a hook point, with the filler to use there instead (`replaceable`): its name,
+    or {"name": NAME, SETTING: VALUE, ...}.
 
     Raises:
         ValueError: a setting that may not change (the message lists those that may), or a filler that cannot be added.
     """
     config = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
-    for hook in AFTER_ATTENTION:
+    for hook in MODEL_HOOKS:
         if hook in changes:
-            config[hook] = _added(hook, config[hook], changes[hook])
+            config[hook] = _replaced(hook, config[hook], changes[hook])
     free = [key for hook in MODEL_HOOKS for key in changeable(hook, config[hook]["name"])]
     for key, value in changes.items():
-        if key in AFTER_ATTENTION:
+        if key in MODEL_HOOKS:
             continue
         if key not in free:
-            fillable = [hook for hook in AFTER_ATTENTION if config[hook]["name"] == "none"]
+            fillable = [hook for hook in MODEL_HOOKS if _others(hook, config[hook]["name"])]
             raise ValueError(
                 f"{key} cannot be changed after training; these can: {', '.join([*free, *fillable]) or 'none'}"
             )
@@ -155,15 +155,40 @@ def changed(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return config
 
 
-def _added(hook: str, before: dict[str, Any], node: str | Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a filler that a checkpoint without one gets."""
+def _others(hook: str, before: str) -> list[str]:
+    return [name for name in choices(hook) if replaceable(hook, before, name)]
+
+
+def replaceable(hook: str, before: str, name: str) -> bool:
+    """Whether a checkpoint with `hook=before` may be used with `hook=name`.
+
+    It may where `before` is `none`, after attention. And where the class `name` extends the class `before`, as
+    `bilateral_prior` extends `window`: it has all its weights, and their names.
+    """
+    if hook in AFTER_ATTENTION and before == "none":
+        return name != before
+    known = choices(hook)
+    return name != before and name in known and before in known and issubclass(known[name], known[before])
+
+
+def _replaced(hook: str, before: dict[str, Any], node: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a filler in place of a checkpoint's; those that both have are the checkpoint's."""
     name, settings = (node, {}) if isinstance(node, str) else (node.get("name"), {**node})
     settings.pop("name", None)
-    if before["name"] not in ("none", name):
-        raise ValueError(f"{hook}={name} cannot be added: the checkpoint was trained with {hook}={before['name']}")
     if before["name"] == name:
         raise ValueError(f"{hook}={name} is in the checkpoint already: change single settings, {hook}.SETTING")
-    return describe(factory(hook, name, settings))
+    given = factory(hook, name, settings)  # refuses unknown names and settings
+    if not replaceable(hook, before["name"], name):
+        raise ValueError(
+            f"{hook}={name} cannot be added: the checkpoint was trained with {hook}={before['name']}, which may be "
+            f"replaced by {', '.join(_others(hook, before['name'])) or 'nothing'}"
+        )
+    fields = signature_fields(given.func)
+    common = {key: value for key, value in before.items() if key in fields}
+    for key, value in _fixed(hook, before).items():
+        if key in common and settings.get(key, value) != value:
+            raise ValueError(f"{hook}.{key} cannot be changed after training: the checkpoint has {value}")
+    return describe(factory(hook, name, common | settings))
 
 
 def _fixed(hook: str, settings: dict[str, Any]) -> dict[str, Any]:

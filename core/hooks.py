@@ -114,19 +114,25 @@ class Attention(Filler):
     supplied = ("embed_dim",)
     takes_out: ClassVar[bool] = False
     """True: `forward` has a fourth argument `out`: None, or a tensor for the result, of its shape and dtype."""
+    needs_image: ClassVar[bool] = False
+    """True: all methods are called with `image`, (B,3,H,W), ImageNet-normalised. False: they need not have it."""
 
     @abstractmethod
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(B,D,Qh,Qw) query, (B,D,h,w) key, (B,C,h,w) value (the raw features) -> (B,C,Qh,Qw)."""
 
-    def bands(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def bands(
+        self, query: Tensor, key: Tensor, value: Tensor, image: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
         """Yields `forward`'s output in bands of rows, top to bottom: (rows, (B,C,rows,Qw)).
 
         By default there is one band. An attention that can work in bounded memory overrides this.
         """
-        yield slice(0, query.shape[-2]), self(query, key, value)
+        yield slice(0, query.shape[-2]), self(query, key, value, **self.seen(image))
 
-    def bands_with_entropy(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def bands_with_entropy(
+        self, query: Tensor, key: Tensor, value: Tensor, image: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yields `bands` with the entropy of each query's weights, -Σ α log α: (rows, (B,C,rows,Qw), (B,1,rows,Qw)).
 
         In nats: exp of it is the number of cells that would give it with equal weights. Used by
@@ -140,15 +146,15 @@ class Attention(Filler):
         entropy, (batch, _, *grid) = 0.0, key.shape
         for cells in torch.arange(grid[0] * grid[1], device=key.device).split(_CELLS_AT_ONCE):
             alone = functional.one_hot(cells, grid[0] * grid[1]).to(value.dtype).unflatten(1, grid)  # (n,h,w)
-            weights = self(query, key, alone.expand(batch, *alone.shape))  # (B,n,Qh,Qw)
+            weights = self(query, key, alone.expand(batch, *alone.shape), **self.seen(image))  # (B,n,Qh,Qw)
             if (weights < -torch.finfo(weights.dtype).eps).any():
                 raise ValueError(f"attention {type(self).__name__} has negative weights, which have no entropy")
             weights = weights.clamp(min=0)
             entropy = entropy - torch.special.xlogy(weights, weights).sum(1, keepdim=True)  # (B,1,Qh,Qw)
-        for rows, band in self.bands(query, key, value):
+        for rows, band in self.bands(query, key, value, **self.seen(image)):
             yield rows, band, entropy[:, :, rows]
 
-    def at(self, query: Tensor, key: Tensor, value: Tensor, coords: Tensor) -> Tensor:
+    def at(self, query: Tensor, key: Tensor, value: Tensor, coords: Tensor, image: Tensor | None = None) -> Tensor:
         """Attention at (N,2) points of the image, the same for all images -> (B,C,N); used by `AnyUp.query`.
 
         Points are (row, column) in the unit square. At the pixel centres of the query grid, the result must equal
@@ -156,8 +162,12 @@ class Attention(Filler):
         point overrides this.
         """
         height = query.shape[-2]
-        shares = (sample_rows(band, rows, height, coords) for rows, band in self.bands(query, key, value))
-        return sum(shares).transpose(1, 2)  # (B,C,N)
+        bands = self.bands(query, key, value, **self.seen(image))
+        return sum(sample_rows(band, rows, height, coords) for rows, band in bands).transpose(1, 2)  # (B,C,N)
+
+    def seen(self, image: Tensor | None) -> dict[str, Tensor]:
+        """The argument `image` of a call, for an attention that needs it; no argument for others."""
+        return {"image": image} if self.needs_image else {}
 
 
 class AfterAttention(Filler):

@@ -49,8 +49,9 @@ def load(source: str | Path, changes: Mapping[str, Any] | None = None) -> AnyUp:
             `module.` and `_orig_mod.` are removed. A delta that `save_delta` wrote is read together with its base.
         changes: new values for settings that may change after training (`Filler.changeable`), such as
             `{"attention.window_ratio": 0.2}`; or a filler for a hook point after attention that is `none` in the
-            checkpoint, such as `{"temporal": "temporal_consistency"}`, with settings `{"name": NAME, SETTING: VALUE}`.
-            Where it has weights, they are untrained, and a warning names them. `{"delta": FILE}` puts a delta on the
+            checkpoint, such as `{"temporal": "temporal_consistency"}`, with settings `{"name": NAME, SETTING: VALUE}`;
+            or one whose class extends that of the checkpoint's, such as `{"attention": "bilateral_prior"}`. Where it
+            has further weights, they are untrained, and a warning names them. `{"delta": FILE}` puts a delta on the
             checkpoint, for one that does not find its base by itself.
 
     Raises:

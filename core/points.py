@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from core.prior import Prior
+
 MAX_GATHERED = {"cpu": 2**20, "cuda": 2**26}  # values of gathered keys and features held at once
 
 
@@ -119,10 +121,19 @@ def visible_keys(centre: Tensor, num_keys: int, window_ratio: float) -> tuple[Te
     return keys, (keys >= first[:, None]) & (keys < last[:, None])
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, coords: Tensor, window_ratio: float, num_heads: int) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coords: Tensor,
+    window_ratio: float,
+    num_heads: int,
+    prior: Prior | None = None,
+) -> Tensor:
     """(B,N,D) projected queries, (B,h,w,D) projected and scaled keys, (B,h,w,C) values, (N,2) coords -> (B,C,N).
 
-    Works on blocks of points. The keys and values of each window are gathered, unless every point sees all of them.
+    `prior`: what is added to the logits. Works on blocks of points. The keys and values of each window are
+    gathered, unless every point sees all of them.
     """
     rows, rows_visible = visible_keys(coords[:, 0], key.shape[1], window_ratio)
     columns, columns_visible = visible_keys(coords[:, 1], key.shape[2], window_ratio)
@@ -133,22 +144,29 @@ def attend(query: Tensor, key: Tensor, value: Tensor, coords: Tensor, window_rat
     whole = cells.shape[1] == key.shape[1]
     held = len(key) * cells.shape[1] * (num_heads if whole else key.shape[-1] + value.shape[-1])
     at_once = max(1, MAX_GATHERED.get(query.device.type, 2**20) // held)
-    block = partial(_attend, num_heads=num_heads, whole=whole)
+    block = partial(_attend, num_heads=num_heads, whole=whole, prior=prior)
     if torch.is_grad_enabled() and at_once < len(coords):
         block = partial(checkpoint, block, use_reentrant=False)
-    split = query.split(at_once, 1), cells.split(at_once), visible.split(at_once)
+    split = query.split(at_once, 1), coords.split(at_once), cells.split(at_once), visible.split(at_once)
     parts = [block(some, key, value, *where) for some, *where in zip(*split, strict=True)]
     return torch.cat(parts, 1).transpose(1, 2)  # (B,C,N)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, cells: Tensor, visible: Tensor, num_heads: int, whole: bool):
-    """(B,n,D), (B,h·w,D), (B,h·w,C), (n,K), (n,K) -> (B,n,C)."""
+def _attend(query, key, value, coords, cells, visible, num_heads: int, whole: bool, prior: Prior | None):
+    """(B,n,D), (B,h·w,D), (B,h·w,C), (n,2), (n,K), (n,K) -> (B,n,C)."""
     query = query.unflatten(-1, (num_heads, -1))  # (B,n,heads,D/heads)
     if whole:
         logits = torch.einsum("bnhd,bkhd->bnhk", query, key.unflatten(-1, (num_heads, -1)))
     else:
         key, value = (grid.index_select(1, cells.flatten()).unflatten(1, cells.shape) for grid in (key, value))
         logits = torch.einsum("bnhd,bnkhd->bnhk", query, key.unflatten(-1, (num_heads, -1)))  # (B,n,heads,K)
+    if prior is not None:
+        terms = prior.at(coords, cells).to(logits.dtype)  # (B,n,heads+1,K)
+        alone = terms[:, :, -1].masked_fill(~visible, -torch.inf).softmax(-1)  # (B,n,K)
+        logits = logits + terms[:, :, :-1]
     logits = logits.masked_fill(~visible[:, None], -torch.inf)
-    weights = logits.softmax(-1).mean(2).to(value.dtype)  # (B,n,K)
+    weights = logits.softmax(-1).mean(2)  # (B,n,K)
+    if prior is not None:
+        weights = weights + prior.share.to(weights.dtype) * (alone - weights)
+    weights = weights.to(value.dtype)
     return torch.einsum("bnk,bkc->bnc" if whole else "bnk,bnkc->bnc", weights, value)

@@ -59,9 +59,18 @@ def cosine_mse(prediction: Tensor, target: Tensor) -> Tensor:
     Both (N,C,h,w) -> scalar. Prediction and target are shifted by the target vector's minimum and divided by its
     range before the squared error.
     """
+    return cosine_loss(prediction, target) + squared_loss(prediction, target)
+
+
+def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """1 - cosine, averaged over positions: both (N,C,h,w) -> scalar."""
+    return (1 - F.cosine_similarity(prediction, target, dim=1)).mean()
+
+
+def squared_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Squared error in units of each target vector's range, averaged: both (N,C,h,w) -> scalar."""
     low, high = target.aminmax(dim=1, keepdim=True)  # (N,1,h,w)
-    squared = ((prediction - target) / (high - low + 1e-6)).square().mean()
-    return (1 - F.cosine_similarity(prediction, target, dim=1)).mean() + squared
+    return ((prediction - target) / (high - low + 1e-6)).square().mean()
 
 
 @register("cosine_mse")
@@ -83,7 +92,7 @@ class CosineMSE(Objective):
         self.batch_parts = frozenset({"augmented_image"} if self_consistency > 0 else ())
 
     def forward(self, model: nn.Module, batch: Batch, output: Tensor | None) -> dict[str, Tensor]:
-        losses = {"reconstruction_loss": cosine_mse(crops_of(output, batch), batch.target)}
+        losses = self.reconstruction(output, batch)
         if self.input_consistency > 0:
             pooled = F.interpolate(output, batch.features.shape[-2:], mode="area")  # (B,C,h,w)
             losses["input_consistency_loss"] = self.input_consistency * cosine_mse(pooled, batch.features)
@@ -99,6 +108,10 @@ class CosineMSE(Objective):
             augmented = widened(model(batch.augmented_image, batch.features, size))
             losses["self_consistency_loss"] = self.self_consistency * cosine_mse(augmented, clean)
         return losses
+
+    def reconstruction(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The losses between the output and the target; a subclass may have others."""
+        return {"reconstruction_loss": cosine_mse(crops_of(output, batch), batch.target)}
 
 
 @register("sgd")

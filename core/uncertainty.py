@@ -61,7 +61,7 @@ def uncertain(
         guidance, query, key = model._guide(image, features, output_size, Buffers())
         coords = pixel_centres(output_size, like=query)
         context = model._context(image, features, coords, guidance, generator)
-        output, measured = _attended(model, query, key, features)
+        output, measured = _attended(model, query, key, features, image)
         del query, key, guidance
         if not num_samples:
             return model._finish(output, context)[0], measured
@@ -76,7 +76,7 @@ def of_attention(
     """As `AnyUp.with_uncertainty`, without the output, which may be larger than memory."""
     output_size = checks.check_inputs(model, image, features, output_size)
     _, query, key = model._guide(image, features, output_size, Buffers())
-    bands = [measures for _, *measures in _bands(model, query, key, features)]
+    bands = [measures for _, *measures in _bands(model, query, key, features, image)]
     return Uncertainty(*(torch.cat(parts, 2) for parts in zip(*bands, strict=True)))
 
 
@@ -101,20 +101,25 @@ def rarity(features: Tensor, nearest: int = NEAREST) -> Tensor:
     return torch.cat(means, 1).unflatten(1, features.shape[-2:])[:, None]
 
 
-def _attended(model: nn.Module, query: Tensor, key: Tensor, features: Tensor) -> tuple[Tensor, Uncertainty]:
+def _attended(
+    model: nn.Module, query: Tensor, key: Tensor, features: Tensor, image: Tensor
+) -> tuple[Tensor, Uncertainty]:
     """Attention's output (B,C,Qh,Qw), and what it says of itself."""
-    output, *measures = (torch.cat(parts, 2) for parts in zip(*_bands(model, query, key, features), strict=True))
+    output, *measures = (torch.cat(parts, 2) for parts in zip(*_bands(model, query, key, features, image), strict=True))
     checks.check_filled(model, "attention", output, (*features.shape[:2], *query.shape[-2:]))
     return output, Uncertainty(*measures)
 
 
-def _bands(model: nn.Module, query: Tensor, key: Tensor, features: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _bands(
+    model: nn.Module, query: Tensor, key: Tensor, features: Tensor, image: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
     """Yields attention's output (B,C,rows,Qw), variance, rarity and entropy, in bands from top to bottom."""
     channels, unit = features.shape[1], unit_variance(features)
     mean = _wide(features).mean((2, 3), keepdim=True)  # (B,C,1,1)
     energy = _centred(features).square().sum(1, keepdim=True) / unit  # (B,1,h,w)
     carried = torch.cat([energy, rarity(features), torch.ones_like(energy)], 1).to(features)  # (B,3,h,w)
-    for _, band, entropy in model.attention.bands_with_entropy(query, key, torch.cat([features, carried], 1)):
+    values, seen = torch.cat([features, carried], 1), model.attention.seen(image)
+    for _, band, entropy in model.attention.bands_with_entropy(query, key, values, **seen):
         output, (energy, rare, total) = band[:, :channels], _wide(band[:, channels:]).split(1, 1)
         _check_average(model, total, band.dtype)
         kept = torch.linalg.vector_norm(_wide(output) - mean, dim=1, keepdim=True).square() / unit  # (B,1,rows,Qw)

@@ -20,8 +20,7 @@ due, so the number of inner steps costs time, not memory.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from types import ModuleType
 from typing import Any
@@ -32,13 +31,12 @@ from torch.autograd.function import once_differentiable
 
 from core.adaptation import gradients, recovery, weights_of
 from core.batch import Batch, images_of
+from core.channel_mixing import GROUP, random_rotation, with_features
 from core.encoder import Encoder
 from core.hooks import Objective
 from core.registry import register
 from core.training import PlainStep, all_losses
 
-GROUP = 128
-"""Channels that are mixed with each other: a random orthogonal matrix of 2048 channels would take a second."""
 INNER_SCALE = 2.0**10
 """Of the inner loss in float16, whose small gradients would vanish; a power of two changes no other digits."""
 
@@ -222,21 +220,19 @@ class MAML(PlainStep):
         matrices = [self._mixture(len(part), source).to(sign) for part in order.split(GROUP)] if mixes else []
 
         def change(x: Tensor) -> Tensor:
-            """(·,C,·,·) -> the same shape."""
+            """(…,C,·,·) -> the same shape."""
             x = (x - shift.view(-1, 1, 1)) * scale.view(-1, 1, 1)
             if not matrices:
                 return x
-            parts = zip(matrices, x[:, order].split(GROUP, 1), strict=True)
-            return torch.cat([torch.einsum("dc,bchw->bdhw", matrix, part) for matrix, part in parts], 1)
+            parts = zip(matrices, x.index_select(-3, order).split(GROUP, -3), strict=True)
+            return torch.cat([torch.einsum("dc,...chw->...dhw", matrix, part) for matrix, part in parts], -3)
 
-        return _with_features(batch, change)
+        return with_features(batch, change)
 
     def _mixture(self, channels: int, source: torch.Generator) -> Tensor:
         """(n,n): a random orthogonal matrix, with noise."""
-        gaussian = torch.randn(channels, channels, generator=source)
-        q, r = torch.linalg.qr(gaussian)
-        q = q * r.diagonal().sign()  # uniform over orthogonal matrices (Mezzadri, math-ph/0609050)
-        return q + self.noise * torch.randn(channels, channels, generator=source) / channels**0.5
+        rotation = random_rotation(channels, source)
+        return rotation + self.noise * torch.randn(channels, channels, generator=source) / channels**0.5
 
 
 class _Replay:
@@ -311,18 +307,6 @@ def _clone(modules: nn.ModuleDict, weights: Mapping[str, Tensor]) -> nn.ModuleDi
             del inner._modules[name]  # learn2learn's update stumbles over children that are None
             inner.__dict__[name] = None
     return copied
-
-
-def _with_features(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """The batch with other features everywhere."""
-    clip, encoder = batch.clip, batch.encoder
-    return replace(
-        batch,
-        features=change(batch.features),
-        target=change(batch.target),
-        clip=clip and replace(clip, features=change(clip.features.flatten(0, 1)).unflatten(0, clip.features.shape[:2])),
-        encoder=encoder and (lambda images: change(encoder(images))),
-    )
 
 
 def _key(name: str) -> str:

@@ -795,7 +795,9 @@ class TestFillersAddedToACheckpoint:
         [
             ({"temporal": "nobody"}, "temporal=nobody"),
             ({"temporal": {"name": "statistics_drift", "haste": 1}}, "haste"),
-            ({"attention": "global"}, "attention cannot be changed after training; these can: .*decoder"),
+            ({"attention": "global"}, "attention=global cannot be added: .*may be replaced by .*pyramid"),
+            ({"attention": {"name": "bilateral_prior", "num_heads": 1}}, "attention.num_heads cannot be changed after"),
+            ({"embed_dim": 8}, "embed_dim cannot be changed after training; these can: .*attention, decoder"),
         ],
     )
     def test_what_cannot_be_added(self, saved, changes, message):

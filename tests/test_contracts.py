@@ -71,6 +71,12 @@ ROWS = [
     Row("attention", "pyramid_window", {"num_heads": 2, "scales": [2, 5]}, neutral={"num_heads": 4}),
     Row("attention", "pyramid_window", {"scales": [0.3, 0.2, 0.6], "unit": "ratio", "keys_per_side": 2}),
     Row("attention", "pyramid_window", {"window_ratio": 0.4, "scales": [8], "keys_per_side": 0}),
+    Row("attention", "bilateral_prior", {"num_heads": 2}, neutral={"num_heads": 4}),
+    Row(
+        "attention",
+        "bilateral_prior",
+        {"window_ratio": 0.3, "gate_at_start": 0.5, "share_at_start": 0.4, "temperature": 2.0},
+    ),
     Row("decoder", "none", neutral={}),
     Row("decoder", "inr", {"hidden_dim": 8, "num_units": 4, "num_frequencies": 2}, neutral={}),
     Row("refiner", "none", neutral={}),
@@ -101,6 +107,17 @@ ROWS = [
     Row("objective", "cosine_mse", {"self_consistency": 0, "input_consistency": 0}),
     Row("objective", "self_supervised", {"scales": [0.75, 1, 2]}),
     Row("objective", "self_supervised", {"inpainting": 0, "consistency": 0, "alignment": 0, "reconstruction": 1}),
+    Row(
+        "objective",
+        "detail",
+        {"self_consistency_size": 9},
+        neutral={"weight_detail": 0, "weight_cosine": 1, "weight_squared": 1},
+    ),
+    Row(
+        "objective",
+        "detail",
+        {"self_consistency": 0, "input_consistency": 0, "weight_squared": 0.5, "per_octave": True},
+    ),
     Row("learner", "sgd"),
     Row("learner", "maml", {"inner_lr": 0.001, "rates": "tensor"}, neutral={"inner_steps": 0, "rates": "fixed"}),
     Row("learner", "maml", {"inner_lr": 0.001, "first_order": True, "mixing": 0.5, "parts": ["attention"]}),
@@ -186,7 +203,8 @@ def arguments(row: Row, sizes: Sizes, dtype: torch.dtype = torch.float32, order:
     if row.hook == "unifier":
         return {"features": features, "guidance": guidance}
     if row.hook == "attention":
-        return {"query": query, "key": key, "value": features}
+        looks = {"image": image} if registry.choices(row.hook)[row.name].needs_image else {}
+        return {"query": query, "key": key, "value": features, **looks}
     asks = registry.choices(row.hook)[row.name].needs_guidance
     coords = pixel_centres(sizes.output, like=output)
     noise = torch.Generator().manual_seed(5)
@@ -414,8 +432,8 @@ def test_attention_looks_up_values(row, perturbed):
     given = arguments(row, Sizes())
     with torch.no_grad():
         output = filler(**given)
-        constant = filler(given["query"], given["key"], torch.full_like(given["value"], 3.0))
-        doubled = filler(given["query"], given["key"], 2 * given["value"] + 1)
+        constant = filler(**given | {"value": torch.full_like(given["value"], 3.0)})
+        doubled = filler(**given | {"value": 2 * given["value"] + 1})
     assert close(constant, torch.full_like(constant, 3.0), 1e-5)
     assert close(doubled, 2 * output + 1, 1e-5)
 

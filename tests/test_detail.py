@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from experiments.measuring.detail import agreement, detail, detail_measures, octaves
+from core.detail import detail, octaves
+from experiments.measuring.detail import agreement, detail_measures
 
 GRID = (6, 8)
 

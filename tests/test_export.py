@@ -31,7 +31,12 @@ def test_exported_program_gives_the_same_numbers_and_can_be_stored(model, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "overrides", [["unifier=none", "attention=global"], ["unifier.ordering=released", "attention.window_ratio=0.3"]]
+    "overrides",
+    [
+        ["unifier=none", "attention=global"],
+        ["unifier.ordering=released", "attention.window_ratio=0.3"],
+        ["attention=bilateral_prior"],
+    ],
 )
 def test_other_choices_export(perturbed, overrides):
     model = perturbed(core.build(["embed_dim=16", *overrides])).eval()

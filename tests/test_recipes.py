@@ -31,7 +31,7 @@ SMALL = {
 }  # fmt: skip
 SLOW = ("num_basis", "paper_ablation", "paper_ablation_rgbd", "any_to_any", "unseen_backbone", "single_to_multi",
         "preservation", "model_extensions", "model_extensions_probes", "extension_variations", "diffusion",
-        "maml", "self_supervised")  # fmt: skip
+        "maml", "self_supervised", "detail_causes", "bilateral_prior")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -183,9 +183,60 @@ def test_no_crops_means_the_whole_image_at_the_higher_resolution(photographs):
     assert torch.equal(one.augmented, one.guidance)
 
 
+def test_mirrored_images_are_mirrored_before_anything_else_is_made_of_them(photographs):
+    """Each image by a draw of its own; its crops lie at the same corners."""
+    views, plain = (views_of(photographs, flip=flip, augment=0) for flip in (0.5, 0))
+    counts = [0, 0]
+    for step in range(12):
+        ours, theirs = views[step], plain[step]
+        assert torch.equal(ours.corners, theirs.corners)
+        for at, name in enumerate(ours.names):
+            flipped = not torch.equal(ours.whole[at], theirs.whole[at])
+            counts[flipped] += 1
+            for part in ("guidance", "augmented", "whole"):
+                expected = getattr(theirs, part)[at]
+                torch.testing.assert_close(getattr(ours, part)[at], expected.flip(-1) if flipped else expected)
+            square = centre_square(views.data[views.data.names.index(name)].image[None], 64)
+            square = square.flip(-1) if flipped else square
+            for k in range(3 * at, 3 * at + 3):
+                patch = views.patch_sizes[ours.backbone]
+                row, column = (patch * corner for corner in ours.corners[k].tolist())
+                assert torch.equal(ours.crops[k], square[0, :, row : row + 32, column : column + 32])
+    assert min(counts) >= 4
+    again = views_of(photographs, flip=0.5, augment=0)
+    halves = [views_of(photographs, (rank, 2), flip=0.5, augment=0)[4] for rank in range(2)]
+    assert torch.equal(torch.cat([half.whole for half in halves]), again[4].whole)
+
+
+def test_other_channels_are_the_same_for_features_and_target(config):
+    """Products of features and target vectors stay when channels are mixed; dropped ones are gone from both."""
+    few = ["views.crops=0", "objective.self_consistency=0"]
+    batches = {}
+    for name, more in (("plain", []), ("mixed", ["views.mix_channels=1"]), ("dropped", ["views.drop_channels=0.5"])):
+        training = Training(config(*few, *more))
+        batches[name] = [training.batch(training.views[step]) for step in range(4)]
+    vectors = lambda batch: [x.movedim(1, -1).flatten(0, 2) for x in (batch.features, batch.target)]  # noqa: E731
+    for mixed, plain in zip(batches["mixed"], batches["plain"], strict=True):
+        (a, b), (c, d) = vectors(mixed), vectors(plain)
+        torch.testing.assert_close(a @ b.T, c @ d.T, rtol=1e-3, atol=1e-3 * (c @ d.T).abs().max().item())
+        assert (a - c).abs().max() > 0.1 * c.abs().max()
+    kept = set()
+    for dropped, plain in zip(batches["dropped"], batches["plain"], strict=True):
+        channels = dropped.features.shape[1]
+        kept.add(channels)
+        assert plain.features.shape[1] / 2 <= channels <= plain.features.shape[1]
+        of = [i for i in range(plain.features.shape[1]) if any(
+            torch.equal(plain.features[:, i], x) for x in dropped.features.unbind(1))]  # fmt: skip
+        assert all(torch.equal(x, plain.target[:, of[i]]) for i, x in enumerate(dropped.target.unbind(1)))
+    assert len(kept) > 1, "each step draws its own"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"flip": 1.5}, "views.flip must lie between 0 and 1, got 1.5"),
+        ({"mix_channels": -0.5}, "views.mix_channels must lie between 0 and 1, got -0.5"),
+        ({"drop_channels": 1}, "views.drop_channels must be at least 0 and below 1, got 1"),
         ({"view": 8}, "views.view must be at least 16"),
         ({"scale": 1}, "views.scale"),
         ({"crops": 5, "crop_pool": 3}, "views.crop_pool=3 has fewer"),

@@ -207,6 +207,18 @@ def test_frames_follow_one_another_and_flow_leads_from_one_to_the_next(config):
     assert right < 0.7 * carried(clip, clip.flow.flip(2)), "x and y are exchanged"
 
 
+def test_mirrored_clips_have_mirrored_flow(config):
+    asking("clip")
+    sizes = ["data.size=[120,100]", "views.clip=2", "views.view=64", "views.guidance=128", "views.crops=0"]
+    without = ("objective.", "data.", "views.")
+    clips = [batch_of(config("objective=asking", *VIDEOS, *sizes, f"views.flip={flip}", without=without))[1].clip
+             for flip in (0, 1)]  # fmt: skip
+    torch.testing.assert_close(clips[1].image, clips[0].image.flip(-1))
+    mirrored = clips[0].flow.flip(-1) * torch.tensor([-1.0, 1.0]).view(2, 1, 1)
+    torch.testing.assert_close(clips[1].flow, mirrored, equal_nan=True)
+    assert carried(clips[1], clips[1].flow) < 0.9 * carried(clips[1], 0 * clips[1].flow)
+
+
 def carried(clip: core.Clip, flow: Tensor) -> float:
     """Mean difference of the first frames to the second ones, fetched along the flow, where they are seen."""
     side, total, count = flow.shape[-1], 0.0, 0
@@ -240,6 +252,29 @@ def test_videos_that_are_too_short_are_refused(config):
     made = config("objective=asking", *VIDEOS, "views.clip=4", without=("objective.", "data."))
     with pytest.raises(SettingError, match=r"views.clip=4 needs videos .*data=scenes has one of 3"):
         Training(made)
+
+
+def test_an_objectives_pictures_are_logged_at_each_validation(config):
+    class Shown:
+        run_id, pictures = "known", {}
+
+        def metrics(self, values: dict, step: int) -> None:
+            pass
+
+        def picture(self, image: Tensor, path: str) -> None:
+            self.pictures[path] = image
+
+    class Measured:
+        def measure(self, model: nn.Module, run: Shown, step: int) -> dict[str, float]:
+            return {"val/detail": 0.5}
+
+    training = Training(config("objective=detail"))
+    training._validate(Measured(), Shown())
+    assert not Shown.pictures, "nothing was looked at before the first step"
+    training.step(training.views[0])
+    training.state.step = 1
+    training._validate(Measured(), Shown())
+    assert list(Shown.pictures) == ["validation/000001_objective.png"]
 
 
 # --- fillers of the model, trained for real --------------------------------------------------------------------------

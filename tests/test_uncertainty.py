@@ -24,7 +24,7 @@ def weights_of(model: AnyUp, image: Tensor, features: Tensor, size: tuple[int, i
     _, query, key = model._guide(image, features, size, core.anyup.Buffers())
     grid = features.shape[-2:]
     alone = torch.eye(grid.numel(), dtype=features.dtype).unflatten(1, grid)
-    return model.attention(query, key, alone.expand(len(features), *alone.shape))
+    return model.attention(query, key, alone.expand(len(features), *alone.shape), **model.attention.seen(image))
 
 
 def by_loops(weights: Tensor, features: Tensor, nearest: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,7 +49,13 @@ def by_loops(weights: Tensor, features: Tensor, nearest: int) -> tuple[Tensor, T
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["attention=global"], ["attention.window_ratio=0.3"], ["attention=pyramid_window", "attention.scales=[3]"]],
+    [
+        [],
+        ["attention=global"],
+        ["attention.window_ratio=0.3"],
+        ["attention=pyramid_window", "attention.scales=[3]"],
+        ["attention=bilateral_prior", "attention.temperature=2"],
+    ],
     ids=str,
 )
 def test_is_what_loops_over_the_weights_give(perturbed, overrides):
@@ -85,7 +91,7 @@ def test_the_quick_entropy_is_the_one_by_definition(perturbed):
 
 def test_a_subclass_with_other_weights_does_not_inherit_the_quick_entropy():
     class Even(core.attention.WindowAttention):
-        def _tiles(self, query, keys, values, visible, mix=torch.bmm):
+        def _tiles(self, query, keys, values, visible, mix=torch.bmm, terms=None):
             return super()._tiles(query * 0, keys, values, visible)
 
     model = AnyUp(attention=Even, embed_dim=16).double().eval()

@@ -424,6 +424,18 @@ def test_a_filler_is_added_to_a_checkpoint_that_has_none(photos, tmp_path, caplo
     assert "UNTRAINED" not in caplog.text
 
 
+def test_a_filler_that_extends_the_checkpoints_takes_its_place(tmp_path):
+    """What was chosen is taken, and all other settings that both have are the checkpoint's."""
+    core.save(core.build(["attention.num_heads=2", "attention.window_ratio=0.3"]), tmp_path / "plain.safetensors")
+    chosen = (f"checkpoint={tmp_path}/plain.safetensors", "attention=bilateral_prior", "attention.share_at_start=0.25")
+    model, made_of = load_model(config(*chosen))
+    assert made_of.attention.name == "bilateral_prior"
+    assert (model.attention.num_heads, model.attention.window_ratio) == (2, 0.3)
+    assert model.attention.share.item() == pytest.approx(0.25)
+    with pytest.raises(SettingError, match=r"num_heads cannot be changed after training: the checkpoint has 2"):
+        load_model(config(*chosen, "attention.num_heads=1"))
+
+
 def test_the_trained_baseline_has_the_ordering_that_is_asked_for():
     model, _ = load_model(config("checkpoint=pretrained", "unifier.ordering=released"))
     released = core.AnyUp.from_pretrained("bundled_released").state_dict()

@@ -8,9 +8,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 import core
-from core.checkpoint import bundled_like
+from core.checkpoint import bundled_like, replaceable
 from core.compose import BASELINE, MODEL_KEYS
-from core.hooks import AFTER_ATTENTION, MODEL_HOOKS
+from core.hooks import MODEL_HOOKS
 from core.registry import changeable, choices, signature_fields
 from experiments.settings import SettingError
 
@@ -22,9 +22,10 @@ def load_model(config: DictConfig) -> tuple[core.AnyUp, DictConfig]:
 
     With `config.checkpoint`, a file or a name that `core.load` takes, the checkpoint decides. A model choice beside it
     that says otherwise is an error, never ignored. Two kinds are taken: settings that may change after training
-    (`Filler.changeable`), and fillers of hook points that the checkpoint leaves out. `pretrained` is the baseline that
-    comes with this package, with the `unifier.ordering` asked for: there the choices decide, and a warning names the
-    weights that are new for them. With null the weights are random, and a warning says so.
+    (`Filler.changeable`), and fillers that may take the place of the checkpoint's (`core.checkpoint.replaceable`).
+    `pretrained` is the baseline that comes with this package, with the `unifier.ordering` asked for: there the choices
+    decide, and a warning names the weights that are new for them. With null the weights are random, and a warning says
+    so.
 
     Raises:
         OSError, core.WeightsError: the checkpoint cannot be used.
@@ -47,10 +48,14 @@ def load_model(config: DictConfig) -> tuple[core.AnyUp, DictConfig]:
     asked = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     wrong, changed = [], {}
     free = {key for hook in MODEL_HOOKS for key in changeable(hook, model.config[hook]["name"])}
-    added = {hook for hook in AFTER_ATTENTION if model.config[hook]["name"] == "none" != asked[hook]["name"]}
+    named = {hook: (model.config[hook]["name"], asked[hook]["name"]) for hook in MODEL_HOOKS}
+    added = {hook for hook, (before, name) in named.items() if replaceable(hook, before, name)}
     for key in sorted(_chosen(config, asked)):
-        if (hook := key.partition(".")[0]) in added:
-            changed[hook] = asked[hook]
+        hook, _, setting = key.partition(".")
+        if hook in added:
+            changed.setdefault(hook, {"name": asked[hook]["name"]})
+            if setting:
+                changed[hook][setting] = asked[hook][setting]
             continue
         ours, theirs = _at(asked, key), _at(model.config, key)
         if ours == theirs:
@@ -64,7 +69,12 @@ def load_model(config: DictConfig) -> tuple[core.AnyUp, DictConfig]:
             f"checkpoint={config.checkpoint} contradicts {', '.join(wrong)}: leave out the one or the other"
         )
     if changed:
-        model = core.load(config.checkpoint, changed)
+        try:
+            model = core.load(config.checkpoint, changed)
+        except core.WeightsError:
+            raise
+        except ValueError as error:  # a setting that must stay as in training
+            raise SettingError(f"checkpoint={config.checkpoint}: {error}") from error
     model.check_finite = config.get("check_finite", False)
     if config.get("compile"):
         model.compile_encoders()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from core.backbones import Backbone, imagenet_normalize
 from core.batch import Batch, Clip
+from core.channel_mixing import dropping, mixing, with_features
 from core.streams import generator
 from experiments.data.feature_cache import FeatureCache
 from experiments.measuring.targets import CropSettings, crop_counts, half_targets, mean_of_halves
@@ -48,7 +49,7 @@ class Batches:
             target = self._target(backbone, crops, views.names, tuple(features.shape[-2:]))
             corners = None if views.corners is None else views.corners.to(self.device)
         augmented, encoder = views.augmented, partial(self._encoded, backbone, views.names)
-        return Batch(
+        batch = Batch(
             image=imagenet_normalize(views.guidance.to(self.device)),
             features=features,
             target=target,
@@ -63,6 +64,17 @@ class Batches:
             encoder=encoder if "encoder" in self.parts else None,
             clip=None if views.clip is None else self._clip(views.clip, backbone, views.names),
         )
+        return self._other_channels(batch, views)
+
+    def _other_channels(self, batch: Batch, views: StepViews) -> Batch:
+        """The batch with channels dropped and mixed, as the settings say: the same for all images of the step."""
+        s, source = self.settings, generator(self.seed, "channels", views.step, views.backbone)
+        mixes = torch.rand((), generator=source).item() < s.mix_channels
+        if s.drop_channels:
+            batch = with_features(batch, dropping(batch.features.shape[1], s.drop_channels, source))
+        if mixes:
+            batch = with_features(batch, mixing(batch.features.shape[1], source))
+        return batch
 
     def _target(self, backbone: Backbone, crops: Tensor, names: list[str], grid: tuple[int, int]) -> Tensor:
         """(B·n,3,view,view) crops -> (B·n,C,h,w); whole images (B,3,s·view,s·view) -> (B,C,s·h,s·w)."""

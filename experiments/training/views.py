@@ -35,6 +35,9 @@ class ViewSettings:
             with `average` the target is the mean over this many. 0: from all.
         augment: strength of the photometric augmentation of the guidance, 0 to 1.
         clip: frames of the videos that some fillers look at; 0: none do.
+        flip: probability that an image is shown mirrored, before anything else is made of it.
+        mix_channels: probability that a step's features and targets are turned by a random rotation of their channels.
+        drop_channels: largest share of the channels that a step leaves out; each step draws its own, from 0.
     """
 
     view: int
@@ -45,6 +48,9 @@ class ViewSettings:
     crop_pool: int
     augment: float
     clip: int
+    flip: float
+    mix_channels: float
+    drop_channels: float
 
     def __post_init__(self):
         for name, least in (("view", 16), ("scale", 2), ("crops", 0), ("average", 0), ("crop_pool", 0), ("clip", 0)):
@@ -52,8 +58,11 @@ class ViewSettings:
                 raise SettingError(f"views.{name} must be at least {least}, got {getattr(self, name)}")
         if self.guidance is not None and self.guidance < 8:
             raise SettingError(f"views.guidance must be at least 8 pixels, got {self.guidance}")
-        if not 0 <= self.augment <= 1:
-            raise SettingError(f"views.augment must lie between 0 and 1, got {self.augment}")
+        for name in ("augment", "flip", "mix_channels"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingError(f"views.{name} must lie between 0 and 1, got {getattr(self, name)}")
+        if not 0 <= self.drop_channels < 1:
+            raise SettingError(f"views.drop_channels must be at least 0 and below 1, got {self.drop_channels}")
         if self.average and self.crops:
             raise SettingError(
                 f"views.average={self.average} makes one target of the whole image, views.crops={self.crops} several: "
@@ -156,8 +165,10 @@ class Views(Dataset):
         if "clip" in self.parts:
             chosen = [self._frames(index)[0] for index in chosen]
         s, squares = self.settings, []
-        for index in chosen:
-            squares.append(centre_square(self.data[index].image[None], s.scale * s.view))
+        mirrored = [self._mirrored(position) for position in positions]
+        for index, flips in zip(chosen, mirrored, strict=True):
+            image = centre_square(self.data[index].image[None], s.scale * s.view)
+            squares.append(image.flip(-1) if flips else image)
         square = torch.cat(squares)  # (B,3,scale·view,scale·view)
         whole, guidance = self._shrunk(square)
         crops, corners = square, None
@@ -173,7 +184,7 @@ class Views(Dataset):
             whole=whole,
             crops=crops,
             corners=corners,
-            clip=self._clip(chosen) if "clip" in self.parts else None,
+            clip=self._clip(chosen, mirrored) if "clip" in self.parts else None,
             high_resolution=square if "high_resolution" in self.parts else None,
         )
 
@@ -189,19 +200,27 @@ class Views(Dataset):
         first = min(list(frames).index(index), len(frames) - self.settings.clip)
         return frames[first : first + self.settings.clip]
 
-    def _clip(self, chosen: list[int]) -> ClipViews:
+    def _mirrored(self, position: int) -> bool:
+        """Whether the image at a position of the endless sequence is shown mirrored."""
+        return bool(torch.rand((), generator=generator(self.seed, "flip", position)) < self.settings.flip)
+
+    def _clip(self, chosen: list[int], mirrored: list[bool]) -> ClipViews:
         s = self.settings
         whole, guidance, flows = [], [], []
-        for index in chosen:
+        for index, flips in zip(chosen, mirrored, strict=True):
             samples = [self.data[i] for i in self._frames(index)]
             square = torch.cat([centre_square(sample.image[None], s.scale * s.view) for sample in samples])
-            seen, guides = self._shrunk(square)
+            seen, guides = self._shrunk(square.flip(-1) if flips else square)
             whole.append(seen)
             guidance.append(guides)
             flows.append([sample.flow for sample in samples[:-1]])
         known = all(flow is not None for own in flows for flow in own)
         side = guidance[0].shape[-1]
         flow = torch.stack([square_flow(torch.stack(own), side) for own in flows]) if known else None
+        if known:
+            mirror = flow.new_tensor([[-1.0 if flips else 1.0, 1.0] for flips in mirrored])  # (B,2): x is turned round
+            turned = [own.flip(-1) if flips else own for own, flips in zip(flow, mirrored, strict=True)]
+            flow = torch.stack(turned) * mirror[:, None, :, None, None]
         return ClipViews(torch.stack(guidance), torch.stack(whole), flow)
 
     def _image(self, position: int) -> int:

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
+from core.detail import detail
 from core.optical_flow import tvl1
 from core.warping import inside, round_trip, warp
 from experiments.measuring.bench import Bench, Ceiling, EncodedImage, EvaluationError, checked
-from experiments.measuring.detail import agreement, detail
+from experiments.measuring.detail import agreement
 from experiments.measuring.metrics import same_everywhere
 from experiments.measuring.task import Task, register_task
 from experiments.peers.interpolation import Bilinear
