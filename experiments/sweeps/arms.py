@@ -32,6 +32,7 @@ from experiments.peers import named_peers, peer_from_config, peer_identity, peer
 from experiments.peers.base import PeerNode
 from experiments.settings import SettingError
 from experiments.sweeps.code_version import code_version
+from experiments.training.peers import OF_ANYUP, peer_node, trained_peer
 from experiments.training.setup import deciding_settings, make_model
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,10 @@ class Arm:
         if self.peer is not None:
             return code_version(classes=[peers()[peer_identity(self.peer)["name"]]])
         config = self.training
+        node = None if config is None else peer_node(config)
+        if node:
+            fillers = [(hook, config[hook]["name"]) for hook in ("objective", "learner")]
+            return code_version(fillers, [peers()[node["peer"]]])
         if self.checkpoint is not None:
             with suppress(core.WeightsError, OSError):  # the arm fails with this error when it is measured
                 config = checkpoint.changed(checkpoint.read(self.checkpoint)[1], self.changes)
@@ -94,6 +99,9 @@ class Arm:
             return peer_from_config(self.peer)
         if self.kind == "ceiling":
             return Ceiling(self.name)
+        node = None if self.training is None else peer_node(self.training)
+        if node:
+            return trained_peer(node, trained)
         return core.load(trained or self.checkpoint, self.changes).eval()
 
 
@@ -277,7 +285,7 @@ def _arm(name: str, value: object, config: DictConfig) -> Arm:
     if any(override.lstrip("+").partition("=")[0] == "seed" for override in [*strings(config, "train"), *overrides]):
         raise SettingError(f"arm {name} sets a seed: all arms have the same seeds; set them with seeds=[...]")
     try:
-        asked = [*strings(config, "train"), *overrides, f"device={config.device}"]
+        asked = [*_for_all(config, overrides), *overrides, f"device={config.device}"]
         training = composed("train", asked)
         if config.start != "scratch" and not _names(asked, "init_from"):
             training = composed("train", [*asked, *_started(config.start, training, asked)])
@@ -289,6 +297,14 @@ def _arm(name: str, value: object, config: DictConfig) -> Arm:
     except (ValueError, OSError) as error:  # of Hydra, the fillers, or the checkpoint to start from
         raise SettingError(f"arm {name}: {str(error).splitlines()[0]}") from error
     return Arm(name, "trained", training)
+
+
+def _for_all(config: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """The sweep's overrides for all arms; to an arm that trains a peer, those of AnyUp's settings do not apply."""
+    common = strings(config, "train")
+    if not _names(overrides, "peer"):
+        return common
+    return [one for one in common if one.lstrip("+").partition("=")[0].partition(".")[0] not in OF_ANYUP]
 
 
 def _started(start: str, training: DictConfig, asked: Sequence[str]) -> list[str]:
