@@ -56,6 +56,33 @@ ROWS = {
     "bilinear": Row("mean"),
     "bicubic": Row("sum 1"),
     "joint_bilateral": Row("mean", {"window": 3, "sigma_space": 1.5, "sigma_colour": 0.05}),
+    "jafar": Row(
+        "mean",
+        {"embed_dim": 32, "num_heads": 2},
+        {"channels": 7, "embed_dim": 16},
+        mirrors=False,
+        trains={"channels": 87, "embed_dim": 16},
+        refused={"fixed C": (SIZES[0], 8, "takes features of 7 channels, got 8: choose the backbone")},
+    ),
+    "naf": Row(
+        "mean",
+        {"embed_dim": 64, "num_heads": 2, "window": 3, "num_blocks": 1},
+        {"embed_dim": 32},
+        mirrors=False,
+        trains={"embed_dim": 32, "window": 3},
+    ),
+    "featup_jbu": Row(
+        "",
+        {"stages": 1},
+        {"channels": 7, "stages": 2, "any_size": True},
+        sizes=[*SIZES[:3], ((20, 20), (7, 6), (3, 4)), ((40, 24), (5, 3), (20, 12))],
+        mirrors=False,
+        trains={"channels": 87, "stages": 1},
+        refused={
+            "fixed C": (SIZES[0], 8, "takes features of 7 channels, got 8"),
+            "grid below its window": (((8, 8), (1, 5), (8, 8)), 7, "reflects 3 pixels .* at least 2x2, got 1x5"),
+        },
+    ),
 }
 every_peer = pytest.mark.parametrize("name", list(ROWS))
 learned = pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.trains is not None])
