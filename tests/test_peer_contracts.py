@@ -23,7 +23,7 @@ SIZES = [  # image, features, output: odd, not square, not a whole number of tim
     ((31, 18), (4, 9), (29, 11)),
     ((20, 20), (7, 6), (3, 4)),  # smaller than the features
 ]
-NOT_CHANGING = {"weights", "channels", "any_size"}
+NOT_CHANGING = {"weights", "channels", "any_size", "checkpoint"}
 """Settings that leave the output of a call as it is."""
 
 
@@ -56,6 +56,12 @@ ROWS = {
     "bilinear": Row("mean"),
     "bicubic": Row("sum 1"),
     "joint_bilateral": Row("mean", {"window": 3, "sigma_space": 1.5, "sigma_colour": 0.05}),
+    "lanczos": Row("sum 1"),
+    "area_bilinear": Row("mean", {"shrink": 3}),
+    "guided_filter": Row("sum 1", {"radius": 2, "ridge": 0.1}, roundings=2**14),  # the inverse of variances near 0.01
+    "anyup": Row("mean", made={"checkpoint": "bundled"}, mirrors=False, trains=None, channels=(7, 384)),
+    "anyup_bilateral": Row("mean", {"share": 0.2}, made={"checkpoint": "bundled"}, mirrors=False, channels=(7, 384)),
+    "anyup_regression": Row("sum 1", {"ridge": 0.3}, {"checkpoint": "bundled"}, mirrors=False, channels=(7, 384)),
     "jafar": Row(
         "mean",
         {"embed_dim": 32, "num_heads": 2},

@@ -108,7 +108,7 @@ def test_jafar_is_its_definition_on_the_published_names(tmp_path):
         with pytest.raises(SettingError, match="are not those of JAFAR: Missing key"):
             peer_from_config({"peer": "jafar", "weights": str(tmp_path / "less.pth"), "embed_dim": 16})
     torch.save({"jafar": {**state, "surprise": torch.zeros(1)}}, tmp_path / "more.pth")
-    with pytest.raises(SettingError, match="Unexpected key.*surprise"):
+    with pytest.raises(SettingError, match=r"Unexpected key.*surprise"):
         peer_from_config({"peer": "jafar", "weights": str(tmp_path / "more.pth"), "embed_dim": 16})
 
 

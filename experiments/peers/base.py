@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from core import checkpoint
 from core.atomic import replacing
 from core.registry import Choices, signature_fields
 from core.streams import named_stream
@@ -63,6 +64,8 @@ class Peer(nn.Module, ABC):
     """For a fixed factor: whether other output sizes are made from its own output, by `resampled`. A setting."""
     optimises: ClassVar[bool] = False
     """Whether it optimises for each image. It is then measured only where it is named, as it may take minutes."""
+    checkpoints: ClassVar[tuple[str, ...]] = ()
+    """Settings that name a checkpoint of AnyUp, as `core.load` takes it; they count by the file's content."""
     nests: ClassVar[tuple[str, ...]] = ("state_dict", "model")
     """Keys under which its authors' files contain the state dict."""
 
@@ -245,9 +248,14 @@ def peer_identity(node: PeerNode) -> dict[str, Any]:
     """JSON values that are equal for two nodes only if they give the same peer. Files count by their content.
 
     Raises:
-        SettingError: as `peer_settings`.
+        SettingError: as `peer_settings`; a checkpoint that cannot be found.
     """
-    return {key: _identity(value) for key, value in peer_settings(node).items()}
+    settings = peer_settings(node)
+    try:
+        named = {key: checkpoint.find(settings[key]) for key in peers()[settings["name"]].checkpoints}
+    except (WeightsError, OSError) as error:
+        raise SettingError(f"peer={settings['name']}: {error}") from error
+    return {key: _identity(value) for key, value in (settings | named).items()}
 
 
 def named_peers(setting: DictConfig | ListConfig | None) -> dict[str, PeerNode]:
