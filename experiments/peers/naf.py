@@ -25,10 +25,10 @@ class NAF(Peer):
 
     All positions within one cell see the same window, so attention is exact block attention in plain PyTorch; the
     authors need a compiled package (NATTEN). What differs from it: where the output is no whole number of times the
-    grid, a position sees the window around the cell that contains its centre (theirs has a rounded dilation there);
-    a grid smaller than the window is seen as a whole (theirs fails); if `num_heads` does not divide C, some heads filter
-    one channel more (theirs fails); in training every call draws its own scale of the coordinates (theirs draws one
-    for each image size). Checked beside valeoai/NAF @ad4e24d on equal random weights: see docs/peers.md.
+    grid, a position sees the window around the cell that contains its centre (theirs has a rounded dilation there); a
+    grid smaller than the window is seen as a whole (theirs fails); if `num_heads` does not divide C, some heads
+    filter one channel more (theirs fails); in training every call draws its own scale of the coordinates (theirs draws
+    one for each image size). Checked beside valeoai/NAF @ad4e24d on equal random weights: see docs/peers.md.
 
     Args:
         weights: the authors' `naf_release.pth` (Apache-2.0), or a file that a training wrote; None: new weights.
