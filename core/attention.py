@@ -149,16 +149,25 @@ class CrossAttention(Attention):
             hidden = ~visible.reshape(m * n, rows * columns, -1)
             bias = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, -torch.inf)
             bias = bias.to(query.device).repeat(batch, 1, 1)  # (P,M,K)
-        weights = 0
+        weighted = self._mixed(self._weights(query, keys, bias), values, mix)  # (P,M,C)
+        return weighted.view(batch, m, n, rows, columns, -1).transpose(2, 3)
+
+    def _weights(self, query: Tensor, keys: Tensor, bias: Tensor | None) -> Iterator[Tensor]:
+        """(P,M,D), (P,K,D), (P,M,K) -> the weights of each head in turn, (P,M,K)."""
         for q, k in zip(query.chunk(self.num_heads, 2), keys.chunk(self.num_heads, 2), strict=True):
             k = k.transpose(1, 2)  # (P,D/heads,K)
             logits = torch.bmm(q, k) if bias is None else torch.baddbmm(bias, q, k)  # (P,M,K)
-            weights += logits.softmax(-1)
-        weighted = mix((weights / self.num_heads).to(values.dtype), values)  # (P,M,C)
-        return weighted.view(batch, m, n, rows, columns, -1).transpose(2, 3)
+            yield logits.softmax(-1)
+
+    def _mixed(self, weights: Iterator[Tensor], values: Tensor, mix: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The weights of each head, (P,M,K), and (P,K,C) values -> (P,M,C): the heads' mean, applied once."""
+        total = 0
+        for one in weights:
+            total += one
+        return mix((total / self.num_heads).to(values.dtype), values)
 
 
-_WEIGHTS_MADE_IN = ("forward", "bands", "_keys", "_bands", "_band", "_tiles", "convolved_rows")
+_WEIGHTS_MADE_IN = ("forward", "bands", "_keys", "_bands", "_band", "_tiles", "_weights", "_mixed", "convolved_rows")
 
 
 def _mixed_with_entropy(weights: Tensor, values: Tensor) -> Tensor:

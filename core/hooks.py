@@ -112,6 +112,9 @@ class Attention(Filler):
     supplied = ("embed_dim",)
     takes_out: ClassVar[bool] = False
     """True: `forward` has a fourth argument `out`: None, or a tensor for the result, of its shape and dtype."""
+    linear_in_values: bool = True
+    """False: a cell's weight is not the same in all channels. Then no linear head may be applied first
+    (`AnyUp.readout`)."""
 
     @abstractmethod
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

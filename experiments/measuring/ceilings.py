@@ -5,9 +5,9 @@ agree with themselves, which nothing can be expected to pass. `encoder`: the enc
 higher resolution, which costs what upsampling is to save. `encoder_equal_cost`: the same on the largest image, up to
 that resolution, on which the encoder costs no more than encoding the small one and upsampling with AnyUp
 (`experiments.measuring.equal_cost`); it is the one to beat. `oracle_cosine`, `oracle_error`: the best convex
-combination of the 5 x 5 low-resolution cells around each position, found with the target known. No upsampler that only mixes these
-cells (bilinear, joint bilateral, attention in such a window) can have a higher cosine than the first, or a lower error
-than the second.
+combination of the 5 x 5 low-resolution cells around each position, found with the target known. No upsampler that only
+mixes these cells (bilinear, joint bilateral, attention in such a window) can have a higher cosine than the first, or a
+lower error than the second.
 """
 
 from collections.abc import Callable, Mapping
