@@ -23,12 +23,12 @@ OF_ANYUP = (*MODEL_HOOKS, "embed_dim", "compile", "check_finite", "init_from")
 """Settings of a training that describe AnyUp."""
 
 
-def peer_node(config: DictConfig) -> dict[str, Any] | None:
-    """The peer that a training trains, `{peer: NAME, SETTING: VALUE, ...}`; None: AnyUp.
+def peer_node(config: DictConfig | None) -> dict[str, Any] | None:
+    """The peer that a training trains, `{peer: NAME, SETTING: VALUE, ...}`; None: AnyUp, or nothing.
 
     Settings at their default are left out, so that with `weights` they are as in the training that wrote these.
     """
-    if config.get("peer") is None:
+    if config is None or config.get("peer") is None:
         return None
     values = OmegaConf.to_container(config.peer, resolve=True, enum_to_str=True)
     if not isinstance(values, dict) or values.get("name") not in peers():
@@ -47,6 +47,11 @@ def without_anyup(settings: dict[str, Any], node: dict[str, Any]) -> dict[str, A
     """
     kept = {key: value for key, value in settings.items() if key not in OF_ANYUP}
     return kept | {"peer": peer_identity(node)}
+
+
+def not_of_anyup(overrides: Sequence[str]) -> list[str]:
+    """Overrides of a training without those of AnyUp's settings."""
+    return [one for one in overrides if one.lstrip("+").partition("=")[0].partition(".")[0] not in OF_ANYUP]
 
 
 def new_peer(node: dict[str, Any], config: DictConfig) -> Peer:
