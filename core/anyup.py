@@ -258,8 +258,8 @@ class AnyUp(nn.Module, Pretrained):
 
     @property
     def linear_in_values(self) -> bool:
-        """Whether `readout` may be asked: every filler after attention is linear in the features."""
-        return all(getattr(self, hook).linear_in_values for hook in AFTER_ATTENTION)
+        """Whether `readout` may be asked: attention, and every filler after it, is linear in the features."""
+        return all(getattr(self, hook).linear_in_values for hook in ("attention", *AFTER_ATTENTION))
 
     @property
     def answers_points(self) -> bool:

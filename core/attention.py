@@ -179,21 +179,47 @@ class CrossAttention(Attention):
             hidden = ~visible.reshape(m * n, rows * columns, -1)
             bias = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, -torch.inf)
             bias = bias.to(query.device).repeat(batch, 1, 1)  # (P,M,K)
-        weights = 0
-        for q, k in zip(query.chunk(self.num_heads, 2), keys.chunk(self.num_heads, 2), strict=True):
-            k = k.transpose(1, 2)  # (P,D/heads,K)
-            added = bias if terms is None else _with(bias, next(terms[0]), q.dtype)
-            logits = torch.bmm(q, k) if added is None else torch.baddbmm(added, q, k)  # (P,M,K)
-            weights += logits.softmax(-1)
-        weights = weights / self.num_heads
-        if terms is not None:
-            alone = _with(bias, next(terms[0]), query.dtype).softmax(-1)
-            weights = weights + terms[1].to(weights.dtype) * (alone - weights)
-        weighted = mix(weights.to(values.dtype), values)  # (P,M,C)
+        if terms is None:
+            weighted = self._mixed(self._weights(query, keys, bias), values, mix)  # (P,M,C)
+        else:
+            of_heads, share = terms
+            weights = self._weights(query, keys, bias, of_heads)
+            weighted = self._mixed(weights, values, mix, (share, bias, of_heads))
         return weighted.view(batch, m, n, rows, columns, -1).transpose(2, 3)
 
+    def _weights(
+        self, query: Tensor, keys: Tensor, bias: Tensor | None, terms: Iterator[Tensor] | None = None
+    ) -> Iterator[Tensor]:
+        """(P,M,D), (P,K,D), (P,M,K), and a term for each head -> the weights of each head in turn, (P,M,K)."""
+        for q, k in zip(query.chunk(self.num_heads, 2), keys.chunk(self.num_heads, 2), strict=True):
+            k = k.transpose(1, 2)  # (P,D/heads,K)
+            added = bias if terms is None else _with(bias, next(terms), q.dtype)
+            logits = torch.bmm(q, k) if added is None else torch.baddbmm(added, q, k)  # (P,M,K)
+            yield logits.softmax(-1)
 
-_WEIGHTS_MADE_IN = ("forward", "bands", "_bands", "_band", "_tiles")
+    def _mixed(
+        self,
+        weights: Iterator[Tensor],
+        values: Tensor,
+        mix: Callable[[Tensor, Tensor], Tensor],
+        further: tuple[Tensor, Tensor | None, Iterator[Tensor]] | None = None,
+    ) -> Tensor:
+        """The weights of each head, (P,M,K), and (P,K,C) values -> (P,M,C): the heads' mean, applied once.
+
+        `further`: share of one more head, mask, and the terms that are left, of which it takes the next.
+        """
+        mean = 0
+        for one in weights:
+            mean += one
+        mean = mean / self.num_heads
+        if further is not None:
+            share, bias, terms = further
+            alone = _with(bias, next(terms), mean.dtype).softmax(-1)
+            mean = mean + share.to(mean.dtype) * (alone - mean)
+        return mix(mean.to(values.dtype), values)
+
+
+_WEIGHTS_MADE_IN = ("forward", "bands", "_bands", "_band", "_tiles", "_weights", "_mixed")
 
 
 def _with(bias: Tensor | None, term: Tensor, dtype: torch.dtype) -> Tensor:

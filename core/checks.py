@@ -151,7 +151,12 @@ def _is_pointwise(head: nn.Conv2d) -> bool:
 
 
 def check_linear(model: nn.Module) -> None:
-    """Refuses fillers after attention whose output is not linear in the features (ValueError)."""
+    """Refuses fillers whose output is not linear in the features, with the same map in all channels (ValueError)."""
+    if not model.attention.linear_in_values:
+        raise ValueError(
+            f"attention={type(model.attention).__name__} does not give a cell one weight in all channels, so the head "
+            "cannot be applied first: call the head on the model's output"
+        )
     for hook in ("decoder", "refiner", "temporal"):
         filler = getattr(model, hook)
         if not filler.linear_in_values:

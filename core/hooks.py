@@ -116,6 +116,9 @@ class Attention(Filler):
     """True: `forward` has a fourth argument `out`: None, or a tensor for the result, of its shape and dtype."""
     needs_image: ClassVar[bool] = False
     """True: all methods are called with `image`, (B,3,H,W), ImageNet-normalised. False: they need not have it."""
+    linear_in_values: bool = True
+    """False: a cell's weight is not the same in all channels. Then no linear head may be applied first
+    (`AnyUp.readout`)."""
 
     @abstractmethod
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

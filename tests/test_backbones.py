@@ -677,7 +677,7 @@ def test_altered_bytes_never_escape_as_another_error(zipped, tmp_path):
 
 def test_a_file_of_unknown_kind_is_named(tmp_path):
     (tmp_path / "weights.npz").write_bytes(b"x")
-    with pytest.raises(WeightsError, match=r"cannot read '.npz', only .safetensors, .pth, .pt, .bin"):
+    with pytest.raises(WeightsError, match=r"cannot read '.npz', only .safetensors, .pth, .pt, .ckpt, .bin"):
         load_backbone("vit_tiny16", tmp_path / "weights.npz")
 
 

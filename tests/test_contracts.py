@@ -77,6 +77,9 @@ ROWS = [
         "bilateral_prior",
         {"window_ratio": 0.3, "gate_at_start": 0.5, "share_at_start": 0.4, "temperature": 2.0},
     ),
+    Row("attention", "naf", {"num_heads": 2}, neutral={"num_heads": 4}),
+    Row("attention", "naf", {"num_heads": 2, "value_groups": True}, "change"),
+    Row("attention", "naf", {"num_heads": 2, "pooled_keys": True, "convolve": False}),
     Row("decoder", "none", neutral={}),
     Row("decoder", "inr", {"hidden_dim": 8, "num_units": 4, "num_frequencies": 2}, neutral={}),
     Row("refiner", "none", neutral={}),
@@ -416,6 +419,10 @@ def test_bands_of_an_attention_are_its_forward(row, size, perturbed):
 def test_bands_with_entropy_are_the_bands_and_the_entropy_of_the_weights(row, perturbed):
     filler = perturbed(make(row)).eval()
     given = arguments(row, Sizes(output=(23, 8)))
+    if not filler.linear_in_values:
+        with pytest.raises(ValueError, match="heads have weights of their own"):
+            next(filler.bands_with_entropy(**given))
+        return
     with torch.no_grad():
         rows, bands, entropy = zip(*filler.bands_with_entropy(**given), strict=True)
         plain = list(filler.bands(**given))

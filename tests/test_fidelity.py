@@ -12,15 +12,18 @@ import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from PIL import Image
+from torch import nn
 
 import core
 from core.registry import discover
+from experiments.cost.measure import count_flops
 from experiments.data import DataError, open_data
 from experiments.data.image_files import NoImages
+from experiments.measuring import equal_cost
 from experiments.measuring.ceilings import CEILINGS
 from experiments.measuring.evaluation import evaluate
-from experiments.measuring.metrics import fidelity, fidelity_case
-from experiments.peers import peers
+from experiments.measuring.metrics import FidelityCase, fidelity, fidelity_case
+from experiments.peers import named_peers
 from experiments.reports.fidelity_pictures import comparison
 from experiments.settings import SettingError
 
@@ -57,7 +60,7 @@ def test_every_arm_is_measured_on_every_image_at_every_scale(weights):
         config(PHOTOS, f"checkpoints=[{weights}/seed1.safetensors]", "task.scales=[2,3]", "task.guidance=16")
     )
     frame = report.scores
-    arms = {*peers(), "seed1", "encoder", "split_half", "oracle_cosine", "oracle_error"}
+    arms = {*named_peers(None), "seed1", *CEILINGS}
     found = set(frame[frame.measure == "cosine"][["image", "task", "arm"]].itertuples(index=False, name=None))
     assert found == {(image, f"fidelity/{scale}x", arm) for image in "abc" for scale in (2, 3) for arm in arms}
     backbone, model = core.load_backbone("hog8"), core.load(weights / "seed1.safetensors")
@@ -169,6 +172,40 @@ def test_the_command_line_is_told_in_the_table_and_the_run_is_recorded(weights):
     assert refused.returncode == 2
     assert "scales must be" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_the_encoder_at_equal_cost_sees_the_largest_image_that_it_can_afford(monkeypatch):
+    """Of an encoder whose cost is known: 12 products a pixel, and AnyUp's set to that of some more pixels."""
+
+    class Flat(nn.Module):
+        patch_size = 4
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(3, 2, 4, stride=4)
+
+        def forward(self, rgb):
+            return self.layer(rgb)
+
+    backbone = Flat()
+    assert equal_cost.encoder_flops(backbone, 8) == 2 * 4 * 2 * 48  # multiply-adds of 4 outputs, 2 channels, 48 inputs
+    image, features, guidance = torch.rand(1, 3, 64, 64), torch.randn(1, 2, 8, 8), torch.randn(1, 3, 32, 32)
+    for affordable in (32, 44, 60, 64, 100):
+        extra = 2 * 2 * 48 * (affordable**2 - 32**2) // 16
+        monkeypatch.setattr(equal_cost, "anyup_flops", lambda *_, extra=extra: extra)
+        seen = equal_cost.enlarged_image(backbone, image, features, guidance, (16, 16))
+        assert seen.shape == (1, 3, *[min(64, affordable)] * 2)
+    case = FidelityCase(image, guidance, features, torch.zeros(1, 2, 16, 16), None)
+    output, _ = CEILINGS["encoder_equal_cost"](case, backbone)
+    torch.testing.assert_close(output, backbone(image).detach())
+
+
+def test_what_anyup_costs_is_counted():
+    few, many = (equal_cost.anyup_flops(8, (4, 4), (32, 32), size) for size in ((8, 8), (16, 16)))
+    model = core.AnyUp().twice_differentiable()
+    with torch.no_grad():
+        assert few == count_flops(lambda: model(torch.zeros(1, 3, 32, 32), torch.zeros(1, 8, 4, 4), (8, 8)))
+    assert many > few
 
 
 def test_ceilings_are_known_to_the_configuration():

@@ -19,13 +19,14 @@ import core
 from core.checks import check_linear
 from experiments.cost.benchmark_arms import (
     PreparedArm,
+    bench_peer,
     dense_reference,
     forward_flops,
     make_arm,
     make_batch,
     warmed_up,
 )
-from experiments.cost.benchmark_cases import READOUT_ARMS, Case, dense_bytes, queries_at_once
+from experiments.cost.benchmark_cases import ARM_NAMES, READOUT_ARMS, Case, cases_of, dense_bytes, queries_at_once
 from experiments.cost.measure import (
     MIN_RUNS,
     OutOfMemory,
@@ -37,6 +38,7 @@ from experiments.cost.measure import (
     peak_in_child,
     peak_on_gpu,
 )
+from experiments.peers import CannotUpsample, peers
 from experiments.settings import DTYPES, SettingError
 
 log = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ class Row:
     gflops: float | None = None
     budget_mb: float | None = None
     status: str = "ok"
-    """ok, or why something was not measured: `out of memory...`, `wrong...`, `failed...`."""
+    """ok, or why something was not measured: `out of memory...`, `refused...`, `wrong...`, `failed...`."""
     num_runs: int = 0
     time_ms: float | None = None
     time_min_ms: float | None = None
@@ -83,7 +85,7 @@ class Row:
 
     @property
     def defective(self) -> bool:
-        """Failed or wrong; running out of memory is neither."""
+        """Failed or wrong; running out of memory, or a peer's refusal of the size, is neither."""
         return self.status.startswith(("failed", "wrong"))
 
 
@@ -92,6 +94,8 @@ def run_case(case: Case, config: DictConfig, device: torch.device) -> list[Row]:
     rows = {name: _new_row(name, case, config, device) for name in config.arms}
     batch, arms = make_batch(case, device), {}
     for name, row in rows.items():
+        if row.status != "ok":
+            continue
         with recorded(row):
             _check_dense(row, config)
             if device.type == "cpu":
@@ -99,7 +103,7 @@ def run_case(case: Case, config: DictConfig, device: torch.device) -> list[Row]:
                 if row.memory_mb * 1e6 > psutil.virtual_memory().available:
                     raise OutOfMemory(f"{row.memory_mb / 1e3:.1f} GB are needed to time it, less is free")
             arms[name] = make_arm(name, case, config, batch)
-    _compare(arms, rows, config.tolerance)
+    _compare({name: arm for name, arm in arms.items() if name not in peers()}, rows, config.tolerance)
     arms = {name: arm for name, arm in arms.items() if rows[name].status == "ok"}
     if device.type == "cuda":
         for name, arm in arms.items():
@@ -137,6 +141,9 @@ def check_arms(config: DictConfig, device: torch.device) -> None:
             check_linear(model)
         if "compiled" in config.arms:
             model.to(device).compile_encoders()
+        for name in config.arms:
+            if name in peers():
+                bench_peer(name, cases_of(config)[0])
     except (ValueError, RuntimeError) as error:
         arms = ", ".join(config.arms)
         raise SettingError(f"{error} (arms are {arms}; arms=[ours] measures the model alone)") from error
@@ -145,16 +152,21 @@ def check_arms(config: DictConfig, device: torch.device) -> None:
 def _new_row(name: str, case: Case, config: DictConfig, device: torch.device) -> Row:
     chunk = queries_at_once(case, config, device) if name == "dense" else None
     row = Row(case, name, device.type, config.num_threads, chunk, config.num_warmup)
-    model = core.from_config(config)
-    network = dense_reference(model) if name == "dense" else model.twice_differentiable()
+    if name in peers():
+        network = bench_peer(name, case)
+    else:
+        model = core.from_config(config)
+        network = dense_reference(model) if name == "dense" else model
     row.parameters = sum(weight.numel() for weight in network.parameters())
     if name in READOUT_ARMS:
         return row
     try:
         row.gflops = forward_flops(network, case) / 1e9
+    except CannotUpsample as refusal:
+        row.status = f"refused: {refusal}"
     except RuntimeError as error:  # a filler that looks at its values
         log.info("no operations counted: %s", error)
-    if name != "dense" and not case.training:
+    if name in ARM_NAMES and name != "dense" and not case.training:
         size = DTYPES[case.dtype].itemsize
         buffers = 3 * config.embed_dim * case.image**2
         row.budget_mb = 1.1 * case.batch * (case.channels * case.output**2 + buffers) * size / 1e6

@@ -1,10 +1,12 @@
 """The benchmark's arms at one size, with the same weights.
 
 `dense` is the released algorithm, `ours` and `compiled` are this project's. `head` upsamples the features and applies a
-linear head to them, `readout` gives the same classes by `AnyUp.readout`.
+linear head to them, `readout` gives the same classes by `AnyUp.readout`. Peers (`experiments.peers`) go by their names;
+they compute something else, with new weights where they have any.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,11 +17,16 @@ from torch import Tensor, nn
 import core
 from core.batch import Batch
 from core.compose import build_filler
+from core.encoder import Encoder
 from core.published import rename_published
 from core.reference import ReferenceAnyUp, reference_of
+from core.registry import signature_fields
+from core.rotary import Rotary
 from core.training import Trainable
+from core.unifiers import BasisConvolution
 from experiments.cost.benchmark_cases import READOUT_ARMS, Case, queries_at_once
 from experiments.cost.measure import count_flops
+from experiments.peers import CannotUpsample, Peer, peer_from_config, peers
 from experiments.settings import DTYPES
 
 
@@ -49,7 +56,9 @@ def make_batch(case: Case, device: torch.device) -> Batch:
 
 
 def make_arm(name: str, case: Case, config: DictConfig, batch: Batch) -> PreparedArm:
-    """Builds one of `ARM_NAMES` on the device of `batch`, with the same weights."""
+    """Builds one of `ARM_NAMES` on the device of `batch`, with the same weights; or a peer."""
+    if name in peers():
+        return _peer_arm(name, case, batch)
     model = core.from_config(config).to(batch.image.device)
     network = model
     if name == "dense":
@@ -66,6 +75,27 @@ def make_arm(name: str, case: Case, config: DictConfig, batch: Batch) -> Prepare
     @torch.inference_mode()
     def call() -> Tensor:
         return network(batch.image, batch.features, batch.output_size, *chunk)
+
+    return PreparedArm(call, call)
+
+
+def bench_peer(name: str, case: Case) -> Peer:
+    """A peer for these features, at its default settings.
+
+    Raises:
+        SettingError: as `peer_from_config`.
+    """
+    fields = signature_fields(peers()[name])
+    known = {"channels": case.channels, "any_size": True} | dict.fromkeys(peers()[name].checkpoints, "bundled")
+    return peer_from_config({"peer": name, **{key: value for key, value in known.items() if key in fields}})
+
+
+def _peer_arm(name: str, case: Case, batch: Batch) -> PreparedArm:
+    network = bench_peer(name, case).to(batch.image.device, DTYPES[case.dtype])
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        return network(batch.image, batch.features, batch.output_size)
 
     return PreparedArm(call, call)
 
@@ -130,18 +160,26 @@ def warmed_up(name: str, case: Case, config: DictConfig) -> Callable[[], object]
     torch.set_num_threads(config.num_threads)
     tiny = replace(case, image=2 * case.patch, output=2 * case.patch)
     arm, small = (make_arm(name, size, config, make_batch(size, torch.device("cpu"))) for size in (case, tiny))
-    (arm if name == "compiled" else small).call()
+    with suppress(CannotUpsample):  # a peer that needs a larger grid
+        (arm if name == "compiled" else small).call()
     return arm.call
 
 
 def forward_flops(network: nn.Module, case: Case) -> int:
-    """Of one forward, counted without computing it."""
+    """Of one forward, counted without computing it.
+
+    Raises:
+        CannotUpsample: a peer does not support this size.
+    """
+    for module in network.modules():
+        if isinstance(module, (Encoder, Rotary, BasisConvolution)):
+            module.twice_differentiable = True  # the plain operations, which can be counted
     network = network.to("meta")
     image = torch.empty(case.batch, 3, case.image, case.image, device="meta")
     features = torch.empty(case.batch, case.channels, case.grid, case.grid, device="meta")
 
     def count(*size: int) -> int:
-        with torch.inference_mode():
+        with torch.no_grad():
             return count_flops(lambda: network(image, features, size))
 
     if not isinstance(network, ReferenceAnyUp):

@@ -9,11 +9,14 @@ import psutil
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.peers import peers
 from experiments.settings import DTYPES, SettingError, check_choice, check_name, check_writable, pick_device
 
 READOUT_ARMS = ("head", "readout")
 """They give classes, the others features."""
 ARM_NAMES = ("dense", "ours", "compiled", *READOUT_ARMS)
+ALL_PEERS = "peers"
+"""An arm's name that stands for all peers but those that optimise for each image."""
 FALLBACK_QUERIES = 8192
 _CASE = re.compile(r"(\d+)/(\d+)/(\d+)(?:/(\d+))?")
 
@@ -76,13 +79,18 @@ def resolved(config: DictConfig) -> DictConfig:
     if values["compile"] and "compiled" not in values["arms"]:
         values["arms"] = [*values["arms"], "compiled"]
     values["compile"] = False  # `ours` stays as it is, beside `compiled`
-    values["name"] = values["name"] or f"benchmark_{device.type}"
+    values["arms"] = [one for arm in values["arms"] for one in (_all_peers() if arm == ALL_PEERS else [arm])]
+    values["name"] = values["name"] or f"benchmark_{'peers_' if values['preset'] == 'peers' else ''}{device.type}"
     _check(values)
     return OmegaConf.create(values)
 
 
+def _all_peers() -> list[str]:
+    return [name for name, cls in peers().items() if not cls.optimises]
+
+
 def _check(values: dict[str, Any]) -> None:
-    for key, choices in (("arms", ARM_NAMES), ("dtype", tuple(DTYPES))):
+    for key, choices in (("arms", (*ARM_NAMES, ALL_PEERS, *peers())), ("dtype", tuple(DTYPES))):
         for value in values[key]:
             check_choice(key, value, choices)
         if not values[key] or len(set(values[key])) < len(values[key]):
@@ -94,6 +102,12 @@ def _check(values: dict[str, Any]) -> None:
         )
     if readout and values["training"]:
         raise SettingError(f"arms={values['arms']} are measured in a forward only: add training=[]")
+    others = [name for name in values["arms"] if name in peers()]
+    if others and (readout or values["training"]):
+        raise SettingError(
+            f"peers ({', '.join(others)}) are measured in a forward, of features only: add training=[], and leave out "
+            f"the arms {' and '.join(READOUT_ARMS)}"
+        )
     for key in ("num_runs", "num_threads", "batch_size", "training_batch_size", "num_classes"):
         _check_number(key, values[key], 1)
     _check_number("num_warmup", values["num_warmup"], 0)

@@ -2,10 +2,12 @@
 
 `split_half`: the mean over one half of the crops, measured against the mean over the other half: how well the targets
 agree with themselves, which nothing can be expected to pass. `encoder`: the encoder run on the whole image at the
-higher resolution, which costs what upsampling is to save. `oracle_cosine`, `oracle_error`: the best convex combination
-of the 5 x 5 low-resolution cells around each position, found with the target known. No upsampler that only mixes these
-cells (bilinear, joint bilateral, attention in such a window) can have a higher cosine than the first, or a lower error
-than the second.
+higher resolution, which costs what upsampling is to save. `encoder_equal_cost`: the same on the largest image, up to
+that resolution, on which the encoder costs no more than encoding the small one and upsampling with AnyUp
+(`experiments.measuring.equal_cost`); it is the one to beat. `oracle_cosine`, `oracle_error`: the best convex
+combination of the 5 x 5 low-resolution cells around each position, found with the target known. No upsampler that only
+mixes these cells (bilinear, joint bilateral, attention in such a window) can have a higher cosine than the first, or a
+lower error than the second.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.backbones import Backbone
+from experiments.measuring.equal_cost import enlarged_image
 from experiments.measuring.metrics import FidelityCase, FidelityError
 from experiments.peers.windows import nearby
 
@@ -76,6 +79,13 @@ def oracle(features: Tensor, target: Tensor, goal: str = "cosine", window: int =
     return torch.cat(parts).T.unflatten(1, size)[None].to(target.dtype)  # (1,C,Qh,Qw)
 
 
+def _at_equal_cost(case: FidelityCase, backbone: Callable[[Tensor], Tensor]) -> Tensor:
+    """`whole_image` of an image that costs as much as upsampling; `backbone` may keep what it has encoded."""
+    bare = getattr(backbone, "views", [backbone])[0]
+    image = enlarged_image(bare, case.image, case.features, case.guidance, case.output_size)
+    return whole_image(backbone, image, case.output_size)
+
+
 def _split_half(case: FidelityCase) -> tuple[Tensor, FidelityCase]:
     if case.halves is None:
         raise FidelityError(
@@ -87,6 +97,7 @@ def _split_half(case: FidelityCase) -> tuple[Tensor, FidelityCase]:
 CEILINGS: Mapping[str, Callable[[FidelityCase, Backbone], tuple[Tensor, FidelityCase]]] = {
     "split_half": lambda case, _: _split_half(case),
     "encoder": lambda case, backbone: (whole_image(backbone, case.image, case.output_size), case),
+    "encoder_equal_cost": lambda case, backbone: (_at_equal_cost(case, backbone), case),
     "oracle_cosine": lambda case, _: (oracle(case.features, case.target, "cosine"), case),
     "oracle_error": lambda case, _: (oracle(case.features, case.target, "error"), case),
 }

@@ -16,6 +16,7 @@ from experiments.reports.markdown import Table, number, times_faster
 from experiments.tracking.provenance import Origin, machine
 
 COLOURS = {"dense": "tab:gray", "ours": "tab:blue", "compiled": "tab:orange", "head": "tab:gray", "readout": "tab:blue"}
+"""Of the arms of one algorithm; peers take matplotlib's colours in turn."""
 LINES = {"float32": "-", "bfloat16": "--", "float16": ":"}
 COLUMNS = {
     "size": "left",
@@ -41,6 +42,8 @@ NOTES = """\
 - MB: 10^6 bytes at the peak, on top of model and inputs, output included. CPU: resident memory of a fresh process per
   arm and size; GPU: allocated (reserved).
 - budget: output + 3 image-sized buffers of 128 channels (3·H·W·512 B in float32) + 10 %.
+- Peers (experiments/peers/) compute something else: their output is not compared. They have new weights, C is that of
+  the features, and those with one factor are resampled to the output. refused: a peer does not support the size.
 - GFLOP: of one forward; only matrix products and convolutions, a multiply-add counts as two. Our arms are counted on
   the plain path; the fast path needs fewer for its 3x3 convolution (Winograd).
 - differs: largest difference from the first arm's output (training step: from its gradient of all weights), relative to
@@ -138,16 +141,18 @@ def plot(rows: Sequence[Row]) -> Figure:
     forwards = [row for row in rows if not row.case.training]
     curves = list(dict.fromkeys((row.arm, row.case.dtype, row.case.channels) for row in forwards))
     widths = sorted({row.case.channels for row in forwards})
+    others = dict.fromkeys(row.arm for row in forwards if row.arm not in COLOURS)
+    colours = COLOURS | {arm: f"C{number % 10}" for number, arm in enumerate(others)}
     for axes, value, label in zip(panels, ("time_ms", "memory_mb"), ("time in ms", "peak memory in MB"), strict=True):
         for arm, dtype, channels in curves:
             mine = [row for row in forwards if (row.arm, row.case.dtype, row.case.channels) == (arm, dtype, channels)]
             mine.sort(key=lambda row: row.case.output)
             known = [row for row in mine if getattr(row, value)]
-            style = {"color": COLOURS[arm], "linestyle": LINES[dtype], "marker": "os^v"[widths.index(channels) % 4]}
+            style = {"color": colours[arm], "linestyle": LINES[dtype], "marker": "os^v"[widths.index(channels) % 4]}
             axes.plot([row.case.output for row in known], [getattr(row, value) for row in known], **style,
                       label=f"{arm}, {dtype}, C={channels}")  # fmt: skip
             full = [row.case.output for row in mine if row.status.startswith("out of memory")]
-            axes.plot(full, [0.98] * len(full), "x", color=COLOURS[arm], transform=axes.get_xaxis_transform())
+            axes.plot(full, [0.98] * len(full), "x", color=colours[arm], transform=axes.get_xaxis_transform())
         sides = sorted({row.case.output for row in forwards})
         axes.set(xscale="log", xlabel="output side in pixels", ylabel=label)
         if any(getattr(row, value) for row in forwards):
@@ -156,7 +161,7 @@ def plot(rows: Sequence[Row]) -> Figure:
         axes.xaxis.minorticks_off()
         axes.grid(alpha=0.3)
     if forwards:
-        panels[0].legend(fontsize="small")
+        panels[0].legend(fontsize="small", ncols=1 + len(curves) // 12)
     if any(row.status.startswith("out of memory") for row in forwards):
         figure.suptitle("A cross at the top: out of memory", fontsize="small")
     return figure

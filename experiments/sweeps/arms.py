@@ -32,6 +32,7 @@ from experiments.peers import named_peers, peer_from_config, peer_identity, peer
 from experiments.peers.base import PeerNode
 from experiments.settings import SettingError
 from experiments.sweeps.code_version import code_version
+from experiments.training.peers import not_of_anyup, peer_node, trained_peer
 from experiments.training.setup import deciding_settings, make_model
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,9 @@ class Arm:
         if self.peer is not None:
             return code_version(classes=[peers()[peer_identity(self.peer)["name"]]])
         config = self.training
+        if node := peer_node(config):
+            used = [(hook, config[hook]["name"]) for hook in ("objective", "learner")]
+            return code_version(used, [peers()[node["peer"]]])
         if self.checkpoint is not None:
             with suppress(core.WeightsError, OSError):  # the arm fails with this error when it is measured
                 changes = {key: value for key, value in self.changes.items() if key != "delta"}
@@ -97,6 +101,8 @@ class Arm:
             return peer_from_config(self.peer)
         if self.kind == "ceiling":
             return Ceiling(self.name)
+        if node := peer_node(self.training):
+            return trained_peer(node, trained)
         return core.load(trained or self.checkpoint, self.changes).eval()
 
 
@@ -119,10 +125,8 @@ def read_arms(config: DictConfig) -> list[Arm]:
             raise SettingError(f"ceilings={name} is not a ceiling; there are: {', '.join(ceilings())}")
         arms.append(Arm(name, "ceiling"))
     names = [arm.name for arm in arms]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise SettingError(
-            f"two arms are called {', '.join(twice)}: arms, product, peers and ceilings share their names"
-        )
+    if twice := ", ".join(sorted({name for name in names if names.count(name) > 1})):
+        raise SettingError(f"two arms are called {twice}: arms, product, peers and ceilings share their names")
     if config.baseline not in [arm.name for arm in arms if arm.competes]:
         raise SettingError(f"baseline={config.baseline} is not an arm; there are: {', '.join(names)}")
     _check_distinct(arms)
@@ -280,7 +284,8 @@ def _arm(name: str, value: object, config: DictConfig) -> Arm:
     if any(override.lstrip("+").partition("=")[0] == "seed" for override in [*strings(config, "train"), *overrides]):
         raise SettingError(f"arm {name} sets a seed: all arms have the same seeds; set them with seeds=[...]")
     try:
-        asked = [*strings(config, "train"), *overrides, f"device={config.device}"]
+        common = not_of_anyup if _names(overrides, "peer") else list
+        asked = [*common(strings(config, "train")), *overrides, f"device={config.device}"]
         training = composed("train", asked)
         if config.start != "scratch" and not _names(asked, "init_from"):
             training = composed("train", [*asked, *_started(config.start, training, asked)])

@@ -29,8 +29,8 @@ _PACKAGES = ("torch", "torchvision", "timm", "torchmetrics")
 def code_version(fillers: Iterable[tuple[str, str]] = (), classes: Iterable[type] = ()) -> str:
     """Digest of the training code, and of the modules of the given fillers (hook point, name) and other classes.
 
-    An extension counts only where it is used, together with what it imports from its own package. So a new idea in
-    `extensions/` does not invalidate the results of others.
+    An extension, or a peer, counts only where it is used, together with what it imports from its own package. So
+    a new idea in `extensions/` does not invalidate the results of others.
     """
     digest = hashlib.sha256(_own_code(training=True).encode())
     modules = set()
@@ -38,7 +38,7 @@ def code_version(fillers: Iterable[tuple[str, str]] = (), classes: Iterable[type
         package = cls.__module__.partition(".")[0]
         if package == "__main__":  # a notebook's cell, which has no file
             digest.update(repr(_meaning_of(cls, set())).encode())
-        elif package not in ("core", "experiments"):
+        elif package not in ("core", "experiments") or cls.__module__.startswith("experiments.peers."):
             modules.add(cls.__module__)
     for module in sorted(modules):
         digest.update(module_digest(module).encode())

@@ -1,4 +1,4 @@
-"""Trains an upsampler on photographs by the released procedure: `python -m experiments.train`, or `train(config)`.
+"""Trains AnyUp, or a peer in its place, on photographs by the released procedure: `python -m experiments.train`.
 
 A training is a function of its configuration. What step n sees and draws depends on (seed, n) alone
 (`experiments/training/views.py`), and everything else it depends on lies in one state file, written atomically every
@@ -35,6 +35,7 @@ from experiments.tracking.store import Run, track
 from experiments.training.batches import Batches
 from experiments.training.curves import CURVES_NAME, Curves, plot
 from experiments.training.optimiser import Optimiser, OptimiserSettings
+from experiments.training.peers import check_fits, save_model
 from experiments.training.setup import (
     alone_in,
     check_clips,
@@ -128,6 +129,7 @@ class Training:
         self.cache = FeatureCache(config.cache.folder, config.cache.max_gb)
         self.inner = make_trainable(config, replaced_by).to(self.device).train()
         """The bare model, objective and learner."""
+        check_fits(self.inner.model, self.backbones, self.views_settings)
         check_clips(self.inner.batch_parts, self.views_settings, self.data)
         self.trainable = self.accelerator.prepare_model(self.inner)
         self.optimiser = Optimiser(self.trainable, settings, config.steps, self.accelerator)
@@ -255,7 +257,7 @@ class Training:
         with self._told_how_to_go_on():
             self.curves.save()
             with self.optimiser.averaged():
-                core.save(self.inner.model, self.out_dir / "last.safetensors", learner=self.inner.learner)
+                save_model(self.inner.model, self.out_dir / "last.safetensors", self.inner.learner)
             save_state(path, self.state, tensors | of_optimiser, self._identity())
 
     @contextmanager
@@ -301,7 +303,7 @@ class Training:
             if state.best is None or result > state.best:
                 state.best = result
                 with self._told_how_to_go_on():
-                    core.save(self.inner.model, self.out_dir / "best.safetensors", learner=self.inner.learner)
+                    save_model(self.inner.model, self.out_dir / "best.safetensors", self.inner.learner)
 
     def _report_non_finite(self, views: StepViews, batch: Batch, losses: dict[str, float]) -> str:
         path = self.out_dir / f"non_finite_step_{views.step}.safetensors"

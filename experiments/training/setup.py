@@ -23,7 +23,9 @@ from core.streams import named_stream
 from core.training import Trainable
 from experiments.data import DataSet
 from experiments.lock import Locked, lock_folder, unlock_folder
+from experiments.peers import Peer
 from experiments.settings import SettingError, check_choice, pick_device
+from experiments.training.peers import new_peer, peer_node, without_anyup
 from experiments.training.views import ViewSettings
 
 log = logging.getLogger(__name__)
@@ -181,14 +183,18 @@ def check_held_out(data: DataSet, val_data: DataSet, count: int) -> None:
         )
 
 
-def make_model(config: DictConfig) -> core.AnyUp:
+def make_model(config: DictConfig) -> core.AnyUp | Peer:
     """New, or warm-started from `init_from` (as for `core.load`); without gradients for what `freeze` names.
 
+    With `peer`, that peer.
+
     Raises:
-        SettingError: a value that a part refuses; `freeze` names no part. WeightsError, OSError: as `warm_start`.
+        SettingError: a value that a part refuses; `freeze` names no part; as `new_peer`. WeightsError, OSError: as
+            `warm_start`.
     """
+    node = peer_node(config)
     with _refusals_named():
-        model = core.from_config({**config, "compile": False})
+        model = new_peer(node, config) if node else core.from_config({**config, "compile": False})
     if config.init_from:
         new = core.warm_start(model, config.init_from)
         log.info("weights of %s; new: %s", config.init_from, ", ".join(new) or "none")
@@ -239,9 +245,11 @@ def check_clips(asked: frozenset[str], views: ViewSettings, data: DataSet) -> No
 
 
 def deciding_settings(config: DictConfig) -> dict[str, Any]:
-    """The settings on which the result of a training depends."""
+    """The settings on which the result of a training depends; those of AnyUp do not count where a peer is trained."""
     settings = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
-    return {key: value for key, value in settings.items() if key not in _FREE_KEYS}
+    settings = {key: value for key, value in settings.items() if key not in _FREE_KEYS}
+    node = peer_node(config)
+    return without_anyup(settings, node) if node else settings
 
 
 def untracked(config: DictConfig) -> DictConfig:

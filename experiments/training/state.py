@@ -66,7 +66,8 @@ def load_state(path: Path, config: dict[str, Any], extend: bool = False) -> tupl
     """
     state, made_with, tensors = read_state(path)
     before, now = _flat(made_with), _flat(json.loads(json.dumps(config)))
-    differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key, "absent") != now.get(key, "absent")]
+    differ = [key for key in before.keys() | now.keys() if before.get(key, "absent") != now.get(key, "absent")]
+    differ.sort(key=lambda key: (not key.startswith("peer."), key))  # another model says most
     changed = [f"{key}={now.get(key, 'absent')} (was {before.get(key, 'absent')})" for key in differ]
     if differ == ["steps"]:
         refusal = _against_more_steps(state.step, made_with, config["steps"], extend)

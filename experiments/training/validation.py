@@ -10,6 +10,7 @@ from core.hooks import MODEL_HOOKS
 from experiments.data import open_data
 from experiments.data.feature_cache import CachedBackbone, FeatureCache
 from experiments.measuring.metrics import FidelityCase, fidelity, fidelity_case
+from experiments.peers import Peer
 from experiments.progress import Progress
 from experiments.reports.fidelity_pictures import comparison
 from experiments.reports.pictures import panel
@@ -49,7 +50,7 @@ class Validation:
         self.bilinear = {name: _mean([_bilinear(case) for case in cases]) for name, cases in self.cases.items()}
 
     @torch.no_grad()
-    def measure(self, model: AnyUp, run: Run, step: int) -> dict[str, float]:
+    def measure(self, model: AnyUp | Peer, run: Run, step: int) -> dict[str, float]:
         """`val/BACKBONE/detail` and so on, means over images; `val/detail` is the mean over backbones, and
         `val/BACKBONE/gain` the detail above bilinear upsampling's. A tracked run gets pictures of the worst images."""
         measured = {}
@@ -67,7 +68,7 @@ class Validation:
         measured[f"val/{PRIMARY}"] = sum(own) / len(own)
         return measured
 
-    def _show(self, model: AnyUp, run: Run, path: str, case: FidelityCase, name: str) -> None:
+    def _show(self, model: AnyUp | Peer, run: Run, path: str, case: FidelityCase, name: str) -> None:
         """The image on which the model does worst, and what each filler shows of itself there."""
         result = _upsample(model, case)
         run.picture(comparison(case, result, name, f"upsampled {fidelity(result, case)[PRIMARY]:.3f}"), f"{path}.png")
@@ -75,13 +76,15 @@ class Validation:
             run.picture(panel(learnt), f"{path}_{hook}.png")
 
 
-def _learnt(model: AnyUp) -> dict[str, dict[str, torch.Tensor]]:
-    """What each filler shows of itself in its latest forward; the baseline's fillers have nothing to show."""
+def _learnt(model: AnyUp | Peer) -> dict[str, dict[str, torch.Tensor]]:
+    """What each filler shows of itself in its latest forward; the baseline's fillers, and peers, show nothing."""
+    if isinstance(model, Peer):
+        return {}
     shown = {hook: getattr(model, hook).pictures() for hook in MODEL_HOOKS}
     return {hook: pictures for hook, pictures in shown.items() if pictures}
 
 
-def _upsample(model: AnyUp, case: FidelityCase) -> torch.Tensor:
+def _upsample(model: AnyUp | Peer, case: FidelityCase) -> torch.Tensor:
     return model(case.guidance, case.features, case.output_size)  # (1,C,s·h,s·w)
 
 

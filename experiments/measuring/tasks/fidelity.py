@@ -156,7 +156,7 @@ class Fidelity(Task):
         case = self._cached(i, scale, bench)
         if not isinstance(model, Ceiling):
             return case, model(case.guidance, case.features, case.output_size)
-        if model.name == "encoder":
+        if model.name in ("encoder", "encoder_equal_cost"):
             image = bench.val.sample(i).image[None].to(bench.device)
             case = replace(case, image=centre_square(image, scale * self.view))
         output, case = CEILINGS[model.name](case, bench.encoder)

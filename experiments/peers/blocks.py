@@ -1,0 +1,41 @@
+"""Which output positions lie in one low-resolution cell, and which window of cells they see: block attention's indices.
+
+All positions of a cell see the same cells. So their attention is a product of small matrices, and memory never holds a
+window for each position.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One axis: m blocks, the cells with at least one output position, in order."""
+
+    windows: Tensor
+    """(m,k) int64: the cells that each block sees."""
+    members: Tensor
+    """(m,n) int64: its output positions; a block with fewer than n repeats its last."""
+    slots: Tensor
+    """(outputs,) int64: the place of each output position in `members`, counted row by row."""
+    counts: list[int]
+    """Of each block's positions; they follow each other."""
+
+
+def blocks(length: int, outputs: int, window: int, device: torch.device | str = "cpu") -> Blocks:
+    """The blocks along one axis of `length` cells and `outputs` positions.
+
+    A position belongs to the cell that contains its centre. A block sees the `window` cells around its own; at a border
+    the window is moved inside, not cut; an axis with fewer cells is seen as a whole.
+    """
+    cells = (torch.arange(outputs) * 2 + 1) * length // (2 * outputs)  # (outputs,), exact, in order
+    occupied, block, counts = cells.unique_consecutive(return_inverse=True, return_counts=True)
+    first = counts.cumsum(0) - counts  # (m,)
+    within = torch.arange(outputs) - first[block]  # (outputs,)
+    most, seen = int(counts.max()), min(window, length)
+    members = first[:, None] + torch.minimum(torch.arange(most), counts[:, None] - 1)  # (m,n)
+    start = (occupied - seen // 2).clamp(0, length - seen)
+    windows = start[:, None] + torch.arange(seen)  # (m,k)
+    return Blocks(windows.to(device), members.to(device), (block * most + within).to(device), counts.tolist())
