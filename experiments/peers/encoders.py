@@ -45,7 +45,8 @@ class EncoderPeer(Peer):
         """(B,3,H,W) normalised guidance -> (B,3,h·p,w·p) RGB in [0,1], of which the encoder makes a (h,w) grid."""
         h, w = features.shape[-2:]
         patch = self.encoder.patch_size
-        return sized(rgb_of(image), (patch * h, patch * w))
+        rgb = rgb_of(image.to(torch.promote_types(image.dtype, torch.float32)))
+        return sized(rgb, (patch * h, patch * w))
 
     def check_own(self, own: Tensor, features: Tensor) -> None:
         """Refuses features that the encoder does not give for the image.

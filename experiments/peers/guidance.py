@@ -11,7 +11,8 @@ def sized(image: Tensor, size: tuple[int, int]) -> Tensor:
     """(B,N,H,W) resized bilinearly with antialiasing; the same tensor if it has that size."""
     if tuple(image.shape[-2:]) == tuple(size):
         return image
-    return F.interpolate(image, tuple(size), mode="bilinear", antialias=True)
+    wide = image.to(torch.promote_types(image.dtype, torch.float32))  # the CPU has no half precision for it
+    return F.interpolate(wide, tuple(size), mode="bilinear", antialias=True).to(image.dtype)
 
 
 def rgb_of(image: Tensor) -> Tensor:

@@ -43,31 +43,40 @@ class LiFT(Peer):
 
     One step doubles the grid. The image is encoded to twice the grid and to the grid itself, and joins the features at
     both. Several steps use the same weights, and each takes an image twice as large. Repeated, the method leaves the
-    features' distribution (UPLiFT, arXiv 2601.17950), so one step is the default. After the steps the result is resized
-    bilinearly to the output size, as others report it. The authors' code takes images of exactly `patch` pixels for
-    each feature; here images of other sizes are first resized to that.
+    features' distribution (UPLiFT, arXiv 2601.17950), so one step is the default. Outputs of another size are refused,
+    or resized with `any_size`. The authors' code takes images of exactly `patch` pixels for each feature; here images
+    of other sizes are first resized to that.
 
     Parity: saksham-s/lift @fd6d929 (MIT), equal random weights and batch statistics, one step, C 384, patches 8 and
-    16: PARITY_LIFT.
+    16: no difference.
 
     Args:
-        weights: state dict of the authors' names; None: random weights.
-        channels: C of the encoder that it is for; even.
-        patch: pixels of the image for each feature, 8 or 16; weights do not fit another.
+        weights: a file; None: new weights.
+        channels: C of new weights, from 2.
+        patch: pixels of the encoder's patches, 8 or 16.
         num_steps: how often the grid is doubled.
+        any_size: outputs of other sizes are resized from the last step's.
 
     Raises:
-        ValueError: odd channels, another patch, or no step.
+        ValueError: one channel, another patch, or no step.
     """
 
-    def __init__(self, weights: Path | None = None, channels: int = 384, patch: int = 16, num_steps: int = 1):
+    def __init__(
+        self,
+        weights: Path | None = None,
+        channels: int | None = None,
+        patch: int = 16,
+        num_steps: int = 1,
+        any_size: bool = False,
+    ):
         super().__init__()
-        if channels < 2 or channels % 2 or patch not in (8, 16) or num_steps < 1:
+        self.channels = channels = self.channels_of(weights, "outc.bias", channels, axis=0)
+        if channels < 2 or patch not in (8, 16) or num_steps < 1:
             raise ValueError(
-                "lift needs even channels, patch 8 or 16, and at least one step, got "
+                "lift needs two channels, patch 8 or 16, and at least one step, got "
                 f"channels={channels}, patch={patch}, num_steps={num_steps}"
             )
-        self.channels, self.patch, self.num_steps = channels, patch, num_steps
+        self.patch, self.num_steps, self.factor, self.any_size = patch, num_steps, 2**num_steps, any_size
         self.up1 = _Up(channels)
         self.outc = nn.Conv2d(channels // 2, channels, 1)
         self.image_convs_1 = nn.Sequential(*_halving(3), *_halving(_WIDTH))
@@ -77,12 +86,9 @@ class LiFT(Peer):
 
     def forward(self, image: Tensor, features: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
         """Contract: `Peer.forward`."""
-        size = tuple(image.shape[-2:]) if output_size is None else tuple(output_size)
         for _ in range(self.num_steps):
             features = self.step(image, features)  # (B,C,2h,2w), then (B,C,4h,4w), ...
-        if tuple(features.shape[-2:]) == size:
-            return features
-        return F.interpolate(features, size, mode="bilinear")  # (B,C,Qh,Qw)
+        return features
 
     def step(self, image: Tensor, features: Tensor) -> Tensor:
         """(B,3,H,W), (B,C,h,w) -> (B,C,2h,2w)."""

@@ -113,20 +113,27 @@ class UPLiFT(Peer):
     the output size, as in the authors' code. The form for VAEs, which adds noise and is no mean, is left out.
 
     Parity: mwalmer-umd/UPLiFT @85f09ee (MIT), equal random weights and batch statistics, C 384, one to four steps,
-    patches 14 and 16: PARITY_UPLIFT.
+    patches 14 and 16: largest error 2.1e-5 of the largest output.
 
     Args:
-        weights: state dict of the authors' names; None: random weights.
-        channels: C of the encoder that it is for.
+        weights: a file; None: new weights.
+        channels: C of new weights.
         patch: pixels of the encoder's patches. 14: the image is enlarged 16/14 times first, as in the authors' code.
             Others make no difference.
+
+    Raises:
+        ValueError: no patch.
     """
 
-    def __init__(self, weights: Path | None = None, channels: int = 384, patch: int = 16):
+    def __init__(self, weights: Path | None = None, channels: int | None = None, patch: int = 16):
         super().__init__()
-        self.channels, self.patch = channels, patch
+        if patch < 1:
+            raise ValueError(f"uplift needs a patch of at least one pixel, got patch={patch}")
+        first = "decoder.block_0.blocks.0.conv.0.weight"  # of features and the encoded image
+        self.channels = self.channels_of(weights, first, channels, others=_WIDTHS[-1])
+        self.patch = patch
         self.encoder = _Encoder()
-        self.decoder = _Decoder(channels)
+        self.decoder = _Decoder(self.channels)
         self.attender = _Attender()
         if weights is not None:
             self.load_weights(weights)

@@ -41,6 +41,7 @@ class UpsampleAnything(Peer):
     """
 
     linear_in_values = True
+    optimises = True
 
     def __init__(self, num_steps: int = 51, radius: int = 8):
         super().__init__()

@@ -150,8 +150,8 @@ class ViTUp(EncoderPeer):
         """Contract: `Peer.forward`."""
         size = tuple(image.shape[-2:]) if output_size is None else tuple(output_size)
         rgb = self.seen(image, features)
-        hidden = [*self._hidden(rgb), features]  # num x (B,C,h,w)
-        start = self._embedded(rgb)  # (B,C,8h,8w)
+        hidden = [*(layer.to(features.dtype) for layer in self._hidden(rgb)), features]  # num x (B,C,h,w)
+        start = self._embedded(rgb).to(features.dtype)  # (B,C,8h,8w)
         grid = tuple(features.shape[-2:])
         cells = features.new_tensor(grid)
         places = (centre_coords(grid, features) * cells).flatten(0, 1)  # (L,2), in cells
@@ -179,16 +179,24 @@ class ViTUp(EncoderPeer):
         """(B,3,H,W) -> (B,C,h,w) of every second layer but the last."""
         if len(self.layers) == 1:
             return []
-        pixels = normalize(rgb, self.encoder.mean, self.encoder.std)
         return self.encoder.trunk.forward_intermediates(
-            pixels, indices=self.layers[:-1], norm=False, stop_early=True, output_fmt="NCHW", intermediates_only=True
+            self._pixels(rgb),
+            indices=self.layers[:-1],
+            norm=False,
+            stop_early=True,
+            output_fmt="NCHW",
+            intermediates_only=True,
         )
 
     @torch.no_grad()
     def _embedded(self, rgb: Tensor) -> Tensor:
         """(B,3,H,W) -> (B,C,8h,8w) patches of the enlarged image, without places."""
         large = F.interpolate(rgb, scale_factor=_FINER, mode="bilinear")
-        return self.encoder.trunk.patch_embed.proj(normalize(large, self.encoder.mean, self.encoder.std))
+        return self.encoder.trunk.patch_embed.proj(self._pixels(large))
+
+    def _pixels(self, rgb: Tensor) -> Tensor:
+        """RGB in [0,1] -> as the encoder's network takes it."""
+        return normalize(rgb, self.encoder.mean, self.encoder.std).to(next(self.encoder.parameters()).dtype)
 
 
 def rotated(x: Tensor, places: Tensor) -> Tensor:
