@@ -18,7 +18,8 @@ class FourierFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,inputs,H,W) -> (B,2·num_freqs·inputs,H,W): all sines, then all cosines, each by frequency."""
-        freqs = torch.linspace(-2, 10, self.num_freqs, device=x.device).exp()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        freqs = torch.linspace(-2, 10, self.num_freqs, device=x.device, dtype=wide).exp()
         angles = x[:, None] * freqs[:, None, None, None]  # (B,freqs,inputs,H,W), at least in single precision
         sines, cosines = self.biases.reshape(2, self.num_freqs, self.inputs, 1, 1)
         waves = torch.cat([(angles + sines).sin().flatten(1, 2), (angles + cosines).cos().flatten(1, 2)], dim=1)
@@ -38,6 +39,7 @@ class ChannelNorm(nn.Module):
 
 def corner_grid(size: tuple[int, int], like: Tensor) -> Tensor:
     """(B,2,h,w) rows and columns of a grid, -1 in the first and 1 in the last, with the batch of `like`."""
-    axes = (torch.linspace(-1, 1, n, device=like.device).to(like.dtype) for n in size)
+    wide = torch.promote_types(like.dtype, torch.float32)
+    axes = (torch.linspace(-1, 1, n, device=like.device, dtype=wide).to(like.dtype) for n in size)
     return torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(len(like), -1, -1, -1)
 

@@ -96,19 +96,22 @@ class RaysUp(Peer):
 
 def turned(x: Tensor, num_heads: int) -> Tensor:
     """(B,D,h,w) -> the same, where channels i and i + d/2 of each head of d are turned by angles of the viewing ray."""
-    half = x.shape[1] // num_heads // 2
-    angles = ray_angles(tuple(x.shape[-2:]), half, x.device)  # (d/2,h,w)
+    wide = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
+    angles = ray_angles(tuple(x.shape[-2:]), x.shape[1] // num_heads // 2, wide)  # (d/2,h,w)
     cosine, sine = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.unflatten(1, (num_heads, -1)).chunk(2, dim=2)  # (B,heads,d/2,h,w)
     return torch.cat([first * cosine + second * sine, second * cosine - first * sine], dim=2).flatten(1, 2)
 
 
-def ray_angles(grid: tuple[int, int], num: int, device: torch.device) -> Tensor:
-    """(num,h,w): for each frequency three zeros of the origin, and the angles of the direction's x, y and z; then 0."""
-    rows, columns = ((torch.arange(n, device=device) + 0.5) / n - 0.5 for n in grid)
+def ray_angles(grid: tuple[int, int], num: int, like: Tensor) -> Tensor:
+    """(num,h,w): for each frequency three zeros of the origin, and the angles of the direction's x, y and z; then 0.
+
+    Device and dtype are those of `like`.
+    """
+    rows, columns = ((torch.arange(n, device=like.device).to(like) + 0.5) / n - 0.5 for n in grid)
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     direction = F.normalize(torch.stack([x, y, torch.ones_like(x)]), dim=0)  # (3,h,w)
-    freqs = 2 * math.pi / _PERIOD * _PERIOD_RATIO ** torch.arange(num // _KINDS, device=device)
+    freqs = 2 * math.pi / _PERIOD * _PERIOD_RATIO ** torch.arange(num // _KINDS, device=like.device).to(like)
     turns = freqs[:, None, None, None] * direction  # (freqs,3,h,w)
     angles = torch.cat([torch.zeros_like(turns), turns], dim=1).flatten(0, 1)
     return torch.cat([angles, angles.new_zeros(num - len(angles), *grid)])
