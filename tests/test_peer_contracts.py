@@ -95,24 +95,51 @@ ROWS = {
         },
     ),
     "featup_implicit": Row(
-        settings={"num_steps": 3, "num_views": 4, "views_per_step": 1, "components": 8, "kernel": 5},
-        made={"encoder": "hog8", "num_steps": 2, "num_views": 3, "views_per_step": 2, "components": 16, "kernel": 7},
-        of="hog8", channels=(87,), mirrors=False, roundings=4096,
+        "",
+        {"num_steps": 3, "num_views": 4, "views_per_step": 1, "components": 8, "kernel": 5},
+        {"encoder": "hog8", "num_steps": 2, "num_views": 3, "views_per_step": 2, "components": 16, "kernel": 7},
+        of="hog8",
+        channels=(87,),
+        mirrors=False,
+        refused={"not its features": (SIZES[0], 86, "takes features of 87 channels, got 86")},
     ),
     "lift": Row(
-        settings={"patch": 8, "num_steps": 2}, made={"channels": 8, "any_size": True}, trains={"channels": 87},
-        mirrors=False, roundings=4096,
+        "",
+        {"patch": 8, "num_steps": 2},
+        {"channels": 8, "any_size": True},
+        mirrors=False,
+        trains={"channels": 87},
+        refused={"fixed C": (SIZES[0], 7, "takes features of 8 channels, got 7")},
     ),
     "loftup": Row(
-        settings={"num_heads": 2}, made={"channels": 8}, trains={"channels": 87, "num_heads": 1}, mirrors=False,
-        roundings=4096,
+        "",
+        {"num_heads": 2},
+        {"channels": 8},
+        mirrors=False,
+        trains={"channels": 87, "num_heads": 1},
+        refused={"fixed C": (SIZES[0], 7, "takes features of 8 channels, got 7")},
+        roundings=1024,  # its layer norms divide by deviations
     ),
-    "raysup": Row("mean", {"embed_dim": 64, "num_heads": 2, "window": 4}, trains={}, mirrors=False, roundings=4096),
-    "uplift": Row("mean", {"patch": 14}, made={"channels": 8}, trains={"channels": 87}, mirrors=False, roundings=4096),
-    "upsample_anything": Row("mean", {"num_steps": 4, "radius": 3}, made={"num_steps": 2}, roundings=4096),
+    "raysup": Row("mean", {"embed_dim": 32, "num_heads": 2, "window": 4}, {"embed_dim": 64}, mirrors=False, trains={}),
+    "uplift": Row(
+        "mean",
+        {"patch": 14},
+        {"channels": 8},
+        mirrors=False,
+        trains={"channels": 87},
+        refused={"fixed C": (SIZES[0], 7, "takes features of 8 channels, got 7")},
+    ),
+    "upsample_anything": Row("mean", {"num_steps": 4, "radius": 3}, {"num_steps": 2}),
     "vit_up": Row(
-        made={"encoder": "embedded"}, of="embedded", channels=(192,), trains={"encoder": "embedded"}, mirrors=False,
-        roundings=4096,
+        "",
+        {},
+        {"encoder": "embedded"},
+        of="embedded",
+        channels=(192,),
+        sizes=[((37, 53), (2, 3), (13, 17)), ((24, 32), (3, 4), None), ((20, 20), (7, 6), (3, 4))],
+        mirrors=False,
+        trains={"encoder": "embedded"},
+        refused={"fixed C": (SIZES[0], 7, "takes features of 192 channels, got 7")},
     ),
 }
 every_peer = pytest.mark.parametrize("name", list(ROWS))
@@ -128,7 +155,7 @@ def make(perturbed):
 def inputs(name, size=None, batch=1, channels=None):
     image, grid, _ = size or ROWS[name].sizes[0]
     image = 0.2 * torch.randn(batch, 3, *image)
-    if ROWS[name].of:
+    if ROWS[name].of and channels in (None, *ROWS[name].channels):
         encoder = load_backbone(ROWS[name].of)
         seen = sized(rgb_of(image), tuple(n * encoder.patch_size for n in grid))
         return image, encoder(seen).detach()
@@ -293,9 +320,9 @@ def test_weights_and_settings_go_through_a_file(name, make, tmp_path):
 @learned
 def test_it_trains_two_steps(name, tmp_path):
     discover()
-    quick = [f"backbones=[{{name: {ROWS[name].of or 'hog8'}}}]", "views.view=32", "batch_size=1", "views.crops=1", "data.last=2", "steps=2",
-             "validate_every=0", "objective.self_consistency=0", "tracking.enabled=false", "device=cpu",
-             f"out_dir={tmp_path}"]  # fmt: skip
+    quick = [f"backbones=[{{name: {ROWS[name].of or 'hog8'}}}]", "views.view=32", "batch_size=1", "views.crops=1",
+             "data.last=2", "steps=2", "validate_every=0", "objective.self_consistency=0", "tracking.enabled=false",
+             "device=cpu", f"out_dir={tmp_path}"]  # fmt: skip
     settings = [f"peer.{key}={value}" for key, value in ROWS[name].trains.items()]
     trained = train(composed("train", [*quick, f"peer={name}", *settings]))
     before = peer_from_config({"peer": name, **ROWS[name].trains}).state_dict()

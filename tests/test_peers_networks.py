@@ -172,7 +172,9 @@ def test_lift_repeats_with_larger_images_and_resizes_only_if_asked():
     larger = F.interpolate(image, (64, 96), mode="bilinear", antialias=True)
     torch.testing.assert_close(twice(image, features, (8, 12)), once(larger, first, (8, 12)))
     once.choice = "lift"
-    with pytest.raises(CannotUpsample, match="lift enlarges 2 times, 2x3 features to 4x6, not to 5x6: .*any_size=true"):
+    with pytest.raises(
+        CannotUpsample, match=r"lift enlarges 2 times, 2x3 features to 4x6, not to 5x6: .*any_size=true"
+    ):
         once(image, features, (5, 6))
     once.any_size = True
     torch.testing.assert_close(once(image, features, (2, 3)), F.avg_pool2d(first, 2))

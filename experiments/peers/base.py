@@ -135,9 +135,7 @@ class Peer(nn.Module, ABC):
         return cls.own_names(read_weights(path.expanduser(), cls.nests)[0])
 
     @classmethod
-    def channels_of(
-        cls, weights: Path | None, name: str, channels: int | None, axis: int = 1, others: int = 0
-    ) -> int:
+    def channels_of(cls, weights: Path | None, name: str, channels: int | None, axis: int = 1, others: int = 0) -> int:
         """C of a peer made for one encoder: the size of its weight `name` along `axis`, without `others`, channels that
         are no features; `channels` if it has no file.
 

@@ -1,4 +1,4 @@
-"""Sines and cosines of coordinates and colours with learned phases, as FeatUp's implicit network and LoftUp use them."""
+"""Sines and cosines of coordinates and colours, with learned phases: FeatUp's implicit network and LoftUp use them."""
 
 import torch
 from torch import Tensor, nn
@@ -42,4 +42,3 @@ def corner_grid(size: tuple[int, int], like: Tensor) -> Tensor:
     wide = torch.promote_types(like.dtype, torch.float32)
     axes = (torch.linspace(-1, 1, n, device=like.device, dtype=wide).to(like.dtype) for n in size)
     return torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(len(like), -1, -1, -1)
-

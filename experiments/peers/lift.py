@@ -1,4 +1,4 @@
-"""`lift`: LiFT, a small U-Net that doubles the grid and makes new features (Suri, Walmer, Gupta & Shrivastava, 2024)."""
+"""`lift`: LiFT, a small U-Net that doubles the grid and makes new features (one encoder's)."""
 
 from pathlib import Path
 
@@ -93,7 +93,9 @@ class LiFT(Peer):
     def step(self, image: Tensor, features: Tensor) -> Tensor:
         """(B,3,H,W), (B,C,h,w) -> (B,C,2h,2w)."""
         h, w = features.shape[-2:]
-        fine = self.image_convs_1(sized(image, (self.patch * h, self.patch * w)))  # (B,32,4h,4w) or, with patch 8, (B,32,2h,2w)
+        fine = self.image_convs_1(
+            sized(image, (self.patch * h, self.patch * w))
+        )  # (B,32,4h,4w) or, with patch 8, (B,32,2h,2w)
         if self.patch == 16:
             fine = F.max_pool2d(fine, 2)  # (B,32,2h,2w)
         joined = torch.cat([features, self.image_convs_2(fine)], dim=1)  # (B,C+32,h,w)

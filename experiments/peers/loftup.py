@@ -1,4 +1,4 @@
-"""`loftup`: LoftUp, a transformer from coordinates and colours to features (Huang et al., 2025)."""
+"""`loftup`: LoftUp, a transformer from coordinates and colours to features (one encoder's)."""
 
 from pathlib import Path
 
@@ -121,7 +121,9 @@ class LoftUp(Peer):
         self.channels = self.channels_of(weights, "channelnorm.norm.weight", channels, axis=0)
         dim = self.channels + _PLACES
         if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"loftup has {dim} channels for C {self.channels}: num_heads={num_heads} cannot share them")
+            raise ValueError(
+                f"loftup has {dim} channels for C {self.channels}: num_heads={num_heads} cannot share them"
+            )
         self.upsampler = _Upsampler(self.channels, num_heads)
         self.channelnorm = ChannelNorm(self.channels)
         if weights is not None:

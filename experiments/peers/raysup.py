@@ -124,6 +124,4 @@ def _branch(channels: int, kernel_size: tuple[int, int], num_blocks: int = 1, di
 
 def _conv(channels: int, outputs: int, kernel_size: tuple[int, int], dilation: int) -> nn.Conv2d:
     padding = tuple(dilation * (k - 1) // 2 for k in kernel_size)
-    return nn.Conv2d(
-        channels, outputs, kernel_size, padding=padding, dilation=dilation, padding_mode="reflect"
-    )
+    return nn.Conv2d(channels, outputs, kernel_size, padding=padding, dilation=dilation, padding_mode="reflect")

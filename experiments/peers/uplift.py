@@ -1,4 +1,4 @@
-"""`uplift`: UPLiFT, doubling steps of a mean over 17 neighbours (Walmer, Suri, Aggarwal & Shrivastava, 2026)."""
+"""`uplift`: UPLiFT, steps that double the grid by means over 17 neighbours (one encoder's)."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`upsample_anything`: Gaussian kernels fitted to each image, without training (Seo et al., 2025)."""
+"""`upsample_anything`: Gaussian kernels fitted to each image, without any training, for any encoder."""
 
 import math
 from collections.abc import Iterator
@@ -129,8 +129,7 @@ class Scene:
         offsets = offsets[offsets.square().sum(1) <= radius**2]  # (N,2)
         self.square = offsets.square().sum(1)  # (N,)
         (row, oy), (column, ox) = (
-            _moved(n, q, offsets[:, i], fine)
-            for i, (n, q) in enumerate(zip(grid, self.size, strict=True))
+            _moved(n, q, offsets[:, i], fine) for i, (n, q) in enumerate(zip(grid, self.size, strict=True))
         )
         self.near = (row[:, None] * grid[1] + column[None]).flatten(0, 1)  # (G,N) cells
         self.ox = ox[None].expand(grid[0], -1, -1).flatten(0, 1)  # (G,N) pixels

@@ -1,4 +1,4 @@
-"""`vit_up`: ViT-Up, queries that pass through the encoder's own layers (Wandel, Wang & Wang, 2026)."""
+"""`vit_up`: ViT-Up, queries that pass through the encoder's own layers (one encoder's)."""
 
 import math
 from pathlib import Path
