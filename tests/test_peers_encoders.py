@@ -287,7 +287,7 @@ def test_the_fit_finds_what_lies_behind_the_grid(mean_colours):
     rgb = (0.2 + 0.6 * (x**2 + y**2 < 0.4).float()).expand(1, 3, -1, -1)
     features, truth = mean_colours(rgb), mean_colours.fine(normalize(rgb, mean_colours.mean, mean_colours.std))
     errors = []
-    for steps in (0, 20, 120):
+    for steps in (0, 20, 200):
         settings = {"num_steps": steps, "num_views": 60, "views_per_step": 3, "kernel": 9}
         peer = peer_from_config({"peer": "featup_implicit", "encoder": "mean_colours", **settings})
         errors.append((peer(imagenet_normalize(rgb), features) - truth).square().mean().item())

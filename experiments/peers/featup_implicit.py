@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
-from core.streams import named_stream
 from experiments.peers.base import CannotUpsample, register_peer
 from experiments.peers.encoders import EncoderPeer, encoded
 from experiments.peers.fourier import ChannelNorm, FourierFeatures
@@ -35,9 +34,9 @@ class FeatUpImplicit(EncoderPeer):
     Differences from the authors' code (mhamilton723/FeatUp @6b5a6c0, MIT): dropout before the attention is drawn once
     for each pixel and not for each of its windows; views are sampled bilinearly, with the image mirrored at its
     borders; image and grid need not be square; outputs of another size are asked of the network at their own
-    places. Random weights and views are others than theirs, so outputs cannot be compared number by number; network and
-    pooling can, with equal random weights and without dropout: largest error 5.5e-13 in double
-    precision; in single, 2.9e-4, because angles of 2e4 are rounded.
+    places. Network and pooling agree with theirs on equal random weights, without dropout: largest error 5.5e-13 of the
+    largest output in double precision; in single 2.9e-4, as angles of 2e4 are rounded. Whole fits cannot be compared,
+    because random numbers are others.
 
     Args:
         encoder: name of the backbone that the features are of.
@@ -85,7 +84,8 @@ class FeatUpImplicit(EncoderPeer):
         self.check_own(encoded(self.encoder, rgb, _VIEWS_AT_ONCE), features)
         outputs = []
         for one in rgb.split(1):
-            with named_stream(0, self.choice):
+            with torch.random.fork_rng([one.device] if one.is_cuda else []):
+                torch.manual_seed(0)  # each image is fitted with the same random numbers, whatever came before
                 outputs.append(self._fit(one, tuple(features.shape[-2:])).at(one, size))
         return torch.cat(outputs).to(features.dtype)  # (B,C,Qh,Qw)
 

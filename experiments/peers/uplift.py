@@ -93,13 +93,13 @@ class _Attender(nn.Module):
     def forward(self, guide: Tensor, values: Tensor) -> Tensor:
         """(B,64,2h,2w), (B,C,h,w) -> (B,C,2h,2w)."""
         h, w = values.shape[-2:]
-        weights = _plus(guide, self.conv1(guide)).softmax(dim=1)  # (B,17,2h,2w)
+        weights = _plus(guide, self.conv1(guide)).softmax(dim=1).to(values.dtype)  # (B,17,2h,2w)
         padded = F.pad(values, (_REACH,) * 4, mode="replicate")
-        total = torch.zeros((), dtype=values.dtype, device=values.device)
+        total = values.new_zeros(*values.shape[:3], 2, w, 2)  # (B,C,h,2,w,2)
         for o, (i, j) in enumerate(OFFSETS):  # one neighbour at a time: 17 copies of the output are never held
             moved = padded[..., _REACH + i : _REACH + i + h, _REACH + j : _REACH + j + w]  # (B,C,h,w)
             weight = weights[:, o : o + 1].unflatten(3, (w, 2)).unflatten(2, (h, 2))  # (B,1,h,2,w,2)
-            total = total + weight * moved[:, :, :, None, :, None]  # (B,C,h,2,w,2)
+            total.addcmul_(weight, moved[:, :, :, None, :, None])
         return total.flatten(4, 5).flatten(2, 3)
 
 
