@@ -55,9 +55,8 @@ class RaysUp(Peer):
     same differences from the authors' compiled package: ratios that are not whole, grids below the window, and C that
     the heads do not divide (`experiments/peers/naf.py`). The authors have not released weights.
 
-    Parity: MAP-RaysUp/RaysUp @a320000 (Apache-2.0), equal random weights, whole ratios, NATTEN replaced by a loop over
-    its window rule: largest error 2.3e-6 of the largest
-    output, at 2, 3 and 4 times.
+    Parity: MAP-RaysUp/RaysUp @a320000 (Apache-2.0), equal random weights, 2, 3 and 4 times the grid, NATTEN replaced by
+    a loop over its window rule: largest error 2.3e-6 of the largest output.
 
     Args:
         weights: a file; None: new weights.
