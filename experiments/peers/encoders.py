@@ -27,7 +27,7 @@ class EncoderPeer(Peer):
         As `load_backbone`.
     """
 
-    def __init__(self, encoder: str, encoder_weights: Path | None):
+    def __init__(self, encoder: str, encoder_weights: str | Path | None):
         super().__init__()
         self._held = (load_backbone(encoder, encoder_weights),)  # a tuple hides it from parameters and state dict
         self.channels = self.encoder.channels
