@@ -53,7 +53,9 @@ def test_the_operations_of_naf_are_those_of_its_sheet():
     assert forward_flops(bench_peer("naf", case), case) == expected
 
 
-@pytest.mark.parametrize("name", ["jafar", "featup_jbu", "anyup", "anyup_regression"])
+@pytest.mark.parametrize(
+    "name", ["jafar", "featup_jbu", "anyup", "anyup_regression", "raysup", "uplift", "lift", "loftup"]
+)
 def test_operations_of_a_learned_peer_are_counted_without_computing(name):
     [case] = cases_of(resolved(config(f"arms=[{name}]")))
     assert forward_flops(bench_peer(name, case), case) > 1e6
@@ -65,6 +67,21 @@ def test_a_peer_is_made_for_the_features_and_the_output():
     assert (peer.channels, peer.any_size) == (5, True)
     assert peer(torch.zeros(1, 3, 48, 48), torch.zeros(1, 5, 3, 3), (20, 20)).shape == (1, 5, 20, 20)
     assert bench_peer("jafar", case).channels == 5
+
+
+def test_a_peer_that_runs_its_encoder_is_measured_with_one_of_as_many_channels():
+    row = {row.arm: row for row in benchmark(config("arms=[ours,vit_up]", "forward=[32/16/192/8]", "name=peers"))}
+    assert row["vit_up"].status == "ok"
+    own = 6 * (26 * 192**2 + 100 * 192) + 7 * (192**2 + 3 * 192)  # without its encoder's
+    assert row["vit_up"].parameters == own
+    assert row["vit_up"].gflops > 0.5
+    with pytest.raises(SettingError, match="peer vit_up runs its encoder: C must be one of 192, 384, 768"):
+        benchmark(config("arms=[ours,vit_up]", "name=peers"))
+
+
+def test_a_peer_that_optimises_is_measured_if_it_is_named():
+    [row] = [row for row in benchmark(config("arms=[ours,upsample_anything]", "name=peers")) if row.arm != "ours"]
+    assert (row.status, row.gflops, row.parameters) == ("ok", None, 0)
 
 
 @pytest.fixture
@@ -97,7 +114,9 @@ def test_a_refusal_of_the_small_first_call_does_not_matter(picky):
 def test_all_peers_by_one_name_and_by_the_preset():
     found = resolved(config("preset=peers", "training=null"))
     assert found.name == "benchmark_peers_cpu"
-    assert list(found.arms) == ["ours", *(name for name, cls in peers().items() if not cls.optimises)]
+    assert found.arms[0] == "ours"
+    assert {"bilinear", "naf", "uplift"} <= set(found.arms)
+    assert set(peers()) - set(found.arms) == {"featup_implicit", "upsample_anything", "vit_up"}
     assert [case.image for case in cases_of(resolved(config("preset=peers", "forward=null")))] == [112, 224, 448, 1024]
 
 

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "data": set(),
     "tracking": {"data"},
     "statistics": {"data"},
-    "cost": {"data"},
+    "cost": {"peers", "data"},
     "peers": {"data"},
     "measuring": {"peers", "cost", "statistics", "tracking", "data", "reports"},
     "adaptation": {"measuring", "statistics", "tracking", "data"},

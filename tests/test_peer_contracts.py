@@ -10,9 +10,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from core.backbones import load_backbone
 from core.registry import discover, signature_fields
 from experiments.peers import CannotUpsample, Peer, peer_from_config, peer_identity, peers
 from experiments.peers.base import peer_settings
+from experiments.peers.guidance import rgb_of, sized
 from experiments.settings import SettingError
 from experiments.sweeps.arms import composed
 from experiments.training.loop import train
@@ -23,8 +25,8 @@ SIZES = [  # image, features, output: odd, not square, not a whole number of tim
     ((31, 18), (4, 9), (29, 11)),
     ((20, 20), (7, 6), (3, 4)),  # smaller than the features
 ]
-NOT_CHANGING = {"weights", "channels", "any_size", "checkpoint"}
-"""Settings that leave the output of a call as it is."""
+NOT_CHANGING = {"weights", "channels", "any_size", "checkpoint", "encoder", "encoder_weights"}
+"""Settings that leave the output of a call as it is, or say whose features are upsampled."""
 
 
 @dataclass
@@ -37,13 +39,16 @@ class Row:
     """Another value than the default for each setting; each of them changes the output."""
     made: dict[str, Any] = field(default_factory=dict)
     """Settings that it is made with here."""
+    of: str = ""
+    """The encoder whose features it takes; empty: it takes random ones."""
     channels: tuple[int, ...] = (7, 1, 384)
     sizes: list = field(default_factory=lambda: SIZES)
     """The first size, and number of channels, is used by all other tests."""
     mirrors: bool = True
     """Whether a mirrored image and mirrored features give the mirrored output."""
     trains: dict[str, Any] | None = None
-    """Settings with which `experiments.train` trains it on the 87 channels of `hog8`; None: it has no weights."""
+    """Settings with which `experiments.train` trains it on `of`, or on the 87 channels of `hog8`; None: it has no
+    weights."""
     roundings: int = 256
     """An output's error in units of rounding of the largest feature. Of a mean of at most 25 products, each weight,
     and their sum, is rounded about 5 times."""
@@ -89,6 +94,53 @@ ROWS = {
             "grid below its window": (((8, 8), (1, 5), (8, 8)), 7, "reflects 3 pixels .* at least 2x2, got 1x5"),
         },
     ),
+    "featup_implicit": Row(
+        "",
+        {"num_steps": 3, "num_views": 4, "views_per_step": 1, "components": 8, "kernel": 5},
+        {"encoder": "hog8", "num_steps": 2, "num_views": 3, "views_per_step": 2, "components": 16, "kernel": 7},
+        of="hog8",
+        channels=(87,),
+        mirrors=False,
+        refused={"not its features": (SIZES[0], 86, "takes features of 87 channels, got 86")},
+    ),
+    "lift": Row(
+        "",
+        {"patch": 8, "num_steps": 2},
+        {"channels": 8, "any_size": True},
+        mirrors=False,
+        trains={"channels": 87},
+        refused={"fixed C": (SIZES[0], 7, "takes features of 8 channels, got 7")},
+    ),
+    "loftup": Row(
+        "",
+        {"num_heads": 2},
+        {"channels": 8},
+        mirrors=False,
+        trains={"channels": 87, "num_heads": 1},
+        refused={"fixed C": (SIZES[0], 7, "takes features of 8 channels, got 7")},
+        roundings=1024,  # its layer norms divide by deviations
+    ),
+    "raysup": Row("mean", {"embed_dim": 32, "num_heads": 2, "window": 4}, {"embed_dim": 64}, mirrors=False, trains={}),
+    "uplift": Row(
+        "mean",
+        {"patch": 14},
+        {"channels": 8},
+        mirrors=False,
+        trains={"channels": 87},
+        refused={"fixed C": (SIZES[0], 7, "takes features of 8 channels, got 7")},
+    ),
+    "upsample_anything": Row("mean", {"num_steps": 4, "radius": 3}, {"num_steps": 2}),
+    "vit_up": Row(
+        "",
+        {},
+        {"encoder": "embedded"},
+        of="embedded",
+        channels=(192,),
+        sizes=[((37, 53), (2, 3), (13, 17)), ((24, 32), (3, 4), None), ((20, 20), (7, 6), (3, 4))],
+        mirrors=False,
+        trains={"encoder": "embedded"},
+        refused={"fixed C": (SIZES[0], 7, "takes features of 192 channels, got 7")},
+    ),
 }
 every_peer = pytest.mark.parametrize("name", list(ROWS))
 learned = pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.trains is not None])
@@ -102,8 +154,13 @@ def make(perturbed):
 
 def inputs(name, size=None, batch=1, channels=None):
     image, grid, _ = size or ROWS[name].sizes[0]
+    image = 0.2 * torch.randn(batch, 3, *image)
+    if ROWS[name].of and channels in (None, *ROWS[name].channels):
+        encoder = load_backbone(ROWS[name].of)
+        seen = sized(rgb_of(image), tuple(n * encoder.patch_size for n in grid))
+        return image, encoder(seen).detach()
     channels = channels or ROWS[name].made.get("channels") or ROWS[name].channels[0]
-    return 0.2 * torch.randn(batch, 3, *image), torch.randn(batch, channels, *grid)
+    return image, torch.randn(batch, channels, *grid)
 
 
 def output_of(name):
@@ -263,9 +320,9 @@ def test_weights_and_settings_go_through_a_file(name, make, tmp_path):
 @learned
 def test_it_trains_two_steps(name, tmp_path):
     discover()
-    quick = ["backbones=[{name: hog8}]", "views.view=32", "batch_size=1", "views.crops=1", "data.last=2", "steps=2",
-             "validate_every=0", "objective.self_consistency=0", "tracking.enabled=false", "device=cpu",
-             f"out_dir={tmp_path}"]  # fmt: skip
+    quick = [f"backbones=[{{name: {ROWS[name].of or 'hog8'}}}]", "views.view=32", "batch_size=1", "views.crops=1",
+             "data.last=2", "steps=2", "validate_every=0", "objective.self_consistency=0", "tracking.enabled=false",
+             "device=cpu", f"out_dir={tmp_path}"]  # fmt: skip
     settings = [f"peer.{key}={value}" for key, value in ROWS[name].trains.items()]
     trained = train(composed("train", [*quick, f"peer={name}", *settings]))
     before = peer_from_config({"peer": name, **ROWS[name].trains}).state_dict()

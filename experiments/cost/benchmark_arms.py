@@ -22,12 +22,16 @@ from core.published import rename_published
 from core.reference import ReferenceAnyUp, reference_of
 from core.registry import signature_fields
 from core.rotary import Rotary
+from core.streams import named_stream
 from core.training import Trainable
 from core.unifiers import BasisConvolution
 from experiments.cost.benchmark_cases import READOUT_ARMS, Case, queries_at_once
 from experiments.cost.measure import count_flops
 from experiments.peers import CannotUpsample, Peer, peer_from_config, peers
-from experiments.settings import DTYPES
+from experiments.settings import DTYPES, SettingError
+
+ENCODERS = {192: "vit_tiny16", 384: "vit_small16", 768: "vit_base16"}
+"""C -> the encoder of peers that run theirs."""
 
 
 @dataclass
@@ -80,12 +84,17 @@ def make_arm(name: str, case: Case, config: DictConfig, batch: Batch) -> Prepare
 
 
 def bench_peer(name: str, case: Case) -> Peer:
-    """A peer for these features, at its default settings.
+    """A peer for these features, at its default settings; one that runs its encoder has a ViT/16 with new weights.
 
     Raises:
-        SettingError: as `peer_from_config`.
+        SettingError: as `peer_from_config`; no such encoder has C channels.
     """
     fields = signature_fields(peers()[name])
+    if "encoder" in fields:
+        if case.channels not in ENCODERS:
+            raise SettingError(f"peer {name} runs its encoder: C must be one of {', '.join(map(str, ENCODERS))}")
+        with named_stream(0, f"peer/{name}"):
+            return peers()[name](ENCODERS[case.channels], encoder_weights="random").eval()
     known = {"channels": case.channels, "any_size": True} | dict.fromkeys(peers()[name].checkpoints, "bundled")
     return peer_from_config({"peer": name, **{key: value for key, value in known.items() if key in fields}})
 

@@ -9,6 +9,7 @@ import psutil
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from core.registry import signature_fields
 from experiments.peers import peers
 from experiments.settings import DTYPES, SettingError, check_choice, check_name, check_writable, pick_device
 
@@ -16,7 +17,7 @@ READOUT_ARMS = ("head", "readout")
 """They give classes, the others features."""
 ARM_NAMES = ("dense", "ours", "compiled", *READOUT_ARMS)
 ALL_PEERS = "peers"
-"""An arm's name that stands for all peers but those that optimise for each image."""
+"""An arm's name that stands for all peers but those that optimise for each image, or run the encoder."""
 FALLBACK_QUERIES = 8192
 _CASE = re.compile(r"(\d+)/(\d+)/(\d+)(?:/(\d+))?")
 
@@ -86,7 +87,7 @@ def resolved(config: DictConfig) -> DictConfig:
 
 
 def _all_peers() -> list[str]:
-    return [name for name, cls in peers().items() if not cls.optimises]
+    return [name for name, cls in peers().items() if not cls.optimises and "encoder" not in signature_fields(cls)]
 
 
 def _check(values: dict[str, Any]) -> None:

@@ -135,8 +135,9 @@ class Peer(nn.Module, ABC):
         return cls.own_names(read_weights(path.expanduser(), cls.nests)[0])
 
     @classmethod
-    def channels_of(cls, weights: Path | None, name: str, channels: int | None) -> int:
-        """C of a peer made for one encoder: the second size of its weight `name`; `channels` if it has no file.
+    def channels_of(cls, weights: Path | None, name: str, channels: int | None, axis: int = 1, others: int = 0) -> int:
+        """C of a peer made for one encoder: the size of its weight `name` along `axis`, without `others`, channels that
+        are no features; `channels` if it has no file.
 
         Raises:
             ValueError: neither is given, or both and they differ. WeightsError, FileNotFoundError: as `read_weights`.
@@ -148,7 +149,7 @@ class Peer(nn.Module, ABC):
         state = cls.read_weights(weights)
         if name not in state:
             raise WeightsError(f"weights {weights} are not those of {cls.__name__}: they have no {name}")
-        found = state[name].shape[1]
+        found = state[name].shape[axis] - others
         if channels not in (None, found):
             raise ValueError(f"its weights take features of {found} channels: leave out channels={channels}")
         return found
