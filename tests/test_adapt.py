@@ -18,6 +18,7 @@ from experiments.adaptation.curve import Curve
 from experiments.data.image_files import NoImages
 from experiments.measuring.evaluation import evaluate
 from experiments.settings import SettingError
+from experiments.sweeps.arms import Arm
 
 SMALL = ["embed_dim=8", "unifier.num_basis=8", "attention.num_heads=2"]
 TINY = [
@@ -195,3 +196,20 @@ def test_an_evaluation_adapts_its_checkpoints_first(config, tmp_path):
         evaluate(config(*given, "adapt.images=3", f"out_dir={out}", name="fidelity"))
     with pytest.raises(SettingError, match=r"baseline must be one of bilinear, got other"):
         evaluate(config(*given, "baseline=other", f"out_dir={out}", name="fidelity"))
+
+
+def test_an_arm_of_a_sweep_may_have_a_delta(config, tmp_path):
+    """Its results depend on the delta's content, wherever that was written."""
+    base, delta = tmp_path / "base.safetensors", tmp_path / "delta.safetensors"
+    model = core.load(base)
+    core.save_delta(model, delta, base)
+    arm = Arm("one", "checkpoint", checkpoint=base, changes={"delta": str(delta), "attention.window_ratio": 0.2})
+    before = arm.key(0)
+    with torch.no_grad():
+        model.rotary.freqs += 1
+    core.save_delta(model, delta, base)
+    assert arm.key(0) != before
+    assert torch.equal(arm.model().rotary.freqs, model.rotary.freqs)
+    assert arm.model().attention.window_ratio == 0.2
+    other = Arm("one", "checkpoint", checkpoint=base, changes={"attention.window_ratio": 0.2})
+    assert other._code == arm._code != ""

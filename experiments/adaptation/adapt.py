@@ -118,7 +118,8 @@ class _Watch:
     def of_learner(self, before: nn.Module, after: nn.Module, learner: core.Learner) -> None:
         """A learner does all its steps by itself."""
         self.measure(0, before)
-        self.measure(getattr(learner, "inner_steps", 1), after)
+        if steps := getattr(learner, "inner_steps", 1):
+            self.measure(steps, after)
 
 
 def _write(config: DictConfig, adapted: nn.Module, curve: Curve) -> list[Path]:
