@@ -7,6 +7,7 @@ from pathlib import Path
 
 import rich.table
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
@@ -16,7 +17,7 @@ from experiments.reports.markdown import Table, number, times_faster
 from experiments.tracking.provenance import Origin, machine
 
 COLOURS = {"dense": "tab:gray", "ours": "tab:blue", "compiled": "tab:orange", "head": "tab:gray", "readout": "tab:blue"}
-"""Of the arms of one algorithm; peers take matplotlib's colours in turn."""
+"""Of the arms of one algorithm; peers take other colours in turn."""
 LINES = {"float32": "-", "bfloat16": "--", "float16": ":"}
 COLUMNS = {
     "size": "left",
@@ -142,7 +143,7 @@ def plot(rows: Sequence[Row]) -> Figure:
     curves = list(dict.fromkeys((row.arm, row.case.dtype, row.case.channels) for row in forwards))
     widths = sorted({row.case.channels for row in forwards})
     others = dict.fromkeys(row.arm for row in forwards if row.arm not in COLOURS)
-    colours = COLOURS | {arm: f"C{number % 10}" for number, arm in enumerate(others)}
+    colours = COLOURS | {arm: colormaps["tab20"](1 + number % 19) for number, arm in enumerate(others)}  # 0: ours
     for axes, value, label in zip(panels, ("time_ms", "memory_mb"), ("time in ms", "peak memory in MB"), strict=True):
         for arm, dtype, channels in curves:
             mine = [row for row in forwards if (row.arm, row.case.dtype, row.case.channels) == (arm, dtype, channels)]
