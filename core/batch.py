@@ -152,7 +152,7 @@ def images_of(batch: Batch, positions: Sequence[int]) -> Batch:
         return x.unflatten(0, (-1, per_image))[list(positions)].flatten(0, 1)
 
     clip = batch.clip and Clip(of(batch.clip.image), of(batch.clip.features), of(batch.clip.flow))
-    tensors = ("image", "features", "target", "corners", "augmented_image", "whole", "crops")
+    tensors = ("image", "features", "target", "corners", "augmented_image", "whole", "crops", "high_resolution")
     return replace(batch, clip=clip, **{name: of(getattr(batch, name)) for name in tensors})
 
 
