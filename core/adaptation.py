@@ -188,7 +188,13 @@ def recovery(batch: Batch, scale: int) -> Batch:
             "columns are needed. Encode larger images, leave the scale out (scales=[2]), or give targets"
         )
     averaged = F.interpolate(batch.features, coarse, mode="area")
-    return replace(batch, features=averaged, target=batch.features, output_size=size, corners=None, crops=None)
+    images = batch.high_resolution
+    if images is not None:  # at the resolution of the new targets, the given features
+        sides = zip(images.shape[-2:], size, batch.output_size, strict=True)
+        shrunk = [round(side * cells / finer) for side, cells, finer in sides]
+        images = F.interpolate(images, shrunk, mode="bilinear", antialias=True).clamp(0, 1)
+    parts = {"corners": None, "crops": None, "high_resolution": images}
+    return replace(batch, features=averaged, target=batch.features, output_size=size, **parts)
 
 
 def _single(given: Images, name: str) -> list[Tensor]:

@@ -146,8 +146,8 @@ def images_of(batch: Batch, positions: Sequence[int]) -> Batch:
     """The part of a batch that shows some of its images, with all that belongs to them."""
 
     def of(x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
+        if x is None or not len(x):  # targets that nobody needs
+            return x
         per_image = len(x) // len(batch.image)
         return x.unflatten(0, (-1, per_image))[list(positions)].flatten(0, 1)
 

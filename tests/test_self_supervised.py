@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import core
 from core import Batch, build, build_filler, registry
-from core.batch import crops_of
+from core.adaptation import recovery
+from core.batch import crops_of, images_of
 from core.collapse import detail_variance, effective_rank, spatial_variance
 from core.hooks import MODEL_HOOKS
 from core.training import PlainStep, Trainable
@@ -238,6 +239,20 @@ def test_scales_that_cannot_be_are_refused():
             ValueError, match=rf"SelfSupervised needs batch.{part}: name it in SelfSupervised.batch_par"
         ):
             at_scale(one, 2, objective())
+
+
+def test_parts_of_a_batch_without_targets_keep_their_pixels():
+    one = batch()
+    part = images_of(one, [1])
+    assert torch.equal(part.high_resolution, one.high_resolution[1:])
+    assert part.target.shape == one.target.shape
+    assert torch.equal(at_scale(part, 2, objective()), at_scale(one, 2, objective())[1:])
+
+
+def test_scales_of_features_to_be_recovered_are_relative_to_the_coarse_ones():
+    one = recovery(batch(grid=(4, 6)), 2)
+    assert at_scale(one, 2, objective()).shape == one.target.shape == (2, 5, 4, 6)
+    assert at_scale(one, 1, objective()).shape == (2, 5, 2, 3)
 
 
 def test_a_step_draws_some_of_the_scales():
