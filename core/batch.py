@@ -152,8 +152,8 @@ def images_of(batch: Batch, positions: Sequence[int]) -> Batch:
         return x.unflatten(0, (-1, per_image))[list(positions)].flatten(0, 1)
 
     clip = batch.clip and Clip(of(batch.clip.image), of(batch.clip.features), of(batch.clip.flow))
-    tensors = ("image", "features", "target", "corners", "augmented_image", "whole", "crops", "high_resolution")
-    return replace(batch, clip=clip, **{name: of(getattr(batch, name)) for name in tensors})
+    tensors = {name: of(part) for name, part in vars(batch).items() if isinstance(part, Tensor)}
+    return replace(batch, clip=clip, **tensors)
 
 
 def check_parts(asked: Iterable[tuple[object, Iterable[str]]]) -> frozenset[str]:

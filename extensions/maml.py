@@ -16,7 +16,8 @@ Memory. The first order holds one inner step at a time, with the fast kernels. T
 be differentiated twice. It holds one inner step at a time as well: each is computed again when its gradient is
 due, so the number of inner steps costs time, not memory.
 
-`inner_steps=0` is the plain step, exactly. Status: see docs/maml.md.
+`inner_steps=0` is the plain step, exactly. Status: runs; a first look shows nothing, after 12 steps
+(docs/maml.md).
 """
 
 import copy
