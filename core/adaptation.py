@@ -27,6 +27,9 @@ Images = Tensor | Sequence[Tensor]
 """(N,·,·,·), or N tensors (·,·,·) or (1,·,·,·), which may have different heights and widths."""
 LEAST_CELLS = 2
 """Rows and columns that features must have to be upsampled."""
+LARGEST_NORM = 1.0
+"""Of a step's gradient; a larger one is scaled down to it. Photographs give 0.02 to 1. But a target vector whose values
+are all alike, as HOG's of a flat cell, has a range of 0, which the squared error is divided by."""
 DESCENTS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 AfterStep = Callable[[int, nn.Module], None]
 
@@ -67,7 +70,8 @@ def adapt(
         after_step: called with the number of steps done (0 before the first) and the copy, for curves.
 
     Raises:
-        TypeError, ValueError: the support, a part or a value cannot be used; the message says what may be.
+        TypeError, ValueError: the support, a part or a value cannot be used, or a gradient is not finite; the message
+            says what may be done.
     """
     support = support_of(images, features, targets, scales)
     objective = (objective or default_objective()).to(next(model.parameters()).device)
@@ -90,6 +94,12 @@ def adapt(
         batches = [batch for of_image in chosen for batch in of_image]
         for weight, gradient in zip(weights, gradients(adapted, objective, batches, weights), strict=True):
             weight.grad = gradient
+        norm = nn.utils.clip_grad_norm_(weights, LARGEST_NORM)
+        if not norm.isfinite():
+            raise ValueError(
+                f"adapt: the gradient of step {step + 1} is not finite; lower lr={lr}, or look for images or features "
+                "that are not finite"
+            )
         optimizer.step()
         tell(step + 1, adapted)
     for weight in weights:

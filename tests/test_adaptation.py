@@ -59,8 +59,28 @@ def test_a_step_written_by_hand(model, with_targets):
             loss = cosine_mse(output, fine) + 0.1 * cosine_mse(pooled, coarse)
             total = total + loss / (3 * len(pairs))
     total.backward()
+    norm = torch.cat([weight.grad.flatten() for weight in by_hand.parameters()]).norm()
+    rate = 0.1 * min(1.0, 1 / (norm.item() + 1e-6))  # a gradient longer than 1 is scaled down to it, as PyTorch does
     for (name, weight), ours in zip(by_hand.named_parameters(), adapted.parameters(), strict=True):
-        torch.testing.assert_close(ours, weight - 0.1 * weight.grad, rtol=1e-9, atol=1e-12, msg=name)
+        torch.testing.assert_close(ours, weight - rate * weight.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_a_target_vector_without_range_does_not_throw_the_model_away(model):
+    """As HOG's of a flat cell: the squared error is divided by its range, so the gradient is huge."""
+    images, features, targets = support()
+    targets[0, :, :4, :4] = 0.5
+    adapted = core.adapt(model, images, features, targets, steps=3, lr=1.0)
+    moved = sum(
+        (ours - theirs).square().sum() for ours, theirs in zip(adapted.parameters(), model.parameters(), strict=True)
+    )
+    assert 0 < moved.sqrt() <= 3 * (1 + 1e-5), "three steps, none longer than the rate"
+
+
+def test_a_gradient_that_is_not_finite_is_told(model):
+    images, features, targets = support()
+    targets[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="gradient of step 1 is not finite; lower lr"):
+        core.adapt(model, images, features, targets, steps=1)
 
 
 def test_the_given_model_is_not_changed_and_steps_lower_the_loss(model):

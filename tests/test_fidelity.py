@@ -231,7 +231,7 @@ def test_a_checkpoint_may_be_changed():
     errors = report.scores[report.scores.measure == "error"].groupby("arm")["numerator"].mean()
     assert errors["plain"] != errors["wide"]
     for node, message in (
-        ("{file: bundled}", "a checkpoint must be FILE, or {checkpoint: FILE, temporal: NAME"),
+        ("{file: bundled}", "a checkpoint must be FILE, or {checkpoint: FILE, delta: FILE, temporal: NAME"),
         ("{checkpoint: bundled, embed_dim: 8}", "embed_dim cannot be changed after training"),
     ):
         with pytest.raises(SettingError, match=message):
