@@ -171,6 +171,7 @@ def test_each_piece_has_its_own_time():
         Job("hangs", 0.2, partial(time.sleep, 1000)),
         Job("third", 60, os.getpid),
         Job("fails", 60, fail),
+        Job("raises", 60, lack),
         Job("dies", 60, partial(os._exit, 3)),
         Job("full", 60, run_out),
     ]
@@ -180,12 +181,17 @@ def test_each_piece_has_its_own_time():
     assert len({found[name].result for name in ("second", "third")} | {os.getpid()}) == 3
     assert found["hangs"].lost == "ended: it took longer than 0.2 s"
     assert found["fails"].lost == "failed: for a reason"
+    assert found["raises"].lost == "failed: FileNotFoundError: no compiler"
     assert found["dies"].lost.startswith("failed: its process ended with exit code 3")
     assert found["full"].lost.startswith("out of memory: ")
 
 
 def fail():
     raise RuntimeError("for a reason\nand more")
+
+
+def lack():
+    raise FileNotFoundError("no compiler\nanywhere")
 
 
 def run_out():

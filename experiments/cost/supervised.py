@@ -8,7 +8,9 @@ import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -111,12 +113,24 @@ def _serve(connection: Connection) -> None:
             call = connection.recv()
         except EOFError:  # nobody waits any more
             return
-        try:
-            with out_of_memory_named():
-                answer = call(), ""
-        except OutOfMemory as error:
-            answer = None, f"out of memory: {error}"
-        except RuntimeError as error:
-            traceback.print_exc()
-            answer = None, f"failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        with ExitStack() as stack:
+            stack.push(partial(_last_words, connection))
+            try:
+                with out_of_memory_named():
+                    answer = call(), ""
+            except OutOfMemory as error:
+                answer = None, f"out of memory: {error}"
+            except RuntimeError as error:
+                traceback.print_exc()
+                answer = None, f"failed: {_first_line(error)}"
         connection.send(answer)
+
+
+def _last_words(connection: Connection, kind: type | None, error: BaseException | None, trace: object) -> None:
+    """Tells what ends this process; the traceback goes to stderr, which may be kept by nobody."""
+    if error is not None:
+        connection.send((None, f"failed: {kind.__name__}: {_first_line(error)}"))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
