@@ -10,7 +10,8 @@ SIGGRAPH 2007, equation 3). Here they enter in two ways:
 
 And trained attention is sharper than is good for it: `temperature` divides the logits of query and key.
 
-Status: measured without training, one seed (docs/detail.md): share and temperature help detail, gates hurt it.
+Status: measured without training, one seed (docs/detail.md): share and temperature help detail and hurt a probe's
+boundaries, gates hurt detail.
 """
 
 import math
