@@ -8,7 +8,7 @@ SIGGRAPH 2007, equation 3). Here they enter in two ways:
 - as one more head that sees nothing else, with a share of the weights: either of them may speak (a mixture of weights).
   A share of .5 is the mean of AnyUp and the filter.
 
-And trained attention is sharper than is good for it: `temperature` divides the logits of query and key.
+And trained attention is sharper than is good for detail: `temperature` divides the logits of query and key.
 
 Status: measured without training, one seed (docs/detail.md): share and temperature help detail and hurt a probe's
 boundaries, gates hurt detail.
