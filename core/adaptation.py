@@ -28,8 +28,8 @@ Images = Tensor | Sequence[Tensor]
 LEAST_CELLS = 2
 """Rows and columns that features must have to be upsampled."""
 LARGEST_NORM = 1.0
-"""Of a step's gradient; a larger one is scaled down to it. Photographs give 0.02 to 1. But a target vector whose values
-are all alike, as HOG's of a flat cell, has a range of 0, which the squared error is divided by."""
+"""Of a step's gradient; a larger one is scaled down to it. Photographs gave 0.02 to 1.5. But a target vector whose
+values are all alike, as HOG's of a flat cell, has a range of 0, which the squared error is divided by."""
 DESCENTS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 AfterStep = Callable[[int, nn.Module], None]
 
@@ -59,8 +59,9 @@ def adapt(
         targets: (N,C,Qh,Qw) finer features of the same images, if the encoder is at hand; None: the features are
             recovered from their averages at `scales`.
         steps: 0 gives a copy that is equal to the model.
-        lr, descent: learning rate, of `sgd` or of `adamw` (without weight decay). Few steps of `sgd` at a rate near 1
-            were found to do more good than many of `adamw` at 3e-4 (docs/maml.md); 3 suits `targets`.
+        lr, descent: learning rate, of `sgd` or of `adamw` (without weight decay). For a few steps `sgd` at a rate near
+            1 was found best; 3 suits `targets`. With many photographs and 30 steps or more, `adamw` at 3e-4
+            (docs/maml.md).
         parts: what is adapted: names of the model's parts, such as "attention"; empty: everything that has gradients.
         scales: see `targets`; those at which fewer than 2x2 cells would be left of an image's features are refused.
         images_per_step: a step sees that many images; each pass over the support is in another order.
