@@ -196,6 +196,34 @@ class AnyUp(nn.Module, Pretrained):
             per_image.append(self._at(query[i : i + 1], key[i : i + 1], own))
         return torch.cat(per_image)
 
+    def attention_weights(
+        self, image: Tensor, features: Tensor, coords: Tensor, output_size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Which cells the attention of `query` looks at from each point, and how much. Without gradients.
+
+        Args:
+            image, features, output_size: as for `forward`.
+            coords: (N,2), as for `query`.
+
+        Returns:
+            (B,N,h,w): of each point, the weight of every cell of `features`. Without fillers after attention, the
+            features in these proportions are `query`'s answer.
+
+        Raises:
+            ValueError: a point is outside the image, or attention weighs cells differently in each channel.
+                Otherwise as `forward`.
+        """
+        output_size = checks.check_inputs(self, image, features, output_size)
+        coords = checks.check_coords(coords, features)
+        if coords.dim() != 2:
+            raise ValueError(f"all images must have the same points, (N,2), got {tuple(coords.shape)}")
+        if not self.attention.linear_in_values:
+            name = type(self.attention).__name__
+            raise ValueError(f"attention {name} weighs cells differently in each channel, so there is no one map of it")
+        with torch.no_grad():
+            _, query, key = self._guide(image, features, output_size, Buffers())
+            return self.attention.weights_at(query, key, coords, **self.attention.seen(image))
+
     def readout(
         self,
         image: Tensor,

@@ -168,6 +168,19 @@ class Attention(Filler):
         bands = self.bands(query, key, value, **self.seen(image))
         return sum(sample_rows(band, rows, height, coords) for rows, band in bands).transpose(1, 2)  # (B,C,N)
 
+    def weights_at(self, query: Tensor, key: Tensor, coords: Tensor, image: Tensor | None = None) -> Tensor:
+        """The weight of every cell at (N,2) points of the image, as `at` uses them -> (B,N,h,w).
+
+        Read off values that are 1 in one cell and 0 in the others, so exact for every attention that is linear in its
+        values.
+        """
+        batch, _, *grid = key.shape
+        parts = []
+        for cells in torch.arange(grid[0] * grid[1], device=key.device).split(_CELLS_AT_ONCE):
+            alone = functional.one_hot(cells, grid[0] * grid[1]).to(key.dtype).unflatten(1, grid)  # (n,h,w)
+            parts.append(self.at(query, key, alone.expand(batch, *alone.shape), coords, **self.seen(image)))  # (B,n,N)
+        return torch.cat(parts, 1).transpose(1, 2).unflatten(2, grid)
+
     def seen(self, image: Tensor | None) -> dict[str, Tensor]:
         """The argument `image` of a call, for an attention that needs it; no argument for others."""
         return {"image": image} if self.needs_image else {}
