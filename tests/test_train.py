@@ -131,6 +131,36 @@ def test_a_step_sees_the_same_whenever_it_is_asked(photographs):
     assert {views_of(photographs)[step].backbone for step in range(20)} == {0, 1}
 
 
+def test_each_step_draws_one_of_the_grids(photographs):
+    grids = [{"scale": 4}, {"view": 16, "guidance": 24}]
+    views, alone = views_of(photographs, others=grids), views_of(photographs)
+    seen = {}
+    for step in range(20):
+        one, backbones = views[step], [views.of_backbone(step, backbone) for backbone in (0, 1)]
+        s = one.settings
+        assert all(other.settings is s for other in backbones)  # tasks of a step look at one grid
+        assert one.whole.shape[-1] == one.crops.shape[-1] == s.view
+        assert one.guidance.shape[-1] == (s.guidance or s.view)
+        assert one.names == alone[step].names  # the same images, whatever the grid
+        seen[s.view, s.guidance, s.scale] = one
+    assert seen.keys() == {(32, None, 2), (32, None, 4), (16, 24, 2)}
+    assert seen[32, None, 4].corners.max() > seen[32, None, 2].corners.max()
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ([{"flip": 0.5}], "views.others has .*flip.*view, guidance, scale"),
+        ([{}], "each entry gives one or more of view"),
+        ([{"view": 24}], "views.view=24 is no multiple of the backbone's stride 16"),
+        ([{"scale": 1}], "views.scale must be at least 2, got 1"),
+    ],
+)
+def test_grids_that_cannot_be_are_refused(photographs, others, message):
+    with pytest.raises(SettingError, match=message):
+        views_of(photographs, others=others)
+
+
 def test_every_pass_shows_every_image_once_in_another_order(photographs):
     views = views_of(photographs)
     names = [name for step in range(7) for name in views[step].names]
@@ -446,6 +476,22 @@ def test_validation_reports_detail_and_keeps_the_best_by_it(config):
     values = [point.value for point in read_table(trained.curves) if point.name == "val/detail"]
     assert len(values) == 4
     assert trained.state.best == max(values)
+
+
+def test_a_stopped_training_of_several_grids_goes_on_bit_for_bit(config, tmp_path):
+    averaged = ["views.crops=0", "views.average=1", "views.crop_pool=4", "objective.self_consistency=0"]
+    several = [*averaged, "views.others=[{scale: 3}, {view: 48}]", "steps=8"]
+    training, sizes = Training(config(*several)), set()
+    for step in range(8):
+        training.step(training.views[step])
+        (batch,) = training.tasks
+        assert tuple(batch.target.shape[-2:]) == batch.output_size
+        sizes.add((batch.features.shape[-1], batch.output_size[-1]))
+    assert sizes == {(4, 8), (4, 12), (6, 12)}
+    train(config(*several, f"out_dir={tmp_path / 'whole'}"))
+    train(config(*several, "stop_after=3"))
+    train(config(*several))
+    same(state_of(config()), state_of(config(f"out_dir={tmp_path / 'whole'}")))
 
 
 def test_a_training_with_other_settings_is_not_resumed(config):

@@ -18,7 +18,7 @@ class Batches:
     """The views of a step, for one backbone -> a batch, encoded on the device.
 
     Args:
-        backbones: those of the training, in the views' order. settings: how the views were cut.
+        backbones: those of the training, in the views' order.
         cache: where features are looked for, and kept.
         parts: the optional parts of a batch that some filler looks at; nothing is made for others.
         needs_target: False: targets are not made, and are empty.
@@ -28,7 +28,6 @@ class Batches:
     def __init__(
         self,
         backbones: list[Backbone],
-        settings: ViewSettings,
         cache: FeatureCache,
         device: torch.device,
         parts: frozenset[str],
@@ -36,17 +35,17 @@ class Batches:
         seed: int,
         rank: int,
     ):
-        self.backbones, self.settings, self.cache, self.device, self.parts = backbones, settings, cache, device, parts
+        self.backbones, self.cache, self.device, self.parts = backbones, cache, device, parts
         self.needs_target, self.seed, self.rank = needs_target, seed, rank
 
     def __call__(self, views: StepViews) -> Batch:
         """Raises NotFinite: as `FeatureCache.encode`."""
-        backbone, s = self.backbones[views.backbone], self.settings
+        backbone, s = self.backbones[views.backbone], views.settings
         whole, crops = views.whole.to(self.device), views.crops.to(self.device)
         features = self.cache.encode(backbone, whole, views.names)  # (B,C,h,w)
         target, corners = features[:0], torch.zeros(0, 2, dtype=torch.long, device=self.device)  # none
         if self.needs_target:
-            target = self._target(backbone, crops, views.names, tuple(features.shape[-2:]))
+            target = self._target(s, backbone, crops, views.names, tuple(features.shape[-2:]))
             corners = None if views.corners is None else views.corners.to(self.device)
         augmented, encoder = views.augmented, partial(self._encoded, backbone, views.names)
         batch = Batch(
@@ -68,7 +67,7 @@ class Batches:
 
     def _other_channels(self, batch: Batch, views: StepViews) -> Batch:
         """The batch with channels dropped and mixed, as the settings say: the same for all images of the step."""
-        s, source = self.settings, generator(self.seed, "channels", views.step, views.backbone)
+        s, source = views.settings, generator(self.seed, "channels", views.step, views.backbone)
         mixes = torch.rand((), generator=source).item() < s.mix_channels
         if s.drop_channels:
             batch = with_features(batch, dropping(batch.features.shape[1], s.drop_channels, source))
@@ -76,9 +75,10 @@ class Batches:
             batch = with_features(batch, mixing(batch.features.shape[1], source))
         return batch
 
-    def _target(self, backbone: Backbone, crops: Tensor, names: list[str], grid: tuple[int, int]) -> Tensor:
+    def _target(
+        self, s: ViewSettings, backbone: Backbone, crops: Tensor, names: list[str], grid: tuple[int, int]
+    ) -> Tensor:
         """(B·n,3,view,view) crops -> (B·n,C,h,w); whole images (B,3,s·view,s·view) -> (B,C,s·h,s·w)."""
-        s = self.settings
         called = [f"a crop of {name}" for name in names for _ in range(max(1, s.crops))]
         if not s.average:
             return self.cache.encode(backbone, crops, called)

@@ -125,7 +125,7 @@ class Training:
             check_writable(self.out_dir)
         self.data = open_data(config.data)
         check_images(self.data, self.views_settings)
-        self.backbones = open_encoders(config, self.views_settings.view, self.device)
+        self.backbones = open_encoders(config, [grid.view for grid in self.views_settings.grids], self.device)
         self.cache = FeatureCache(config.cache.folder, config.cache.max_gb)
         self.inner = make_trainable(config, replaced_by).to(self.device).train()
         """The bare model, objective and learner."""
@@ -139,7 +139,7 @@ class Training:
         self.views = Views(self.data, self.views_settings, patch_sizes, *how, self.inner.batch_parts)
         asked = (self.inner.batch_parts, self.inner.needs_target)
         where = (self.cache, self.device, *asked, config.seed, self.shard[0])
-        self.batch = Batches(self.backbones, self.views_settings, *where)
+        self.batch = Batches(self.backbones, *where)
         """The views of a step -> `core.Batch`."""
         self.state, self.curves = State(), Curves(self.out_dir / CURVES_NAME)
         self.tasks: list[Batch] = []

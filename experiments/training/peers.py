@@ -85,9 +85,10 @@ def check_fits(model: nn.Module, backbones: Sequence[Backbone], views: ViewSetti
                 f"peer={model.choice} takes features of {model.channels} channels, and backbone {backbone.name} has "
                 f"{backbone.channels}: set peer.channels={backbone.channels}, or choose the backbone it was made for"
             )
-    if model.factor not in (None, views.scale) and not model.any_size:
+    other = [grid.scale for grid in views.grids if model.factor not in (None, grid.scale)]
+    if other and not model.any_size:
         raise SettingError(
-            f"peer={model.choice} enlarges {model.factor} times, and the targets are {views.scale} times finer: set "
+            f"peer={model.choice} enlarges {model.factor} times, and the targets are {other[0]} times finer: set "
             f"views.scale={model.factor}, or peer.any_size=true if it has that setting"
         )
 

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def make_accelerator(config: DictConfig) -> Accelerator:
     return Accelerator(cpu=device.type == "cpu", mixed_precision=config.mixed_precision)
 
 
-def open_encoders(config: DictConfig, view: int, device: torch.device) -> list[Backbone]:
+def open_encoders(config: DictConfig, views: Iterable[int], device: torch.device) -> list[Backbone]:
     """The encoders of `config.backbones`, each checked to give the grid that its stride promises: crops are cut on it.
 
     Raises:
@@ -122,7 +123,7 @@ def open_encoders(config: DictConfig, view: int, device: torch.device) -> list[B
     if not nodes:
         raise SettingError("backbones is empty: give at least one, such as backbones=[{name: embedded}]")
     found = [_encoder(node, device) for node in nodes]
-    for encoder in found:
+    for encoder, view in product(found, views):
         grid = _grid(encoder, view, device)
         if grid != (view // encoder.patch_size,) * 2:
             raise SettingError(
@@ -144,17 +145,17 @@ def check_images(data: DataSet, views: ViewSettings) -> None:
     Raises:
         SettingError: no image has the size of a view.
     """
-    sides = data.shorter_sides
-    if sides and max(sides) < views.view:
+    sides, view = data.shorter_sides, max(grid.view for grid in views.grids)
+    if sides and max(sides) < view:
         raise SettingError(
-            f"all {len(sides)} images of data are smaller than views.view={views.view} (the largest has a shorter side "
+            f"all {len(sides)} images of data are smaller than views.view={view} (the largest has a shorter side "
             f"of {max(sides)} pixels): give larger ones, or a smaller view"
         )
 
 
 def warn_of_small_images(data: DataSet, views: ViewSettings) -> None:
     """Counts those that will be enlarged."""
-    sides, wanted = data.shorter_sides or (), views.scale * views.view
+    sides, wanted = data.shorter_sides or (), max(grid.scale * grid.view for grid in views.grids)
     if small := sum(side < wanted for side in sides):
         log.warning(
             "%d of %d images are smaller than %d pixels (views.scale x views.view) and are enlarged: what is to be "

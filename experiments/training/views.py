@@ -6,8 +6,10 @@ their features are what must be reached (the released procedure has 448, 224 and
 must be reached is one target of the whole image, averaged over overlapping crops, which is less noisy.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +40,8 @@ class ViewSettings:
         flip: probability that an image is shown mirrored, before anything else is made of it.
         mix_channels: probability that a step's features and targets are turned by a random rotation of their channels.
         drop_channels: largest share of the channels that a step leaves out; each step draws its own, from 0.
+        others: further grids of the same training: each entry changes some of view, guidance, scale, crops, average and
+            crop_pool, and each step draws one of these settings, or the ones above.
     """
 
     view: int
@@ -51,6 +55,9 @@ class ViewSettings:
     flip: float
     mix_channels: float
     drop_channels: float
+    others: Sequence[Mapping[str, Any]] = ()
+    grids: tuple["ViewSettings", ...] = field(init=False, compare=False, repr=False)
+    """These settings, and those that `others` makes of them: what a step draws from."""
 
     def __post_init__(self):
         for name, least in (("view", 16), ("scale", 2), ("crops", 0), ("average", 0), ("crop_pool", 0), ("clip", 0)):
@@ -70,6 +77,19 @@ class ViewSettings:
             )
         if 0 < self.crop_pool < self.crops:
             raise SettingError(f"views.crop_pool={self.crop_pool} has fewer than views.crops={self.crops} crops")
+        object.__setattr__(self, "grids", (self, *(self._other(changes) for changes in self.others)))
+
+    def _other(self, changes: Mapping[str, Any]) -> "ViewSettings":
+        if not isinstance(changes, Mapping) or not changes or set(changes) - set(_OF_A_GRID):
+            raise SettingError(
+                f"views.others has {changes!r}: each entry gives one or more of {', '.join(_OF_A_GRID)}, such as "
+                "views.others=[{view: 112}, {view: 112, scale: 4}]"
+            )
+        return replace(self, others=(), **changes)
+
+
+_OF_A_GRID = ("view", "guidance", "scale", "crops", "average", "crop_pool")
+"""Settings in which the grids of one training may differ."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +111,8 @@ class StepViews:
     step: int
     backbone: int
     """Which of the backbones the step is for."""
+    settings: ViewSettings
+    """How the views were cut: one of the training's grids."""
     names: list[str]
     """Of the images."""
     guidance: Tensor
@@ -137,9 +159,9 @@ class Views(Dataset):
         shard: tuple[int, int] = (0, 1),
         parts: frozenset[str] = frozenset({"augmented_image"}),
     ):
-        for patch in patch_sizes:
-            if settings.view % patch:
-                raise SettingError(f"views.view={settings.view} is no multiple of the backbone's stride {patch}")
+        for grid, patch in product(settings.grids, patch_sizes):
+            if grid.view % patch:
+                raise SettingError(f"views.view={grid.view} is no multiple of the backbone's stride {patch}")
         if batch_size % shard[1]:
             raise SettingError(f"batch_size={batch_size} cannot be shared by {shard[1]} processes")
         self.data, self.settings, self.patch_sizes, self.seed = data, settings, patch_sizes, seed
@@ -164,35 +186,36 @@ class Views(Dataset):
         chosen = [self._image(position) for position in positions]
         if "clip" in self.parts:
             chosen = [self._frames(index)[0] for index in chosen]
-        s, squares = self.settings, []
+        s, squares = self.grid(step), []
         mirrored = [self._mirrored(position) for position in positions]
         for index, flips in zip(chosen, mirrored, strict=True):
             image = centre_square(self.data[index].image[None], s.scale * s.view)
             squares.append(image.flip(-1) if flips else image)
         square = torch.cat(squares)  # (B,3,scale·view,scale·view)
-        whole, guidance = self._shrunk(square)
+        whole, guidance = shrunk(square, s)
+        names = [self.data.names[index] for index in chosen]
         crops, corners = square, None
         if s.crops:
-            corners = torch.cat([self._corners(step, at, self.data.names[i], backbone) for at, i in enumerate(chosen)])
+            corners = torch.cat([self._corners(s, step, at, names[at], backbone) for at in range(share)])
             crops = cut(square, corners, self.patch_sizes[backbone], s.view)
         return StepViews(
             step=step,
             backbone=backbone,
-            names=[self.data.names[index] for index in chosen],
+            settings=s,
+            names=names,
             guidance=guidance,
             augmented=self._augment(guidance, positions) if "augmented_image" in self.parts else None,
             whole=whole,
             crops=crops,
             corners=corners,
-            clip=self._clip(chosen, mirrored) if "clip" in self.parts else None,
+            clip=self._clip(s, chosen, mirrored) if "clip" in self.parts else None,
             high_resolution=square if "high_resolution" in self.parts else None,
         )
 
-    def _shrunk(self, square: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,3,S,S) -> what the encoder sees, (B,3,view,view), and what guides, (B,3,g,g)."""
-        s = self.settings
-        whole = resized(square, (s.view, s.view))
-        return whole, whole if s.guidance in (None, s.view) else resized(square, (s.guidance, s.guidance))
+    def grid(self, step: int) -> ViewSettings:
+        """The settings of a step: these, or one of their `others`; the same for all backbones and processes."""
+        grids = self.settings.grids
+        return grids[int(torch.randint(len(grids), (), generator=generator(self.seed, "grid", step)))]
 
     def _frames(self, index: int) -> Sequence[int]:
         """The frames of the clip that begins at a sample, or earlier where its video ends too soon."""
@@ -204,13 +227,12 @@ class Views(Dataset):
         """Whether the image at a position of the endless sequence is shown mirrored."""
         return bool(torch.rand((), generator=generator(self.seed, "flip", position)) < self.settings.flip)
 
-    def _clip(self, chosen: list[int], mirrored: list[bool]) -> ClipViews:
-        s = self.settings
+    def _clip(self, s: ViewSettings, chosen: list[int], mirrored: list[bool]) -> ClipViews:
         whole, guidance, flows = [], [], []
         for index, flips in zip(chosen, mirrored, strict=True):
             samples = [self.data[i] for i in self._frames(index)]
             square = torch.cat([centre_square(sample.image[None], s.scale * s.view) for sample in samples])
-            seen, guides = self._shrunk(square.flip(-1) if flips else square)
+            seen, guides = shrunk(square.flip(-1) if flips else square, s)
             whole.append(seen)
             guidance.append(guides)
             flows.append([sample.flow for sample in samples[:-1]])
@@ -231,9 +253,8 @@ class Views(Dataset):
             self._epoch, self._order = epoch, order.tolist()
         return self._order[within]
 
-    def _corners(self, step: int, at: int, name: str, backbone: int) -> Tensor:
+    def _corners(self, s: ViewSettings, step: int, at: int, name: str, backbone: int) -> Tensor:
         """(n,2) corners in cells of the fine grid."""
-        s = self.settings
         cells = s.view // self.patch_sizes[backbone]
         first = at + self.shard[0] * (self.batch_size // self.shard[1])  # position in the whole batch
         drawn = generator(self.seed, "corners", step, first)
@@ -251,6 +272,12 @@ class Views(Dataset):
                 torch.manual_seed(generator(self.seed, "augmentation", position).initial_seed())
                 augmented.append(self.photometric(image).clamp(0, 1))
         return torch.stack(augmented)
+
+
+def shrunk(square: Tensor, s: ViewSettings) -> tuple[Tensor, Tensor]:
+    """(B,3,S,S) -> what the encoder sees, (B,3,view,view), and what guides, (B,3,g,g)."""
+    whole = resized(square, (s.view, s.view))
+    return whole, whole if s.guidance in (None, s.view) else resized(square, (s.guidance, s.guidance))
 
 
 def cut(square: Tensor, corners: Tensor, patch: int, view: int) -> Tensor:
