@@ -19,7 +19,7 @@ from experiments.measuring.evaluation import evaluate
 from experiments.measuring.metrics import fidelity_case
 from experiments.measuring.task import make_task
 from experiments.measuring.uncertainty import KINDS, error_of, of_interpolation, uncertain_output
-from experiments.reports.uncertainty_pictures import heat
+from experiments.reports.style import heat
 from experiments.settings import SettingError
 from experiments.statistics.calibration import (
     LEAST,

@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.atomic import replacing
+from experiments.reports import style
 from experiments.statistics.intervals import Interval, spread
 
 SIGNS = {"detail": +1, "loss": -1}
@@ -75,26 +76,28 @@ class Curve:
         with replacing(paths[0]) as part:
             self.table.to_csv(part, index=False)
         with replacing(paths[1]) as part:
-            self.draw().savefig(part, format="png", dpi=120)
+            self.draw().savefig(part, format="png")
         return paths
 
+    @style.styled
     def draw(self) -> Figure:
         """One panel for each measure: its change since step 0, of each image and on average with its interval."""
         measures = sorted(set(self.table["measure"]))
-        figure = Figure(figsize=(6 * len(measures), 4), layout="constrained")
+        figure = style.new_figure(6 * len(measures), 4)
         for axes, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
             values = self.values(measure)
             change = values - values.loc[0]
-            axes.plot(change.index, change, color="grey", alpha=0.4, linewidth=0.8)
+            axes.plot(change.index, change, color=style.GREY, alpha=0.4, linewidth=0.8)
             gains = [self.gain(measure, int(step)) for step in change.index]
-            axes.plot(change.index, change.mean(axis=1), color="C0", label="mean")
+            axes.plot(change.index, change.mean(axis=1), color=style.BLUE, label="mean")
             if gains[0].low is not None:
                 low, high = ([getattr(gain, end) for gain in gains] for end in ("low", "high"))
                 ends = np.sort(SIGNS[measure] * np.array([low, high]), axis=0)
-                axes.fill_between(change.index, *ends, color="C0", alpha=0.2, label=f"{self.confidence:.0%} interval")
-            axes.axhline(0, color="black", linewidth=0.8)
+                axes.fill_between(
+                    change.index, *ends, color=style.BLUE, alpha=0.2, label=f"{self.confidence:.0%} interval"
+                )
+            axes.axhline(0, color=style.BLACK, linewidth=0.8)
             better = "more is better" if SIGNS[measure] > 0 else "less is better"
             axes.set(title=f"{measure} of held-out images ({better})", xlabel="steps", ylabel="change since step 0")
-            axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
         return figure

@@ -7,17 +7,25 @@ from pathlib import Path
 
 import rich.table
 import torch
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from experiments.atomic import replacing
 from experiments.cost.benchmark import Row
+from experiments.reports import style
 from experiments.reports.markdown import Table, number, times_faster
 from experiments.tracking.provenance import Origin, machine
 
-COLOURS = {"dense": "tab:gray", "ours": "tab:blue", "compiled": "tab:orange", "head": "tab:gray", "readout": "tab:blue"}
+COLOURS = {
+    "dense": style.GREY,
+    "ours": style.BLUE,
+    "compiled": style.ORANGE,
+    "head": style.GREY,
+    "readout": style.BLUE,
+}
 """Of the arms of one algorithm; peers take other colours in turn."""
+_OF_OTHERS = (style.GREEN, style.RED, style.PURPLE, style.SKY, style.BLACK)
+_FILLS = ("full", "none", "left", "top")
 LINES = {"float32": "-", "bfloat16": "--", "float16": ":"}
 COLUMNS = {
     "size": "left",
@@ -78,7 +86,7 @@ def write(rows: Sequence[Row], out_dir: Path, name: str, top: str, done: str = "
         writer.writeheader()
         writer.writerows(map(flat, rows))
     with replacing(paths[2]) as part:
-        plot(rows).savefig(part, format="png", dpi=120)
+        plot(rows).savefig(part, format="png")
     return paths
 
 
@@ -135,22 +143,29 @@ def metrics(row: Row) -> dict[str, float]:
     return {key: value for key, value in values.items() if value is not None}
 
 
+@style.styled
 def plot(rows: Sequence[Row]) -> Figure:
     """Time and memory of forwards by the output's side; a cross marks an arm that ran out of memory."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = style.new_figure(9.5, 4.5)
     panels = figure.subplots(1, 2)
     forwards = [row for row in rows if not row.case.training]
     curves = list(dict.fromkeys((row.arm, row.case.dtype, row.case.channels) for row in forwards))
     widths = sorted({row.case.channels for row in forwards})
     others = dict.fromkeys(row.arm for row in forwards if row.arm not in COLOURS)
-    colours = COLOURS | {arm: colormaps["tab20"](1 + number % 19) for number, arm in enumerate(others)}  # 0: ours
+    colours = COLOURS | {arm: _OF_OTHERS[number % len(_OF_OTHERS)] for number, arm in enumerate(others)}
+    fills = {arm: _FILLS[number // len(_OF_OTHERS) % len(_FILLS)] for number, arm in enumerate(others)}
     for axes, value, label in zip(panels, ("time_ms", "memory_mb"), ("time in ms", "peak memory in MB"), strict=True):
         for arm, dtype, channels in curves:
             mine = [row for row in forwards if (row.arm, row.case.dtype, row.case.channels) == (arm, dtype, channels)]
             mine.sort(key=lambda row: row.case.output)
             known = [row for row in mine if getattr(row, value)]
-            style = {"color": colours[arm], "linestyle": LINES[dtype], "marker": "os^v"[widths.index(channels) % 4]}
-            axes.plot([row.case.output for row in known], [getattr(row, value) for row in known], **style,
+            looks = {
+                "color": colours[arm],
+                "linestyle": LINES[dtype],
+                "marker": "os^v"[widths.index(channels) % 4],
+                "fillstyle": fills.get(arm, "full"),
+            }
+            axes.plot([row.case.output for row in known], [getattr(row, value) for row in known], **looks,
                       label=f"{arm}, {dtype}, C={channels}")  # fmt: skip
             full = [row.case.output for row in mine if row.status.startswith("out of memory")]
             axes.plot(full, [0.98] * len(full), "x", color=colours[arm], transform=axes.get_xaxis_transform())
@@ -160,7 +175,6 @@ def plot(rows: Sequence[Row]) -> Figure:
             axes.set_yscale("log")
         axes.set_xticks(sides, list(map(str, sides)), rotation=45)
         axes.xaxis.minorticks_off()
-        axes.grid(alpha=0.3)
     if forwards:
         panels[0].legend(fontsize="small", ncols=1 + len(curves) // 12)
     if any(row.status.startswith("out of memory") for row in forwards):

@@ -7,17 +7,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from experiments.reports import style
 from experiments.statistics.scores import MEASURES
 from experiments.statistics.verdicts import Comparison, bases
 
 COLOURS = {
-    "helps": "tab:green",
-    "hurts": "tab:red",
-    "not shown": "tab:blue",
-    "reference": "tab:grey",
-    "baseline": "black",
+    "helps": style.GREEN,
+    "hurts": style.RED,
+    "not shown": style.BLUE,
+    "reference": style.GREY,
+    "baseline": style.BLACK,
 }
-_MAX_COLUMNS = 3
+_MARKERS = {"helps": "^", "hurts": "v", "not shown": "o", "reference": "D", "baseline": "s"}
+_MAX_COLUMNS = 2
 
 
 def panels(comparisons: Sequence[Comparison]) -> dict[tuple[str, str, str], list[Comparison]]:
@@ -42,6 +44,7 @@ def title_of(measure: str) -> str:
     return f"{short_title(measure)}{unit}{' (less is better)' if known.better < 0 else ''}"
 
 
+@style.styled
 def forest(comparisons: Sequence[Comparison], confidence: float) -> Figure:
     """Differences to the baseline: one line per arm, one panel per task, for the first measure of each task.
 
@@ -56,18 +59,18 @@ def forest(comparisons: Sequence[Comparison], confidence: float) -> Figure:
         for place, arm in enumerate(arms):
             if arm in rows:
                 _line(axes, rows[arm], place, low, high)
-        axes.axvline(0, color="grey", linewidth=1)
+        axes.axvline(0, color=style.GREY, linewidth=1)
         axes.set_xlim(low, high)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set(title=_title(family), xlabel="difference in " + title_of(of_family[0].measure).replace(" (", "\n("))
         axes.set_ylim(len(arms) - 0.5, -0.5)
         axes.set_yticks(range(len(arms)), arms)
-        axes.grid(alpha=0.3)
     shown = [one for of_family in found.values() for one in of_family]
     figure.suptitle(f"differences to the baseline, intervals of {confidence:.0%}: {bases(shown)}")
     return figure
 
 
+@style.styled
 def cost_quality(comparisons: Sequence[Comparison], costs: pd.DataFrame) -> Figure:
     """Quality against the time of one forward relative to the baseline's, with the Pareto front."""
     times = costs.set_index("arm")["time_ratio"].dropna()
@@ -76,14 +79,13 @@ def cost_quality(comparisons: Sequence[Comparison], costs: pd.DataFrame) -> Figu
     for axes, (family, of_family) in zip(places, found.items(), strict=False):
         shown = [one for one in of_family if one.arm in times.index]
         for one in shown:
-            axes.plot(times[one.arm], one.mean, "o", color=COLOURS[one.verdict])
-            axes.annotate(one.arm, (times[one.arm], one.mean), xytext=(4, 3), textcoords="offset points", fontsize=8)
+            axes.plot(times[one.arm], one.mean, _MARKERS[one.verdict], color=COLOURS[one.verdict])
+            axes.annotate(one.arm, (times[one.arm], one.mean), xytext=(4, 3), textcoords="offset points", fontsize=9)
         best = front([(times[one.arm], one.mean) for one in shown], MEASURES[of_family[0].measure].better)
-        axes.plot(*zip(*best, strict=True), color="grey", linewidth=1, drawstyle="steps-post", zorder=0)
+        axes.plot(*zip(*best, strict=True), color=style.GREY, linewidth=1, drawstyle="steps-post", zorder=0)
         axes.set(title=_title(family), ylabel=title_of(of_family[0].measure), xlabel="time, times the baseline's")
         axes.set_xscale("log")
         axes.margins(x=0.25)
-        axes.grid(alpha=0.3)
     return figure
 
 
@@ -116,9 +118,9 @@ def _line(axes: Axes, one: Comparison, place: int, low: float, high: float) -> N
         edge, marker, side = (low, "<", "left") if one.difference.value < low else (high, ">", "right")
         axes.plot(edge, place, marker, color=colour, clip_on=False)
         text = f"  {one.difference.value:+.3g}  "
-        axes.annotate(text, (edge, place), ha=side, va="center", fontsize=8, color=colour)
+        axes.annotate(text, (edge, place), ha=side, va="center", fontsize=9, color=colour)
         return
-    axes.plot(one.difference.value, place, "o", color=colour)
+    axes.plot(one.difference.value, place, _MARKERS[one.verdict], color=colour)
     if one.difference.low is not None:
         axes.plot([one.difference.low, one.difference.high], [place, place], color=colour)
 
@@ -126,7 +128,7 @@ def _line(axes: Axes, one: Comparison, place: int, low: float, high: float) -> N
 def _grid(count: int, height: float) -> tuple[Figure, list[Axes]]:
     columns = min(_MAX_COLUMNS, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(1 + 4.5 * columns, 0.6 + rows * height), layout="constrained")
+    figure = style.new_figure(1 + 4.5 * columns, 0.6 + rows * height)
     places = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in places[count:]:
         axes.remove()

@@ -22,7 +22,9 @@ _FIT_SIDE = 64
 _BAND_VALUES = 2**24
 """Values projected at once, so that `paint` needs about 150 MB on top of its input, whatever the size."""
 _MARGIN, _TITLE, _FONT = 10, 26, 16
-"""Layout of a panel in pixels."""
+"""Layout of a panel in pixels, where it is at most `_PAGE` wide; text on wider ones is larger in proportion."""
+_PAGE = 1200
+_MOST_ACROSS = 5
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def fit_colours(columns: Sequence[Tensor], percentile: float = 1.0) -> Colours:
 
 
 def panel(columns: Mapping[str, np.ndarray | Tensor]) -> Image.Image:
-    """Pictures side by side (one above the other when they are wide), each under its title.
+    """Pictures side by side, at most five in a row (one above the other when they are wide), each under its title.
 
     Each is (h,w,3), or an image tensor (3,H,W) or (1,3,H,W), with values in [0,1]. All are shown at the size of the
     largest, within 224 to 1024 pixels. Smaller ones are enlarged without smoothing, so that their resolution
@@ -98,18 +100,18 @@ def panel(columns: Mapping[str, np.ndarray | Tensor]) -> Image.Image:
     height, width = max((picture.shape[:2] for picture in pictures.values()), key=lambda size: size[0] * size[1])
     scale = min(max(1.0, 224 / max(height, width)), 1024 / max(height, width))
     height, width = max(1, round(height * scale)), max(1, round(width * scale))
-    across = len(pictures) if width <= 2 * height else 1
-    down = -(-len(pictures) // across)
-    sheet = Image.new(
-        "RGB", (across * (width + _MARGIN) + _MARGIN, down * (height + _TITLE + _MARGIN) + _MARGIN), "white"
-    )
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT)
+    down = -(-len(pictures) // _MOST_ACROSS) if width <= 2 * height else len(pictures)
+    across = -(-len(pictures) // down)
+    size = across * (width + _MARGIN) + _MARGIN
+    title_height, font_size = (round(part * max(1, size / _PAGE)) for part in (_TITLE, _FONT))
+    sheet = Image.new("RGB", (size, down * (height + title_height + _MARGIN) + _MARGIN), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(font_size)
     for i, (title, picture) in enumerate(pictures.items()):
         left = _MARGIN + (i % across) * (width + _MARGIN)
-        top = _MARGIN + (i // across) * (height + _TITLE + _MARGIN)
+        top = _MARGIN + (i // across) * (height + title_height + _MARGIN)
         draw.text((left, top), title, fill=(40, 40, 40), font=font)
         filter_ = Image.Resampling.NEAREST if picture.shape[0] <= height else Image.Resampling.BOX
-        sheet.paste(Image.fromarray(picture).resize((width, height), filter_), (left, top + _TITLE))
+        sheet.paste(Image.fromarray(picture).resize((width, height), filter_), (left, top + title_height))
     return sheet
 
 

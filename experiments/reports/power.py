@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from experiments.atomic import replacing
+from experiments.reports import style
 from experiments.reports.markdown import Table, number
 from experiments.statistics.power import Components
 from experiments.tracking.provenance import Origin
@@ -24,7 +25,7 @@ def write(config: DictConfig, components: Components, table: pd.DataFrame) -> li
     with replacing(paths[0]) as part:
         part.write_text(markdown(config, components, table, paths[1].name), encoding="utf-8")
     with replacing(paths[1]) as part:
-        plot(table, config.wanted).savefig(part, format="png", dpi=120)
+        plot(table, config.wanted).savefig(part, format="png")
     return paths
 
 
@@ -72,16 +73,16 @@ def needed(table: pd.DataFrame, effect: float, wanted: float) -> str:
     )
 
 
+@style.styled
 def plot(table: pd.DataFrame, wanted: float) -> Figure:
     """Power against the number of images; one line per number of seeds, one panel per effect."""
     effects = list(dict.fromkeys(table["effect"]))
-    figure = Figure(figsize=(1 + 3.5 * len(effects), 3.2), layout="constrained")
+    figure = style.new_figure(1 + 3.5 * len(effects), 3.2)
     for axes, effect in zip(figure.subplots(1, len(effects), squeeze=False, sharey=True)[0], effects, strict=True):
         for num_seeds, rows in table[table["effect"] == effect].sort_values("images").groupby("seeds"):
             axes.plot(rows["images"], rows["power"], "o-", label=f"{num_seeds} seeds")
-        axes.axhline(wanted, color="grey", linestyle="--", linewidth=1)
+        axes.axhline(wanted, color=style.GREY, linestyle="--", linewidth=1)
         axes.set(xscale="log", xlabel="images", title=f"true difference {effect:g}", ylim=(-0.02, 1.02))
-        axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("chance to show it")
     figure.axes[-1].legend()
     return figure

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from experiments.atomic import replacing
+from experiments.reports import style
 from experiments.reports.markdown import Table, signed, with_interval
 from experiments.statistics.prediction import Prediction
 from experiments.tracking.provenance import Origin
@@ -21,7 +22,7 @@ def write(config: DictConfig, found: Prediction) -> list[Path]:
     with replacing(paths[1]) as part:
         rows_of(found).to_csv(part, index=False)
     with replacing(paths[2]) as part:
-        plot(found).savefig(part, format="png", dpi=120)
+        plot(found).savefig(part, format="png")
     return paths
 
 
@@ -83,14 +84,16 @@ def rows_of(found: Prediction) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+@style.styled
 def plot(found: Prediction) -> Figure:
     """Correlations as colours with their numbers; the best predictor on top."""
     values = found.correlation[found.order]
     names = [found.predictors[i] for i in found.order]
     size = (3.2 + 0.9 * len(found.targets), 1.6 + 0.3 * len(names))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = style.new_figure(*size)
     axes = figure.subplots()
-    shown = axes.imshow(values, vmin=-1, vmax=1, cmap="PuOr", aspect="auto")
+    shown = axes.imshow(values, vmin=-1, vmax=1, cmap=style.DIVERGING, aspect="auto")
+    axes.grid(False)
     for (row, column), one in np.ndenumerate(values):
         if np.isfinite(one):
             axes.text(column, row, f"{one:.2f}", ha="center", va="center", color="white" if abs(one) > 0.7 else "black")

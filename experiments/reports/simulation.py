@@ -6,6 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.atomic import replacing
+from experiments.reports import style
 from experiments.reports.markdown import Table, number
 from experiments.statistics.simulation import BOOTSTRAP_SWEEPS
 from experiments.tracking.provenance import Origin
@@ -66,7 +67,7 @@ def write_simulation(table: pd.DataFrame, num_sweeps: int, confidence: float, ou
     with replacing(paths[0]) as part:
         part.write_text(markdown(table, num_sweeps, confidence, paths[2].name), encoding="utf-8")
     with replacing(paths[2]) as part:
-        plot(table, confidence).savefig(part, format="png", dpi=120)
+        plot(table, confidence).savefig(part, format="png")
     return paths
 
 
@@ -85,9 +86,10 @@ def markdown(table: pd.DataFrame, num_sweeps: int, confidence: float, picture: s
     return f"{text}\n{shown}\n\n![false positives and coverage]({picture})\n"
 
 
+@style.styled
 def plot(table: pd.DataFrame, confidence: float) -> Figure:
     """Rates of all scenarios, beside those of the bootstrap."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = style.new_figure(9, 3.6)
     pairs = {"false": 1 - confidence, "coverage": confidence}
     for axes, (column, nominal) in zip(figure.subplots(1, 2), pairs.items(), strict=True):
         for place, (key, label) in enumerate(
@@ -96,12 +98,11 @@ def plot(table: pd.DataFrame, confidence: float) -> Figure:
             for num_seeds, marker in ((3, "o"), (5, "s")):
                 values = table.loc[table["seeds"] == num_seeds, key]
                 x = [place + (num_seeds - 4) / 8] * len(values)
-                axes.plot(x, values, marker, alpha=0.4, color=f"C{place}", label=f"{label}, {num_seeds} seeds")
-        axes.axhline(nominal, color="grey", linestyle="--", linewidth=1)
+                axes.plot(x, values, marker, alpha=0.4, color=style.colour(place), label=f"{label}, {num_seeds} seeds")
+        axes.axhline(nominal, color=style.GREY, linestyle="--", linewidth=1)
         axes.set(
             title={"false": "sweeps with a false verdict", "coverage": "intervals that hold the truth"}[column],
             xticks=[],
         )
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8)
+    figure.axes[0].legend(fontsize=9)
     return figure

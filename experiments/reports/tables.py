@@ -74,7 +74,7 @@ def write_report(results: Results, folder: Path) -> Report:
     for name, figure in figures.items():
         files.append(folder / f"{plan.name}_{name}.png")
         with replacing(files[-1]) as part:
-            figure.savefig(part, format="png", dpi=120)
+            figure.savefig(part, format="png")
     return Report(results, comparisons, files)
 
 

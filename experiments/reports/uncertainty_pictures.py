@@ -1,32 +1,16 @@
-"""Pictures of uncertainty: one colour map for maps of one value per pixel."""
+"""Pictures of uncertainty."""
 
 from collections.abc import Mapping
 
 import numpy as np
-from matplotlib import colormaps
 from torch import Tensor
 
 from experiments.data.image_files import centre_square, shrink
+from experiments.reports.style import heat
 
 _SIDE = 224
 """Largest side in pixels at which the image is shown."""
 _TITLE_LENGTH = 26
-
-
-def heat(values: np.ndarray, percentile: float = 1.0) -> np.ndarray:
-    """(h,w) -> (h,w,3) RGB in [0,1]; the range leaves out `percentile` per cent of the values at either end.
-
-    A map that is the same everywhere is dark.
-
-    Raises:
-        ValueError: another shape, or values that are not finite.
-    """
-    values = np.asarray(values, dtype=float)
-    if values.ndim != 2 or not np.isfinite(values).all():
-        raise ValueError(f"expected finite values of shape (h,w), got {values.shape}")
-    low, high = np.percentile(values, (percentile, 100 - percentile))
-    share = np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros_like(values)
-    return colormaps["inferno"](share)[..., :3]  # its brightness rises evenly: dark is certain
 
 
 def columns_of(image: Tensor, side: int, maps: Mapping[str, np.ndarray], title: str) -> dict[str, Tensor | np.ndarray]:

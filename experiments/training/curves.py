@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, ListConfig
 
 from experiments.atomic import replacing
+from experiments.reports import style
 from experiments.settings import SettingError, check_writable
 from experiments.tracking.store import read_metrics, store_uri
 from experiments.training.state import STATE_NAME, read_state
@@ -26,7 +27,6 @@ _COLUMNS = ["step", "name", "value"]
 _SMOOTHED_OVER = 25
 """Losses are drawn as running medians over one in so many of their points: each step may be of another encoder, and a
 target without contrast, which the loss divides by, makes one a million times larger than its neighbours."""
-_STYLES = ("-", "--", ":", "-.")
 
 
 class Point(NamedTuple):
@@ -122,6 +122,7 @@ def read_run(run_id: str) -> list[Point]:
     return [Point(step, name, value) for (step, name), (_, value) in sorted(latest.items())]
 
 
+@style.styled
 def plot(trainings: Mapping[str, Iterable[Point]], crops_per_step: int | None = None) -> Figure:
     """Losses (of several encoders, the total of each), and validation: detail above bilinear upsampling, for each.
 
@@ -129,10 +130,10 @@ def plot(trainings: Mapping[str, Iterable[Point]], crops_per_step: int | None = 
         trainings: name -> curves. crops_per_step: counts the horizontal axis in image crops instead of steps.
     """
     curves = {name: _by_name(points, crops_per_step or 1) for name, points in trainings.items()}
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    figure = style.new_figure(9.5, 4.2)
     losses, gains = figure.subplots(1, 2)
     curves_of = {}
-    for (training, known), style in zip(curves.items(), _cycled(_STYLES, len(curves)), strict=True):
+    for (training, known), dashes in zip(curves.items(), _cycled(style.LINES, len(curves)), strict=True):
         prefix = f"{training}: " if len(curves) > 1 else ""
         measured, validated = [], []
         several = any(name.startswith("loss/") for name in known)  # encoders: then one curve for each
@@ -142,11 +143,11 @@ def plot(trainings: Mapping[str, Iterable[Point]], crops_per_step: int | None = 
             elif name.startswith("loss/") if several else name == "loss" or name.endswith("_loss"):
                 measured.append((f"{prefix}{name.removeprefix('loss/')}", x, y))
         for i, (label, x, y) in enumerate(measured):
-            (line,) = losses.plot(x, _smooth(y), style, color=f"C{i}", label=label)
+            (line,) = losses.plot(x, _smooth(y), dashes, color=style.colour(i), label=label)
             curves_of[line] = x, y
         for i, (label, x, y) in enumerate(validated):
-            gains.plot(x, y, style, marker=".", color=f"C{i}", label=label)
-    gains.axhline(0, color="grey", linewidth=1)
+            gains.plot(x, y, dashes, marker=".", color=style.colour(i), label=label)
+    gains.axhline(0, color=style.GREY, linewidth=1)
     unit = "image crops" if crops_per_step else "steps"
     losses.set(title="training losses, running medians", xlabel=unit, ylabel="loss", yscale="log")
     limits = losses.get_ylim()
@@ -154,9 +155,8 @@ def plot(trainings: Mapping[str, Iterable[Point]], crops_per_step: int | None = 
         x, y = curves_of[line]
         losses.plot(x, y, color=line.get_color(), alpha=0.15, linewidth=0.8)
     losses.set_ylim(limits)
-    gains.set(title="validation: detail correlation above bilinear upsampling's", xlabel=unit, ylabel="difference")
+    gains.set(title="validation: detail above bilinear's", xlabel=unit, ylabel="difference")
     for axes in (losses, gains):
-        axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
     return figure
@@ -180,7 +180,7 @@ def draw(config: DictConfig) -> Path:
     curves = {name: read_training(Path(folder).expanduser()) for name, folder in folders.items()}
     curves |= {name: read_run(run_id) for name, run_id in runs.items()}
     with replacing(out) as part:
-        plot(curves, config.crops_per_step).savefig(part, format="png", dpi=120)
+        plot(curves, config.crops_per_step).savefig(part, format="png")
     return out
 
 

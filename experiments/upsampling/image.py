@@ -18,7 +18,7 @@ from core.uncertainty import Uncertainty, of_attention
 from experiments.atomic import allocate_array, replacing
 from experiments.data.image_files import ImageFile, UnreadableImage, read, shrink
 from experiments.reports.pictures import Colours, fit_colours, panel
-from experiments.reports.uncertainty_pictures import heat
+from experiments.reports.style import heat
 from experiments.settings import output_grid
 from experiments.upsampling.video import Video
 

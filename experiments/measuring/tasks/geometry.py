@@ -15,6 +15,7 @@ from experiments.measuring.bench import Bench, EncodedImage, EvaluationError
 from experiments.measuring.probe import ProbeSettings
 from experiments.measuring.probes import ProbeTask
 from experiments.measuring.task import register_task
+from experiments.reports.style import SEQUENTIAL
 from experiments.settings import SettingError
 from experiments.statistics.scores import Measure, register_measures
 
@@ -148,7 +149,7 @@ class Depth(GeometryTask):
         return {"depth": self._painted(target), "prediction": self._painted(prediction)}
 
     def _painted(self, depth: Tensor) -> Tensor:
-        colours = torch.from_numpy(colormaps["viridis"]((depth[0, 0].cpu() / self.max_depth).numpy())[..., :3])
+        colours = torch.from_numpy(colormaps[SEQUENTIAL]((depth[0, 0].cpu() / self.max_depth).numpy())[..., :3])
         return (colours * (depth[0, 0].cpu() > 0)[..., None]).permute(2, 0, 1).float()  # (3,H,W)
 
 
