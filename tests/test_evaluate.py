@@ -207,6 +207,32 @@ def test_features_that_are_not_finite_name_arm_and_image():
         Evaluation(config()).scores(Broken(), "broken", 7)
 
 
+@pytest.mark.parametrize("made", ["means={m: [mine, bilinear]}", "blurs={m: {mine: 0.5}}"])
+def test_a_mean_or_a_blur_of_several_trainings_is_refused(made):
+    with pytest.raises(SettingError, match="m: arm mine has a training for each seed"):
+        evaluate(config("checkpoints={mine: [bundled]}", made))
+
+
+@pytest.mark.parametrize("task", ["depth", "fidelity"])
+def test_trainings_with_several_seeds_are_one_arm(weights, tmp_path, task):
+    other = tmp_path / "other.safetensors"
+    core.save(core.build(["embed_dim=8", "attention.num_heads=1", "unifier.num_basis=8", "seed=1"]), other)
+    arms = f"checkpoints={{fixed: {weights}, trained: [{weights}, {other}], second: {other}}}"
+    quick = (*QUICK, *PROBE) if task == "depth" else QUICK
+    settings = [f"task={task}", arms, "peers=[bilinear]", "ceilings=[]", "seeds=[0,3]", "baseline=fixed"]
+    report = evaluate(config(*settings, quick=quick))
+    keys = ["arm", "seed", "task", "measure", "image", "part"]
+    parts = report.scores.set_index(keys)["numerator"].sort_index()
+    pd.testing.assert_series_equal(parts["trained", 0], parts["fixed", 0])
+    pd.testing.assert_series_equal(parts["trained", 3], parts["second", 3])
+    assert not parts["trained", 3].equals(parts["fixed", 3])
+    if task == "fidelity":  # without probes a fixed arm is the same for all seeds
+        pd.testing.assert_series_equal(parts["fixed", 0], parts["fixed", 3])
+    of_trained = [one for one in report.results if one.arm == "trained"]
+    assert of_trained
+    assert {one.num_seeds for one in of_trained} == {2}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -217,6 +243,7 @@ def test_features_that_are_not_finite_name_arm_and_image():
         ("peers=[nearest]", "lacks bilinear"),
         ("peers=[bilinear,sharp]", "peer=sharp is not registered"),
         ("checkpoints=[none.safetensors]", "checkpoints: .*none.safetensors"),
+        ("checkpoints={mine: [bundled, bundled]}", r"checkpoints.mine has 2 trainings, and there are 1 seeds"),
         ("ceilings=[oracle_error]", "ceilings of task=segmentation may be encoder, got oracle_error"),
         ("ceilings=[encoder,encoder]", "names one twice"),
         ("ceiling_scale=1", "ceiling_scale must be a whole number from 2, got 1"),

@@ -27,7 +27,7 @@ from experiments.measuring.bench import Bench, Ceiling, EncodedImages, Encoder, 
 from experiments.measuring.heads import HEADS
 from experiments.measuring.support import Images, check_adaptation
 from experiments.measuring.task import Picture, make_task
-from experiments.measuring.upsamplers import upsamplers
+from experiments.measuring.upsamplers import OfSeeds, of_seed, upsamplers
 from experiments.peers import CannotUpsample, Peer, named_peers, peer_identity
 from experiments.progress import Progress
 from experiments.reports.evaluation import metrics, write
@@ -185,7 +185,8 @@ def evaluate(config: DictConfig) -> Evaluated:
         raise SettingError(
             f"ceilings of task={evaluation.task.choice} may be {', '.join(evaluation.task.ceilings)}, got {unknown[0]}"
         )
-    seeds = list(config.seeds) if evaluation.task.trains else list(config.seeds)[:1]
+    repeated = [name for name, model in models.items() if isinstance(model, OfSeeds)]
+    seeds = list(config.seeds) if evaluation.task.trains or repeated else list(config.seeds)[:1]
     check_cost(config.cost)
     check_choice("baseline", config.baseline, tuple(models))
     with track(config, evaluation.device) as run, logging_redirect_tqdm():
@@ -193,16 +194,19 @@ def evaluate(config: DictConfig) -> Evaluated:
             run.data(role, digest)
         for name, node in named_peers(config.peers).items():
             run.tag(f"peer.{name}", json.dumps(peer_identity(node)))
-        tables, shown = [], []
+        tables, shown = {}, []
         pairs = [(name, seed) for seed in seeds for name in models]
         for name, seed in Progress(pairs, evaluation.task.choice, "arm"):
-            tables.append(evaluation.scores(models[name], name, seed))
+            if seed != seeds[0] and not evaluation.task.trains and name not in repeated:
+                tables[name, seed] = tables[name, seeds[0]].assign(seed=seed)  # nothing in it depends on the seed
+                continue
+            tables[name, seed] = evaluation.scores(of_seed(models[name], seeds.index(seed)), name, seed)
             for picture in evaluation.pictures if seed == seeds[0] else ():
                 shown.append(_draw(picture, name, run, Path(config.out_dir) / f"{config.name}_worst"))
-        scores = pd.concat(tables, ignore_index=True)
+        scores = pd.concat(tables.values(), ignore_index=True)
         trained = [name for name, model in models.items() if not isinstance(model, Peer | Ceiling)]
         results = compare(scores, config.baseline, trained, config.confidence, num_resamples=0)
-        networks = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
+        networks = {name: of_seed(model, 0) for name, model in models.items() if not isinstance(model, Ceiling)}
         costs = measure_costs(networks, FLOOR, config.cost, evaluation.device)
         origin = Origin.of_this_process(
             "experiments.evaluate",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -15,7 +16,19 @@ from experiments.settings import SettingError
 from experiments.statistics.verdicts import FLOOR
 
 
-def upsamplers(config: DictConfig) -> dict[str, nn.Module]:
+@dataclass(frozen=True)
+class OfSeeds:
+    """One arm whose training was repeated: the upsampler of each seed."""
+
+    models: Sequence[nn.Module]
+
+
+def of_seed(model: "nn.Module | OfSeeds", position: int) -> nn.Module:
+    """The upsampler of an arm for the seed at a position of `config.seeds`."""
+    return model.models[position] if isinstance(model, OfSeeds) else model
+
+
+def upsamplers(config: DictConfig) -> dict[str, nn.Module | OfSeeds]:
     """The arms that upsample, by name: `config.peers`, then `config.checkpoints`, `config.means`, `config.blurs`.
 
     Raises:
@@ -31,7 +44,7 @@ def upsamplers(config: DictConfig) -> dict[str, nn.Module]:
             raise _named_twice(name)
     try:
         models = {name: peer_from_config(node) for name, node in names.items()}
-        models |= {name: _loaded(node) for name, node in files.items()}
+        models |= {name: _loaded_of_seeds(name, node, config.seeds) for name, node in files.items()}
     except (core.WeightsError, OSError) as error:
         raise SettingError(f"checkpoints: {error}") from error
     except ValueError as error:
@@ -39,6 +52,18 @@ def upsamplers(config: DictConfig) -> dict[str, nn.Module]:
     for made, make in ((config.means, _mean), (config.blurs, _blur)):
         models |= {name: make(name, arms, models) for name, arms in (made or {}).items()}
     return models
+
+
+def _loaded_of_seeds(name: str, node: str | DictConfig | ListConfig, seeds: Sequence[int]) -> core.AnyUp | OfSeeds:
+    """As `_loaded`; of a list, the models of one training with several seeds."""
+    if not isinstance(node, ListConfig):
+        return _loaded(node)
+    if len(node) != len(seeds):
+        raise SettingError(
+            f"checkpoints.{name} has {len(node)} trainings, and there are {len(seeds)} seeds: give one for each of "
+            f"seeds={list(seeds)}, in that order"
+        )
+    return OfSeeds([_loaded(one) for one in node])
 
 
 def _loaded(node: str | DictConfig) -> core.AnyUp:
@@ -88,28 +113,36 @@ class Blurred(nn.Module):
         return blurred(self.model(image, features, output_size), tuple(features.shape[-2:]), self.width)
 
 
-def _blur(name: str, arm: DictConfig, models: dict[str, nn.Module]) -> Blurred:
+def _blur(name: str, arm: DictConfig, models: dict[str, nn.Module | OfSeeds]) -> Blurred:
     if name in (*models, *CEILINGS):
         raise _named_twice(name)
     pairs = list(arm.items()) if isinstance(arm, DictConfig) else []
     if len(pairs) != 1 or pairs[0][0] not in models:
         raise SettingError(f"blurs.{name}={arm}: give {{ARM: WIDTH}} with one of the arms {', '.join(models)}")
     ((of, width),) = pairs
+    _check_one(name, [of], models)
     if not (isinstance(width, int | float) and 0 < width < math.inf):
         raise SettingError(f"blurs.{name}: the width must be a number of cells above 0, got {width}")
     return Blurred(models[of], float(width))
 
 
-def _mean(name: str, arms: ListConfig, models: dict[str, nn.Module]) -> MeanOf:
+def _mean(name: str, arms: ListConfig, models: dict[str, nn.Module | OfSeeds]) -> MeanOf:
     if name in (*models, *CEILINGS):
         raise _named_twice(name)
     arms = list(arms)
     if len(set(arms)) < 2 or not set(arms) <= models.keys():
         raise SettingError(f"means.{name}={arms}: it takes at least two of the arms {', '.join(models)}")
+    _check_one(name, arms, models)
     return MeanOf([models[arm] for arm in arms])
 
 
-def _named(checkpoints: DictConfig | ListConfig | None) -> dict[str, str | DictConfig]:
+def _check_one(name: str, arms: Sequence[str], models: dict[str, nn.Module | OfSeeds]) -> None:
+    for arm in arms:
+        if isinstance(models[arm], OfSeeds):
+            raise SettingError(f"{name}: arm {arm} has a training for each seed; name the file of one as another arm")
+
+
+def _named(checkpoints: DictConfig | ListConfig | None) -> dict[str, str | DictConfig | ListConfig]:
     """Name of each checkpoint's arm -> its file, or {checkpoint: FILE, ...}."""
     if checkpoints is None:
         return {}
