@@ -2,7 +2,7 @@
 UV ?= $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 UV_VERSION := 0.13.9
 
-.PHONY: quickstart test test-slow lint ui benchmark gpu setup
+.PHONY: quickstart test test-slow lint docs ui benchmark gpu setup
 
 quickstart: setup  ## upsample the bundled photographs, then run a small real ablation; results are in outputs/
 	$(UV) run --no-sync python -m experiments.upsample
@@ -17,6 +17,9 @@ test-slow: setup  ## the tests that take minutes
 lint: setup
 	$(UV) run --no-sync ruff check .
 	$(UV) run --no-sync ruff format --check .
+
+docs: setup  ## build the documentation: open site/index.html
+	$(UV) run --no-sync zensical build --strict --clean
 
 ui: setup  ## browse tracked runs
 	$(UV) run --no-sync mlflow ui --backend-store-uri sqlite:///mlflow.db

@@ -3,7 +3,7 @@
 Shape letters, used everywhere in this project: B batch, C feature channels (ANY number), D guidance width
 (`embed_dim`), (h, w) feature grid, (H, W) image grid, (Qh, Qw) output grid.
 
-`AnyUp.forward` (core/anyup.py), with the hook points marked by `->`::
+`AnyUp.forward` (core/anyup.py), with the hook points marked by `->`:
 
     guidance = rotary(image_encoder(image))                         # (B, D, H, W)
     unified  -> unifier(features, guidance)                         # (B, D, h, w)
@@ -17,7 +17,7 @@ Shape letters, used everywhere in this project: B batch, C feature channels (ANY
 `context` is one object: image, features, coords, a random generator, and the guidance if a filler asks for it
 (core/batch.py).
 
-One training step (core/training.py); `tasks` has one batch for each backbone of the step::
+One training step (core/training.py); `tasks` has one batch for each backbone of the step:
 
     learner.step(trainable, tasks, optimizer)                       # backward and update; it calls:
     losses   -> learner(model, objective, tasks)                    # by default, for each batch:

@@ -3,7 +3,7 @@
 A task is one feature type: an encoder, seen through a random change of its channels, so that tasks are many although
 encoders are few. The images of a batch are divided. The inner loop takes some gradient steps on the support; the loss
 of the query, other images of the same feature type, is what the step minimises with respect to the weights before the
-inner loop::
+inner loop:
 
     adapted = model;  repeat inner_steps times:  adapted = adapted - inner_lr · gradient of support_loss(adapted)
     update the weights of model with the gradient of query_loss(adapted)
