@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "cost": {"peers", "data"},
     "peers": {"data"},
     "measuring": {"peers", "cost", "statistics", "tracking", "data", "reports"},
-    "adaptation": {"measuring", "statistics", "tracking", "data"},
+    "adaptation": {"measuring", "statistics", "tracking", "data", "reports"},
     "training": {"measuring", "peers", "cost", "statistics", "tracking", "data", "reports"},
     "upsampling": {"measuring", "tracking", "data", "reports"},
     "sweeps": {"training", "measuring", "peers", "cost", "statistics", "tracking", "data", "reports"},
