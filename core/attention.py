@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from core import points
-from core.fast import winograd
+from core.fast import launches, winograd
+from core.fast.blocks_of_tiles import Plan, plan
 from core.fast.norm_act_conv import under_autocast
 from core.fast.windows import Tiles, tiles
 from core.hooks import Attention
@@ -73,7 +74,7 @@ class CrossAttention(Attention):
         self, query: Tensor, key: Tensor, value: Tensor, image: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """As `Attention.bands_with_entropy`, in one pass over the weights, and so at almost no cost."""
-        if any(getattr(type(self), name) is not getattr(CrossAttention, name) for name in _WEIGHTS_MADE_IN):
+        if _changed(self, _WEIGHTS_MADE_IN):
             yield from super().bands_with_entropy(query, key, value, image)  # a subclass has other weights
             return
         with_room = F.pad(under_autocast(value), (0, 0, 0, 0, 0, 1))  # (B,C+1,h,w): the last one is for the entropy
@@ -106,14 +107,18 @@ class CrossAttention(Attention):
 
     def _bands(self, query, key, value, output=None, mix=torch.bmm, image=None):
         height, width = query.shape[-2:]
-        down = tiles(height, key.shape[-2], self.window_ratio)
-        across = tiles(width, key.shape[-1], self.window_ratio)
+        prior = self.prior((height, width), tuple(key.shape[-2:]), image)
+        if prior is None and launches.dominate(query) and not _changed(self, _DONE_IN_TILES):
+            yield from self._large_bands(query, key, value, output, mix)
+            return
+        down = tiles(height, key.shape[-2], self.window_ratio).to(query.device)
+        across = tiles(width, key.shape[-1], self.window_ratio).to(query.device)
         keys = self._keys(key)  # (B,h,w,D)
         values = value.permute(0, 2, 3, 1)  # (B,h,w,C)
         logits = len(key) * self.num_heads * down.size * across.size * down.keys.shape[1] * across.keys.shape[1]
         at_once = max(1, MAX_LOGITS.get(query.device.type, 2**20) // logits)  # tiles
         recompute = torch.is_grad_enabled() and at_once < len(down) * len(across)
-        convolve, prior = self.convolved_rows(query), self.prior((height, width), tuple(key.shape[-2:]), image)
+        convolve = self.convolved_rows(query)
         for some, rows, size in down.blocks(max(1, at_once // len(across))):
             target = None if output is None else output[:, rows]
             given = {"across": across, "at_once": at_once, "target": target, "mix": mix, "prior": prior}
@@ -124,6 +129,31 @@ class CrossAttention(Attention):
             else:
                 band = band(*arguments)
             yield rows, band.permute(0, 3, 1, 2)  # (B,C,rows,Qw)
+
+    def _large_bands(self, query, key, value, output, mix):
+        """`_bands` in a few large products (`core/fast/blocks_of_tiles.py`)."""
+        keys = self._keys(key)  # (B,h,w,D)
+        layout = plan(query, keys, self.window_ratio, self.num_heads)
+        keys = layout.with_key_channels(keys, self.num_heads)  # (B,heads,h·w+1,D/heads+·)
+        values = F.pad(value.permute(0, 2, 3, 1).flatten(1, 2), (0, 0, 0, 1))  # (B,h·w+1,C)
+        at_once = layout.rows_at_once(query, self.num_heads, value.shape[1])
+        recompute = torch.is_grad_enabled() and at_once < len(layout.keys) and not torch.compiler.is_compiling()
+        convolve = self.convolved_rows(query)
+        for some, rows in layout.blocks(at_once):
+            target = None if output is None else output[:, rows]
+            band = partial(self._large_band, layout, some, rows, convolve, target=target, mix=mix)
+            band = checkpoint(band, keys, values, use_reentrant=False) if recompute else band(keys, values)
+            yield rows, band.permute(0, 3, 1, 2)  # (B,C,rows,Qw)
+
+    def _large_band(self, layout: Plan, some, rows, convolve, keys, values, target, mix):
+        """Attention for some rows of tiles -> (B,rows,Qw,C), written into `target` if there is one."""
+        query = self.project_query(normed(self.norm_query, convolve(rows)))  # (B,rows,Qw,D)
+        seen = layout.keys[some]  # (m,n,K)
+        keys = keys[:, :, seen].flatten(0, 3).transpose(1, 2)  # (B·heads·m·n,·,K)
+        weights = torch.bmm(layout.tiled(query, some, self.num_heads), keys).softmax(-1)  # (B·heads·m·n,M,K)
+        mean = weights.unflatten(0, (len(values), self.num_heads, -1)).mean(1).flatten(0, 1)  # (B·m·n,M,K)
+        mixed = mix(mean.to(values.dtype), values[:, seen].flatten(0, 2))  # (B·m·n,M,C)
+        return layout.untiled(mixed, rows, target)
 
     def convolved_rows(self, query: Tensor) -> Callable[[slice], Tensor]:
         """Returns a function: slice of rows -> (B,rows,Qw,D), the convolved query there."""
@@ -138,7 +168,7 @@ class CrossAttention(Attention):
         keys, values = (grid[:, key_rows].transpose(2, 3).contiguous() for grid in (keys, values))  # (B,m,w,Kh,·)
         parts = []
         for some, columns, size in across.blocks(max(1, at_once // len(key_rows))):
-            run = across.keys[some].flatten().to(query.device)
+            run = across.keys[some].flatten()
             where = rows, columns, (key_rows, across.keys[some])
             terms = None if prior is None else (prior.of_tiles(*where), prior.share)
             part = self._tiles(
@@ -175,10 +205,10 @@ class CrossAttention(Attention):
         query = self.project_query(query)
         keys, values = keys.flatten(3, 4).flatten(0, 2), values.flatten(3, 4).flatten(0, 2)  # (P,K,D), (P,K,C)
         bias = None
-        if torch.compiler.is_compiling() or not visible.all():
+        if torch.compiler.is_compiling() or launches.dominate(visible) or not visible.all():  # all() waits for a GPU
             hidden = ~visible.reshape(m * n, rows * columns, -1)
-            bias = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, -torch.inf)
-            bias = bias.to(query.device).repeat(batch, 1, 1)  # (P,M,K)
+            bias = torch.zeros(hidden.shape, dtype=query.dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+            bias = bias.repeat(batch, 1, 1)  # (P,M,K)
         if terms is None:
             weighted = self._mixed(self._weights(query, keys, bias), values, mix)  # (P,M,C)
         else:
@@ -219,7 +249,13 @@ class CrossAttention(Attention):
         return mix(mean.to(values.dtype), values)
 
 
-_WEIGHTS_MADE_IN = ("forward", "bands", "_bands", "_band", "_tiles", "_weights", "_mixed")
+_DONE_IN_TILES = ("_band", "_tiles", "_weights", "_mixed")
+_WEIGHTS_MADE_IN = ("forward", "bands", "_bands", "_large_bands", "_large_band", *_DONE_IN_TILES)
+
+
+def _changed(attention: CrossAttention, methods: tuple[str, ...]) -> bool:
+    """Whether a subclass has its own version of one of these methods."""
+    return any(getattr(type(attention), name) is not getattr(CrossAttention, name) for name in methods)
 
 
 def _with(bias: Tensor | None, term: Tensor, dtype: torch.dtype) -> Tensor:

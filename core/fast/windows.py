@@ -1,7 +1,7 @@
 """Which keys a query may see (AnyUp, section 3.3), and how queries are grouped into tiles that share keys."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -52,6 +52,10 @@ class Tiles:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def to(self, device: torch.device) -> "Tiles":
+        """The same tiles with tensors on a device."""
+        return replace(self, keys=self.keys.to(device), visible=self.visible.to(device))
+
     def blocks(self, at_once: int) -> Iterator[tuple[slice, slice, int]]:
         """Runs of at most `at_once` tiles of equal length: (tiles, queries, length of each tile)."""
         short = int(self.offset > 0)
@@ -66,23 +70,30 @@ class Tiles:
             yield slice(short + whole, short + whole + 1), slice(self.num_queries - rest, self.num_queries), rest
 
 
-def tiles(num_queries: int, num_keys: int, window_ratio: float, like: Tiles | None = None) -> Tiles:
+def tiles(
+    num_queries: int,
+    num_keys: int,
+    window_ratio: float,
+    like: Tiles | None = None,
+    cells_per_tile: int | None = None,
+) -> Tiles:
     """Groups the queries of one axis into tiles as wide as one key cell (several cells if they hold few queries).
 
     Tiles may start anywhere in a cell; the start that needs the fewest keys is taken. With `like`, the queries are
-    grouped as in those tiles, so that one tile of queries can look at several key grids.
+    grouped as in those tiles, so that one tile of queries can look at several key grids. With `cells_per_tile`, the
+    first tile starts at the first query, and only the last may be short.
 
     Raises:
         ValueError: as `window_bounds`.
     """
     first, last = window_bounds(num_queries, num_keys, window_ratio)
-    if like is None:
-        cell = max(1, round(num_queries / num_keys))
-        size = min(num_queries, cell * -(-MIN_TILE // cell))
-        offset, width = _best_offset(first, last, size)
-    else:
+    cell = max(1, round(num_queries / num_keys))
+    size, offset = min(num_queries, cell * max(cells_per_tile or 1, -(-MIN_TILE // cell))), 0
+    if like is not None:
         size, offset = like.size, like.offset
-        width = int(_keys_needed(first, last, size)[offset])
+    elif cells_per_tile is None:
+        offset = int(_keys_needed(first, last, size).argmin())
+    width = int(_keys_needed(first, last, size)[offset])
     starts = np.arange(offset - size if offset else 0, num_queries, size)
     members = starts[:, None] + np.arange(size)  # (tiles,T)
     if offset:
@@ -91,13 +102,6 @@ def tiles(num_queries: int, num_keys: int, window_ratio: float, like: Tiles | No
     keys = first[starts.clip(min=0)].clip(max=num_keys - width)[:, None] + np.arange(width)  # (tiles,K)
     visible = (keys[:, None] >= first[members][..., None]) & (keys[:, None] < last[members][..., None])  # (tiles,T,K)
     return Tiles(num_queries, size, offset, torch.from_numpy(keys), torch.from_numpy(visible))
-
-
-def _best_offset(first: np.ndarray, last: np.ndarray, size: int) -> tuple[int, int]:
-    """(offset of the first whole tile, keys that the widest tile then needs)."""
-    width = _keys_needed(first, last, size)
-    best = int(width.argmin())
-    return best, int(width[best])
 
 
 def _keys_needed(first: np.ndarray, last: np.ndarray, size: int) -> np.ndarray:
