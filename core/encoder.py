@@ -1,6 +1,7 @@
 """The residual encoder that AnyUp uses five times: a convolution, then residual blocks of 1x1 convolutions.
 
-`Encoder.plain` is the definition, in plain PyTorch operations; it runs for export, compilation and second derivatives.
+`Encoder.plain` is the definition, in plain PyTorch operations; it runs for export, compilation, second derivatives, and
+small images on a GPU.
 Otherwise `core/fast/encoder.py` computes the same result to rounding, with little memory.
 """
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.fast import launches
 from core.fast.encoder import Weights, encode, refuse_transforms
 from core.fast.norm_act_conv import NUM_GROUPS, Buffers, Step, under_autocast
 
@@ -47,6 +49,7 @@ class Encoder(nn.Sequential):
 
     def __init__(self, stem: nn.Module, stem_channels: int, embed_dim: int):
         super().__init__(stem, ResBlock(stem_channels, embed_dim), ResBlock(embed_dim, embed_dim))
+        self.embed_dim = embed_dim
         self.twice_differentiable = False
         self.compiles = False
         """True: `forward` runs `plain` through `torch.compile`."""
@@ -70,7 +73,8 @@ class Encoder(nn.Sequential):
         Raises:
             RuntimeError: under `torch.func`, unless `twice_differentiable` is set.
         """
-        if self.twice_differentiable or torch.compiler.is_compiling():
+        plain = self.twice_differentiable or torch.compiler.is_compiling()
+        if plain or (not self.compiles and launches.of_small_work_dominate(x, self.embed_dim)):
             return self.plain(x, output_size, stem)
         if self.compiles and stem is None:
             return self._compiled_plain()(x, output_size)

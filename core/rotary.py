@@ -9,9 +9,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from core.fast import launches
 from core.fast.encoder import refuse_second_derivatives
 
 PIXELS_PER_BLOCK = 1024
+PIXELS_PER_LARGE_BLOCK = 2**17  # where launches dominate
 
 
 class Rotary(nn.Module):
@@ -36,6 +38,8 @@ class Rotary(nn.Module):
         if self.twice_differentiable or torch.compiler.is_compiling():
             return self.plain(x, self.freqs)
         if torch.is_grad_enabled():
+            if launches.of_small_work_dominate(x, x.shape[1]):
+                return self.plain(x, self.freqs)
             return _Rotate.apply(x, self.freqs)
         return _rotate(x, self.freqs, out=x)
 
@@ -98,7 +102,8 @@ def _angles(x: Tensor, freqs: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     by_row = (rows[:, None] * freqs[0])[:, None]  # (H,1,D)
     by_column = columns[:, None] * freqs[1]  # (W,D)
     row_cos, row_sin, column_cos, column_sin = by_row.cos(), by_row.sin(), by_column.cos(), by_column.sin()
-    step = max(1, PIXELS_PER_BLOCK // len(columns)) if x.device.type == "cpu" else len(rows)
+    pixels = PIXELS_PER_LARGE_BLOCK if launches.dominate(x) else PIXELS_PER_BLOCK
+    step = max(1, pixels // len(columns))
     for start in range(0, len(rows), step):
         some = slice(start, start + step)
         cos = torch.addcmul(row_cos[some] * column_cos, row_sin[some], column_sin, value=-1)

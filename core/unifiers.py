@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from core.encoder import Encoder, Stem
+from core.fast import launches
 from core.fast.encoder import refuse_second_derivatives
 from core.fast.norm_act_conv import add_product, without_autocast
 from core.hooks import Unifier
 from core.registry import register
 
-MAX_RESPONSES = {"cpu": 2**18, "cuda": 2**26}  # filter responses held at once; on CPU this many stay in cache
+MAX_RESPONSES = {"cpu": 2**18, "cuda": 2**24}  # filter responses held at once; on CPU this many stay in cache
+LARGE_BLOCKS = 8  # where launches dominate, no more blocks than this are made of large grids
 
 
 class Ordering(Enum):
@@ -101,7 +103,10 @@ def _bands(padded: Tensor, inside: Tensor, basis: Tensor) -> Iterator[tuple[slic
     """Yields rows of cells, and the patches around the cells, (cells,C,k²), in blocks whose responses stay in cache."""
     (batch, channels), (num_basis, _, size, _), (height, width) = padded.shape[:2], basis.shape, inside.shape[-2:]
     budget = MAX_RESPONSES.get(padded.device.type, 2**18)
-    step = max(1, budget // (batch * width * channels * num_basis))
+    of_row = batch * width * channels * num_basis
+    if launches.dominate(padded):
+        budget = max(budget, -(-height // LARGE_BLOCKS) * of_row)
+    step = max(1, budget // of_row)
     for top in range(0, height, step):
         rows = slice(top, min(top + step, height))
         band = padded[:, :, top : rows.stop + size - 1].unfold(2, size, 1).unfold(3, size, 1)  # (B,C,rows,w,k,k)
@@ -120,11 +125,15 @@ def _responses(patches: Tensor, basis: Tensor, ordering: Ordering) -> Tensor:
 
 
 def _softmax(responses: Tensor) -> Tensor:
-    """Softmax over the filters of (cells,M,C), in place.
+    """Softmax over the filters of (cells,M,C), on CPU in place.
 
-    It is never slower than PyTorch's softmax, and several times faster on machines where that is slow (see
+    On CPU it is never slower than PyTorch's softmax, and several times faster on machines where that is slow (see
     `core/fast/silu.py`).
     """
+    if launches.dominate(responses):  # the softmax of PyTorch needs two passes over memory there, this needs eight
+        if responses.is_contiguous():
+            return responses.softmax(1)
+        return responses.transpose(1, 2).softmax(2).transpose(1, 2)
     exps = responses.sub_(responses.amax(1, keepdim=True)).exp_()
     return exps.mul_(exps.sum(1, keepdim=True).reciprocal_())
 

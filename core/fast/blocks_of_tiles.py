@@ -6,6 +6,7 @@ a run of keys: a key has 1 in its own, a query has `_hidden` where it does not s
 to the hidden logits, and their weights are exactly 0.
 """
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.fast.windows import Tiles, tiles
+from core.fast.windows import runs_of_keys, tile_size, window_bounds
 
 ALIGNED = 8  # matrix products of half precision are several times slower when sides are not multiples of this
 GATHERED = 64  # queries per tile that cost as much as gathering the tile's keys and values
@@ -88,18 +89,20 @@ def plan(query: Tensor, keys: Tensor, window_ratio: float, num_heads: int) -> Pl
     Raises:
         ValueError: as `core.fast.windows.window_bounds`.
     """
-    make = _constant if torch.compiler.is_compiling() else _cached
+    make = _plan if type(keys) is not Tensor else _cached  # what is traced with fake tensors must not be kept
+    if torch.compiler.is_compiling():
+        make = _constant
     sizes = tuple(query.shape[-2:]), tuple(keys.shape[1:3])
     return Plan(*make(*sizes, window_ratio, keys.shape[3] // num_heads, keys.device, keys.dtype))
 
 
 def _plan(size, grid, window_ratio: float, width: int, device: torch.device, dtype: torch.dtype) -> tuple:
     """The parts of a `Plan`; `width`: channels of a head."""
-    axes = _best_tiles(size, grid, window_ratio)
-    runs = [axis.keys.numpy() for axis in axes]  # (m,Kh), (n,Kw)
-    keys = (runs[0][:, None, :, None] * grid[1] + runs[1][None, :, None]).reshape(len(runs[0]), len(runs[1]), -1)
+    tile, ((down, seen_down), (across, seen_across)) = _best_tiles(size, grid, window_ratio)
+    keys = (down[:, None, :, None] * grid[1] + across[None, :, None]).reshape(len(down), len(across), -1)  # (m,n,K)
     keys = np.pad(keys, ((0, 0), (0, 0), (0, -keys.shape[2] % ALIGNED)), constant_values=grid[0] * grid[1])
-    (rows, by_row), (columns, by_column) = (_channels(*axis, _hidden(dtype)) for axis in zip(axes, grid, strict=True))
+    rows, by_row = _channels(down, seen_down, grid[0], _hidden(dtype))
+    columns, by_column = _channels(across, seen_across, grid[1], _hidden(dtype))
     fill = -(width + 1 + rows.shape[2] + columns.shape[2]) % ALIGNED
     by_row, by_column = (np.broadcast_to(t, (*grid, t.shape[-1])) for t in (by_row[:, None], by_column))
     of_keys = np.concatenate([by_row, by_column], 2).reshape(grid[0] * grid[1], -1)
@@ -110,35 +113,34 @@ def _plan(size, grid, window_ratio: float, width: int, device: torch.device, dty
     tables = rows[:, None, :, None], columns[:, None], of_keys
     with torch.inference_mode(False):  # the tables may be used with gradients later
         tables = [torch.from_numpy(table).to(device, dtype) for table in tables]
-        return size, tuple(axis.size for axis in axes), torch.from_numpy(keys).to(device), *tables
+        return size, tile, torch.from_numpy(keys).to(device), *tables
 
 
 _cached = lru_cache(8)(_plan)
 _constant = torch.compiler.assume_constant_result(_plan)
 
 
-def _channels(axis: Tiles, num_keys: int, hidden: float) -> tuple[np.ndarray, np.ndarray]:
+def _channels(run: np.ndarray, seen: np.ndarray, num_keys: int, hidden: float) -> tuple[np.ndarray, np.ndarray]:
     """Further channels along one axis: of queries, (tiles,size,K), and of keys, (num_keys,K); none if all is seen."""
-    run, seen = axis.keys.numpy(), axis.visible.numpy()
+    width = run.shape[1]
     if seen.all():
         return np.zeros((*seen.shape[:2], 0)), np.zeros((num_keys, 0))
-    width = run.shape[1]
     order = np.argsort(run % width, 1)  # K consecutive numbers modulo K are 0 ... K - 1 in some order
     seen = np.take_along_axis(seen, order[:, None], 2)
     return np.where(seen, 0.0, hidden), np.eye(width)[np.arange(num_keys) % width]
 
 
-def _best_tiles(size, grid, window_ratio: float) -> tuple[Tiles, Tiles]:
-    """Tiles of one or two cells a side, whichever is cheaper for their number of keys."""
-    choices = [
-        tuple(tiles(n, cells, window_ratio, cells_per_tile=side) for n, cells in zip(size, grid, strict=True))
-        for side in (1, 2)
-    ]
-
-    def cost(down: Tiles, across: Tiles) -> float:
-        return down.keys.shape[1] * across.keys.shape[1] * (1 + GATHERED / (down.size * across.size))
-
-    return min(choices, key=lambda axes: cost(*axes))
+def _best_tiles(size, grid, window_ratio: float):
+    """(R,T), and for each axis its keys and which each query sees: tiles of one or two cells a side, the cheaper."""
+    bounds = [window_bounds(n, cells, window_ratio) for n, cells in zip(size, grid, strict=True)]
+    best = None
+    for side in (1, 2):
+        tile = tuple(tile_size(n, cells, side) for n, cells in zip(size, grid, strict=True))
+        axes = [runs_of_keys(*known, cells, of) for known, cells, of in zip(bounds, grid, tile, strict=True)]
+        cost = math.prod(keys.shape[1] for keys, _ in axes) * (1 + GATHERED / math.prod(tile))
+        if best is None or cost < best[0]:
+            best = cost, tile, axes
+    return best[1:]
 
 
 def _hidden(dtype: torch.dtype) -> float:

@@ -12,8 +12,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from core.fast import launches
 from core.fast.silu import normed_silu, normed_silu_with_slope
 
 NUM_GROUPS = 8
@@ -89,6 +91,9 @@ class Buffers:
 
 def linear(pixels: Tensor, weight: Tensor, out: Tensor) -> Moments:
     """1x1 convolution of (B,H,W,in) with weight (out,in), written into `out` (B,H,W,out) -> moments of the result."""
+    if launches.dominate(pixels):
+        torch.mm(pixels.flatten(0, 2), weight.t(), out=out.flatten(0, 2))
+        return moments_of(out)
     collected = []
     for rows, targets in zip(pixels.flatten(1, 2), out.flatten(1, 2), strict=True):
         collect = _Collector(targets)
@@ -109,6 +114,9 @@ def norm_act_conv(
         out: may be `residual`, or x itself if there is no convolution.
         want_moments: False if no normalisation follows; then None is returned.
     """
+    if launches.dominate(x):
+        _whole_norm_act_conv(x, moments, step, out, residual)
+        return moments_of(out) if want_moments else None
     collected = []
     for image, (rows, targets) in enumerate(zip(x.flatten(1, 2), out.flatten(1, 2), strict=True)):
         scale, shift = _affine(moments, image, step, x.dtype)
@@ -128,6 +136,25 @@ def norm_act_conv(
                 collect(block)
         collected.append(collect.moments() if want_moments else None)
     return _stack(collected) if want_moments else None
+
+
+def _whole_norm_act_conv(x: Tensor, moments: Moments, step: Step, out: Tensor, residual: Tensor | None) -> None:
+    """`norm_act_conv` of all images at once, without moments."""
+    rstd = torch.rsqrt(moments.var + step.eps)[..., None]  # (B,G,1)
+    scale = rstd * step.gamma.view(NUM_GROUPS, -1)  # (B,G,D/G)
+    shift = torch.addcmul(step.beta.view(NUM_GROUPS, -1), moments.mean[..., None], scale, value=-1)
+    scale, shift = (t.flatten(1)[:, None].to(x.dtype) for t in (scale, shift))  # (B,1,D)
+    active = out.flatten(1, 2) if step.weight is None else torch.empty_like(x).flatten(1, 2)
+    F.silu(torch.addcmul(shift, x.flatten(1, 2), scale, out=active), inplace=True)
+    if step.weight is None:
+        return
+    active, target = active.flatten(0, 1), out.flatten(0, 2)
+    if residual is None:
+        torch.mm(active, step.weight.t(), out=target)
+    elif residual is out:
+        target.addmm_(active, step.weight.t())
+    else:
+        torch.addmm(residual.flatten(0, 2), active, step.weight.t(), out=target)
 
 
 def norm_act_conv_gradient(
@@ -203,6 +230,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def moments_of(pixels: Tensor) -> Moments:
     """Moments per image and group of (B,H,W,D)."""
+    if launches.dominate(pixels):
+        return _whole_moments(pixels.flatten(1, 2))
     collected = []
     for rows in pixels.flatten(1, 2):
         collect = _Collector(rows)
@@ -210,6 +239,21 @@ def moments_of(pixels: Tensor) -> Moments:
             collect(block)
         collected.append(collect.moments())
     return _stack(collected)
+
+
+def _whole_moments(rows: Tensor) -> Moments:
+    """Moments of (B,n,D) images, without waiting for the device to see whether they are well conditioned.
+
+    In single precision each channel is measured by Welford's method, which always is. Numbers in half precision have
+    lost what one pass in single precision would lose.
+    """
+    if rows.dtype in (torch.bfloat16, torch.float16):
+        mean = rows.mean(1, dtype=torch.float32)
+        square = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square() / rows.shape[1]
+        mean, square = (t.unflatten(1, (NUM_GROUPS, -1)).mean(2) for t in (mean, square))  # (B,G)
+        return Moments(mean, torch.addcmul(square, mean, mean, value=-1).clamp_(min=0))
+    var, mean = (t.unflatten(1, (NUM_GROUPS, -1)) for t in torch.var_mean(rows, 1, correction=0))  # (B,G,D/G)
+    return Moments(mean.mean(2), var.mean(2) + mean.var(2, correction=0))
 
 
 class _Collector:

@@ -70,30 +70,36 @@ class Tiles:
             yield slice(short + whole, short + whole + 1), slice(self.num_queries - rest, self.num_queries), rest
 
 
-def tiles(
-    num_queries: int,
-    num_keys: int,
-    window_ratio: float,
-    like: Tiles | None = None,
-    cells_per_tile: int | None = None,
-) -> Tiles:
+def tiles(num_queries: int, num_keys: int, window_ratio: float, like: Tiles | None = None) -> Tiles:
     """Groups the queries of one axis into tiles as wide as one key cell (several cells if they hold few queries).
 
     Tiles may start anywhere in a cell; the start that needs the fewest keys is taken. With `like`, the queries are
-    grouped as in those tiles, so that one tile of queries can look at several key grids. With `cells_per_tile`, the
-    first tile starts at the first query, and only the last may be short.
+    grouped as in those tiles, so that one tile of queries can look at several key grids.
 
     Raises:
         ValueError: as `window_bounds`.
     """
-    first, last = window_bounds(num_queries, num_keys, window_ratio)
-    cell = max(1, round(num_queries / num_keys))
-    size, offset = min(num_queries, cell * max(cells_per_tile or 1, -(-MIN_TILE // cell))), 0
-    if like is not None:
+    bounds = window_bounds(num_queries, num_keys, window_ratio)
+    if like is None:
+        size = tile_size(num_queries, num_keys)
+        offset = int(_keys_needed(*bounds, size).argmin())
+    else:
         size, offset = like.size, like.offset
-    elif cells_per_tile is None:
-        offset = int(_keys_needed(first, last, size).argmin())
-    width = int(_keys_needed(first, last, size)[offset])
+    keys, visible = runs_of_keys(*bounds, num_keys, size, offset)
+    return Tiles(num_queries, size, offset, torch.from_numpy(keys), torch.from_numpy(visible))
+
+
+def tile_size(num_queries: int, num_keys: int, cells: int = 1) -> int:
+    """Queries per tile along one axis: of so many key cells, or more if they hold few queries."""
+    cell = max(1, round(num_queries / num_keys))
+    return min(num_queries, cell * max(cells, -(-MIN_TILE // cell)))
+
+
+def runs_of_keys(
+    first: np.ndarray, last: np.ndarray, num_keys: int, size: int, offset: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """`Tiles.keys` and `Tiles.visible` in NumPy, for the `window_bounds` of the queries."""
+    num_queries, width = len(first), int(_keys_needed(first, last, size)[offset])
     starts = np.arange(offset - size if offset else 0, num_queries, size)
     members = starts[:, None] + np.arange(size)  # (tiles,T)
     if offset:
@@ -101,7 +107,7 @@ def tiles(
     members = members.clip(max=num_queries - 1)
     keys = first[starts.clip(min=0)].clip(max=num_keys - width)[:, None] + np.arange(width)  # (tiles,K)
     visible = (keys[:, None] >= first[members][..., None]) & (keys[:, None] < last[members][..., None])  # (tiles,T,K)
-    return Tiles(num_queries, size, offset, torch.from_numpy(keys), torch.from_numpy(visible))
+    return keys, visible
 
 
 def _keys_needed(first: np.ndarray, last: np.ndarray, size: int) -> np.ndarray:
