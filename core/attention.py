@@ -20,7 +20,7 @@ from core.registry import register
 
 FEW_POINTS = 8
 """If the grid has more than this many cells per point, only the cells around the points are convolved."""
-MAX_LOGITS = {"cpu": 2**20, "cuda": 2**26}  # logits held at once; on CPU this many stay in cache
+MAX_LOGITS = {"cpu": 2**20, "cuda": 2**26, "meta": 2**60}  # logits held at once; on CPU this many stay in cache
 
 
 class CrossAttention(Attention):
@@ -205,7 +205,8 @@ class CrossAttention(Attention):
         query = self.project_query(query)
         keys, values = keys.flatten(3, 4).flatten(0, 2), values.flatten(3, 4).flatten(0, 2)  # (P,K,D), (P,K,C)
         bias = None
-        if torch.compiler.is_compiling() or launches.dominate(visible) or not visible.all():  # all() waits for a GPU
+        unknown = torch.compiler.is_compiling() or visible.device.type != "cpu"  # all() would wait for a GPU
+        if unknown or not visible.all():
             hidden = ~visible.reshape(m * n, rows * columns, -1)
             bias = torch.zeros(hidden.shape, dtype=query.dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
             bias = bias.repeat(batch, 1, 1)  # (P,M,K)

@@ -16,7 +16,7 @@ from core.fast.norm_act_conv import add_product, without_autocast
 from core.hooks import Unifier
 from core.registry import register
 
-MAX_RESPONSES = {"cpu": 2**18, "cuda": 2**24}  # filter responses held at once; on CPU this many stay in cache
+MAX_RESPONSES = {"cpu": 2**18, "cuda": 2**24, "meta": 2**60}  # held at once; on CPU this many stay in cache
 LARGE_BLOCKS = 8  # where launches dominate, no more blocks than this are made of large grids
 
 

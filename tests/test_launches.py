@@ -157,3 +157,12 @@ def test_one_graph_compiles(perturbed):
         program = torch.export.export(model, (image, features)).module()(image, features)
     torch.compiler.reset()
     agree([compiled, program], [expected, expected], 1e-4)
+
+
+def test_counting_what_is_not_computed_is_quick():
+    """Tables of cost count the operations of a forward without computing it: in as few blocks as there can be."""
+    model = core.AnyUp().twice_differentiable().to("meta")
+    image, features = (torch.empty(1, *shape, device="meta") for shape in ((3, 1024, 1024), (768, 64, 64)))
+    with torch.no_grad(), Operations() as seen:
+        model(image, features)
+    assert 50 < seen.count < 1000
