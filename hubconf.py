@@ -3,16 +3,8 @@
 dependencies = ["huggingface_hub", "hydra", "omegaconf", "safetensors", "torch"]
 
 import warnings  # noqa: E402
-from pathlib import Path  # noqa: E402
 
-import core  # noqa: E402
-
-if not hasattr(core, "AnyUp"):
-    _found = getattr(core, "__file__", None) or ", ".join(getattr(core, "__path__", []))
-    raise ImportError(
-        f"another module called core is in the way: {_found}; AnyUp's is {Path(__file__).resolve().parent / 'core'}. "
-        "Load AnyUp before that module is imported, or in a separate process and folder"
-    )
+from anyup_lab import core, extensions  # noqa: E402, F401  beside any other module called core
 
 SCRATCH = "scratch"
 

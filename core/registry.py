@@ -268,8 +268,12 @@ def discover() -> None:
 
 
 def _load_extensions() -> None:
+    package = __name__.removesuffix("core.registry")  # "anyup_lab." where the folders have that name in front
     for found in entry_points(group=ENTRY_POINT_GROUP):
-        found.load()
+        if package and found.value == "extensions":
+            importlib.import_module(f"{package}extensions")
+        else:
+            found.load()
 
 
 def _group(hook: str) -> Choices[Filler]:

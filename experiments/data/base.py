@@ -69,7 +69,7 @@ class DataSet(ABC):
         """
 
 
-_choices = Choices("data", DataSet, "experiments.data", DataError)
+_choices = Choices("data", DataSet, __package__, DataError)
 register_data = _choices.register
 """`@register_data("name")` offers a data set class as `data=name`: `core.registry.Choices.register`."""
 data_sets = _choices.all

@@ -15,6 +15,10 @@ def encoder_version() -> str:
     return hashlib.sha256(" ".join(known).encode()).hexdigest()
 
 
+_BEFORE = __name__.removesuffix("experiments.data.source_digest")
+"""`anyup_lab.` where the folders are loaded under that name; a digest is the same under both."""
+
+
 @cache
 def module_digest(name: str) -> str:
     """Digest of a module's file and of all files of its package that it imports, directly or indirectly."""
@@ -46,8 +50,9 @@ def meaning(source: str) -> str:
 def _file_of(module: str) -> Path | None:
     import importlib.util
 
+    ours = module.partition(".")[0] in ("core", "extensions", "experiments")
     try:
-        spec = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(f"{_BEFORE}{module}" if ours else module)
     except ModuleNotFoundError:  # a name imported from a module need not be a module
         return None
     return None if spec is None or spec.origin is None or not spec.has_location else Path(spec.origin)

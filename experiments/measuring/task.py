@@ -72,7 +72,7 @@ class Task(ABC):
         """
 
 
-_choices = Choices("task", Task, "experiments.measuring.tasks", SettingError)
+_choices = Choices("task", Task, f"{__package__}.tasks", SettingError)
 register_task = _choices.register
 """`@register_task("name")` offers a task class as `task=name`: `core.registry.Choices.register`."""
 tasks = _choices.all

@@ -186,7 +186,7 @@ def resampled(output: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(F.interpolate(output, smaller, mode="area"), size, mode="bilinear")
 
 
-_choices = Choices("peer", Peer, "experiments.peers", SettingError)
+_choices = Choices("peer", Peer, __package__, SettingError)
 register_peer = _choices.register
 """`@register_peer("name")` offers a class as the peer `name`: `core.registry.Choices.register`."""
 peers = _choices.all

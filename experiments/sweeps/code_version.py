@@ -35,13 +35,14 @@ def code_version(fillers: Iterable[tuple[str, str]] = (), classes: Iterable[type
     digest = hashlib.sha256(_own_code(training=True).encode())
     modules = set()
     for cls in (*(choices(hook)[name] for hook, name in fillers), *classes):
-        package = cls.__module__.partition(".")[0]
+        module = cls.__module__.removeprefix("anyup_lab.")
+        package = module.partition(".")[0]
         if package == "__main__":  # a notebook's cell, which has no file
             digest.update(repr(_meaning_of(cls, set())).encode())
-        elif package not in ("core", "experiments") or cls.__module__.startswith("experiments.peers."):
-            modules.add(cls.__module__)
-    for module in sorted(modules):
-        digest.update(module_digest(module).encode())
+        elif package not in ("core", "experiments") or module.startswith("experiments.peers."):
+            modules.add(module)
+    for name in sorted(modules):
+        digest.update(module_digest(name).encode())
     return digest.hexdigest()
 
 
