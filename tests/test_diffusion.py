@@ -686,14 +686,13 @@ def test_pictures_show_the_steps_and_the_spread(perturbed):
     refiner, (output, context) = make(perturbed, num_samples=2, num_inference_steps=3), given()
     assert refiner.pictures() == {}
     refine(refiner, output, context)
-    steps, spread = refiner.pictures().items()
-    assert steps[0] == "initial output and estimates of 3 steps"
-    assert steps[1].shape == (3, 8, 4 * 10)
-    assert spread[0].startswith("spread of samples / ")
-    assert spread[1].shape == (3, 8, 10)
-    assert all(picture.min() >= 0 and picture.max() <= 1 for picture in (steps[1], spread[1]))
-    assert spread[1].max() == 1
-    parts = steps[1].split(10, 2)
+    *titles, spread = pictures = refiner.pictures()
+    assert titles == ["initial output", "step 1 of 3", "step 2 of 3", "step 3 of 3"]
+    assert spread.startswith("spread of samples / ")
+    assert all(picture.shape == (3, 8, 10) for picture in pictures.values())
+    assert all(picture.min() >= 0 and picture.max() <= 1 for picture in pictures.values())
+    assert pictures[spread].max() == 1
+    parts = [pictures[title] for title in titles]
     basis = basis_of(context.features, 32)
     plain = coordinates(output, basis)[0, :3]
     low, high = plain.amin((1, 2), keepdim=True), plain.amax((1, 2), keepdim=True)
@@ -704,9 +703,16 @@ def test_pictures_show_the_steps_and_the_spread(perturbed):
 def test_pictures_of_one_channel(perturbed):
     refiner = make(perturbed)
     refine(refiner, *given(channels=1))
-    (steps,) = refiner.pictures().values()
-    assert steps.shape == (3, 8, 4 * 10)
-    assert not steps[1:].any()
+    pictures = refiner.pictures()
+    assert all(picture.shape == (3, 8, 10) for picture in pictures.values())
+    assert not any(picture[1:].any() for picture in pictures.values())
+
+
+def test_pictures_of_many_steps_are_few(perturbed):
+    refiner = make(perturbed, num_inference_steps=10, strength=1.0)
+    refine(refiner, *given())
+    steps = [f"step {i} of 10" for i in (2, 5, 8, 10)]
+    assert list(refiner.pictures()) == ["initial output", *steps]
 
 
 def test_drawing_under_a_compiler_says_so(perturbed):

@@ -105,3 +105,10 @@ def test_panels_wrap_and_their_text_grows_with_them():
     large = panel({str(i): np.ones((1000, 1000, 3)) for i in range(3)})
     assert large.size[0] == 3 * 1010 + 10
     assert large.size[1] == 1000 + 20 + round(26 * 3040 / 1200)
+
+
+def test_pictures_of_another_shape_keep_it():
+    tall = panel({"image": np.zeros((100, 300, 3)), "tall": np.zeros((80, 40, 3))})
+    pixels = np.asarray(tall)[46 + 75 + 26 :, 10:-10]  # below the first picture and the second title
+    dark = (pixels.max(2) < 10).any(0).sum()
+    assert dark == round(100 * 40 / 80), "half as wide as high"

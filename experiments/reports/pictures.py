@@ -25,6 +25,8 @@ _MARGIN, _TITLE, _FONT = 10, 26, 16
 """Layout of a panel in pixels, where it is at most `_PAGE` wide; text on wider ones is larger in proportion."""
 _PAGE = 1200
 _MOST_ACROSS = 5
+_STRETCHED = 1.4
+"""A picture is stretched by so much to cover the others' shape (grids are rounded); beyond it keeps its own."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def panel(columns: Mapping[str, np.ndarray | Tensor]) -> Image.Image:
     """Pictures side by side, at most five in a row (one above the other when they are wide), each under its title.
 
     Each is (h,w,3), or an image tensor (3,H,W) or (1,3,H,W), with values in [0,1]. All are shown at the size of the
-    largest, within 224 to 1024 pixels. Smaller ones are enlarged without smoothing, so that their resolution
+    largest, within 224 to 1024 pixels; one of quite another shape keeps it. Smaller ones are enlarged without smoothing, so that their resolution
     is visible.
     """
     pictures = {title: _pixels(values) for title, values in columns.items()}
@@ -111,8 +113,17 @@ def panel(columns: Mapping[str, np.ndarray | Tensor]) -> Image.Image:
         top = _MARGIN + (i // across) * (height + title_height + _MARGIN)
         draw.text((left, top), title, fill=(40, 40, 40), font=font)
         filter_ = Image.Resampling.NEAREST if picture.shape[0] <= height else Image.Resampling.BOX
-        sheet.paste(Image.fromarray(picture).resize((width, height), filter_), (left, top + title_height))
+        size = _fitted(picture.shape[1], picture.shape[0], width, height)
+        sheet.paste(Image.fromarray(picture).resize(size, filter_), (left, top + title_height))
     return sheet
+
+
+def _fitted(width: int, height: int, most_width: int, most_height: int) -> tuple[int, int]:
+    """Size at which a picture is shown: all of the room, or as much of it as its shape allows."""
+    stretch = width * most_height / (height * most_width)
+    if 1 / _STRETCHED <= stretch <= _STRETCHED:
+        return most_width, most_height
+    return max(1, round(most_width * min(1, stretch))), max(1, round(most_height / max(1, stretch)))
 
 
 def _one(features: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ NOISY_NEIGHBOURS = 3
 """Side of the window of noisy vectors that are mixed."""
 GUIDANCE_CHANNELS = 8
 PICTURE_SIDE = 256
+MAX_PICTURES = 4  # of steps
 
 
 class Prediction(Enum):
@@ -187,15 +188,17 @@ class DiffusionRefiner(Refiner):
         return (snr + 1 if self.prediction is Prediction.v_prediction else snr).clamp(max=self.min_snr_gamma)
 
     def pictures(self) -> dict[str, Tensor]:
-        """The leading three coordinates as RGB: initial output, each step's estimate; and the spread of samples."""
+        """The leading three coordinates as RGB: initial output, estimates of up to four steps; the spread of samples."""
         if not self._steps:
             return {}
         steps = torch.stack(self._steps)  # (steps+1,3,gh,gw)
         low, high = steps[0].amin((1, 2)), steps[0].amax((1, 2))
         size = [min(side, PICTURE_SIDE) for side in steps.shape[-2:]]
         shown = (steps - low[:, None, None]) / (high - low).clamp(min=torch.finfo(low.dtype).tiny)[:, None, None]
-        strip = F.adaptive_avg_pool2d(shown.clamp(0, 1), size).permute(1, 2, 0, 3).flatten(2)  # side by side
-        pictures = {f"initial output and estimates of {len(steps) - 1} steps": strip}
+        shown = F.adaptive_avg_pool2d(shown.clamp(0, 1), size)
+        count = len(steps) - 1
+        drawn = sorted({round(i * count / min(count, MAX_PICTURES)) for i in range(1, min(count, MAX_PICTURES) + 1)})
+        pictures = {"initial output": shown[0]} | {f"step {i} of {count}": shown[i] for i in drawn}
         if self.spread is not None:
             spread = F.adaptive_avg_pool2d(self.spread[:1].float(), size)
             largest = spread.max().item()
