@@ -102,6 +102,7 @@ def test_panels_wrap_and_their_text_grows_with_them():
     picture = np.zeros((100, 200, 3))
     six = panel({str(i): picture for i in range(6)})
     assert six.size == (3 * 234 + 10, 2 * (112 + 36) + 10)
+    assert panel({str(i): picture for i in range(6)}, across=2).size == (2 * 234 + 10, 3 * (112 + 36) + 10)
     large = panel({str(i): np.ones((1000, 1000, 3)) for i in range(3)})
     assert large.size[0] == 3 * 1010 + 10
     assert large.size[1] == 1000 + 20 + round(26 * 3040 / 1200)

@@ -91,19 +91,22 @@ def fit_colours(columns: Sequence[Tensor], percentile: float = 1.0) -> Colours:
     return Colours(mean.float(), components.float(), low.float(), high.float())
 
 
-def panel(columns: Mapping[str, np.ndarray | Tensor]) -> Image.Image:
-    """Pictures side by side, at most five in a row (one above the other when they are wide), each under its title.
+def panel(columns: Mapping[str, np.ndarray | Tensor], across: int | None = None) -> Image.Image:
+    """Pictures side by side, `across` in a row, each under its title.
+
+    By default at most five are in a row, and wide pictures are one above the other.
 
     Each is (h,w,3), or an image tensor (3,H,W) or (1,3,H,W), with values in [0,1]. All are shown at the size of the
-    largest, within 224 to 1024 pixels; one of quite another shape keeps it. Smaller ones are enlarged without smoothing, so that their resolution
-    is visible.
+    largest, within 224 to 1024 pixels; one of quite another shape keeps it. Smaller ones are enlarged without
+    smoothing, so that their resolution is visible.
     """
     pictures = {title: _pixels(values) for title, values in columns.items()}
     height, width = max((picture.shape[:2] for picture in pictures.values()), key=lambda size: size[0] * size[1])
     scale = min(max(1.0, 224 / max(height, width)), 1024 / max(height, width))
     height, width = max(1, round(height * scale)), max(1, round(width * scale))
-    down = -(-len(pictures) // _MOST_ACROSS) if width <= 2 * height else len(pictures)
-    across = -(-len(pictures) // down)
+    if across is None:
+        across = -(-len(pictures) // -(-len(pictures) // _MOST_ACROSS)) if width <= 2 * height else 1
+    down = -(-len(pictures) // across)
     size = across * (width + _MARGIN) + _MARGIN
     title_height, font_size = (round(part * max(1, size / _PAGE)) for part in (_TITLE, _FONT))
     sheet = Image.new("RGB", (size, down * (height + title_height + _MARGIN) + _MARGIN), "white")

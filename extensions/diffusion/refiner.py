@@ -188,7 +188,7 @@ class DiffusionRefiner(Refiner):
         return (snr + 1 if self.prediction is Prediction.v_prediction else snr).clamp(max=self.min_snr_gamma)
 
     def pictures(self) -> dict[str, Tensor]:
-        """The leading three coordinates as RGB: initial output, estimates of up to four steps; the spread of samples."""
+        """The leading three coordinates as RGB: initial output, up to four steps' estimates; spread of samples."""
         if not self._steps:
             return {}
         steps = torch.stack(self._steps)  # (steps+1,3,gh,gw)
