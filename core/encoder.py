@@ -5,6 +5,7 @@ small images on a GPU.
 Otherwise `core/fast/encoder.py` computes the same result to rounding, with little memory.
 """
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -83,7 +84,12 @@ class Encoder(nn.Sequential):
 
     def _compiled_plain(self) -> Stem:
         if self._compiled is None or self._compiled[0] is not self:
-            compiled = torch.compile(self.plain, dynamic=False, recompile_limit=64, isolate_recompiles=True)
+            limits = {
+                "recompile_limit": 64,
+                "isolate_recompiles": True,
+            }  # PyTorch before 2.12 has neither: 8 sizes, then plain
+            known = inspect.signature(torch.compile).parameters
+            compiled = torch.compile(self.plain, dynamic=False, **{k: v for k, v in limits.items() if k in known})
             object.__setattr__(self, "_compiled", (self, compiled))  # not registered as a child
         return self._compiled[1]
 
