@@ -1,8 +1,9 @@
 """Settings that several commands share: their meaning, and checks of their values."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import ListConfig
@@ -107,3 +108,12 @@ def check_count(name: str, value: object, least: int = 1) -> None:
     """Raises SettingError when `value` is not a whole number from `least` up."""
     if type(value) is not int or value < least:
         raise SettingError(f"{name} must be a whole number from {least} up, got {value}")
+
+
+def one_number(values: Any) -> Any:
+    """JSON values with whole numbers as integers: 1 and 1.0 are one setting, however it was written."""
+    if isinstance(values, Mapping):
+        return {key: one_number(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [one_number(value) for value in values]
+    return int(values) if isinstance(values, float) and values.is_integer() else values

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 import core
 from core.registry import discover
 from experiments import ablate as ablate_command
-from experiments.data.source_digest import meaning, module_digest
+from experiments.data.source_digest import meaning
 from experiments.lock import lock_folder, unlock_folder
 from experiments.measuring.tasks import Ceiling
 from experiments.reports.tables import write_report
@@ -28,7 +28,7 @@ from experiments.statistics.score_files import read_scores, write_scores
 from experiments.statistics.scores import ScoreError, frame, image_rows
 from experiments.sweeps import arms, members
 from experiments.sweeps.arms import Arm, check_names, composed, read_arms, strings
-from experiments.sweeps.code_version import code_version, evaluation_version
+from experiments.sweeps.code_version import _of_module, code_version, evaluation_version
 from experiments.sweeps.members import read_tasks
 from experiments.sweeps.results import SweepError
 from experiments.sweeps.stored import fetch, pictures
@@ -243,7 +243,7 @@ def test_an_extension_counts_only_where_it_is_used(own_registry, tmp_path, monke
     importlib.import_module("somebodys_ideas.idea")
 
     def versions():
-        module_digest.cache_clear()
+        _of_module.cache_clear()
         return code_version([("attention", "window")]), code_version([("attention", "idea")])
 
     plain, used = versions()
@@ -255,7 +255,7 @@ def test_an_extension_counts_only_where_it_is_used(own_registry, tmp_path, monke
         assert plain_now == plain
         assert (used in known) == (name == "other"), name
         known.add(used)
-    module_digest.cache_clear()
+    _of_module.cache_clear()
 
 
 def test_a_cell_that_was_changed_is_another_idea(monkeypatch):

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "adaptation": {"measuring", "statistics", "tracking", "data", "reports"},
     "training": {"measuring", "peers", "cost", "statistics", "tracking", "data", "reports"},
     "upsampling": {"measuring", "tracking", "data", "reports"},
+    "api": {"sweeps", "training", "measuring", "peers", "statistics", "tracking", "data", "reports"},
     "sweeps": {"training", "measuring", "peers", "cost", "statistics", "tracking", "data", "reports"},
     "reports": {"measuring", "cost", "statistics", "tracking", "data"},
 }

@@ -19,14 +19,23 @@ _BEFORE = __name__.removesuffix("experiments.data.source_digest")
 """`anyup_lab.` where the folders are loaded under that name; a digest is the same under both."""
 
 
-@cache
+def own_name(module: str) -> str:
+    """A module's name without `anyup_lab.` before it."""
+    return module.removeprefix("anyup_lab.")
+
+
+def is_counted(module: str) -> bool:
+    """Whether a module is of this project's own rooms, which all keys count; `module`: its `own_name`."""
+    return module.partition(".")[0] in ("core", "experiments")
+
+
 def module_digest(name: str) -> str:
     """Digest of a module's file and of all files of its package that it imports, directly or indirectly."""
     found: dict[str, str] = {}
     waiting = [name]
     while waiting:
         module = waiting.pop()
-        file = None if module in found else _file_of(module)
+        file = None if module in found else file_of(module)
         if file is not None:
             found[module] = file_digest(file)
             waiting += _imports(file.read_text(encoding="utf-8"), module, is_package=file.name == "__init__.py")
@@ -47,7 +56,8 @@ def meaning(source: str) -> str:
     return ast.dump(tree)
 
 
-def _file_of(module: str) -> Path | None:
+def file_of(module: str) -> Path | None:
+    """The file of a module; None: it has none, or is no module."""
     import importlib.util
 
     ours = module.partition(".")[0] in ("core", "extensions", "experiments")

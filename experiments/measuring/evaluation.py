@@ -41,6 +41,7 @@ from experiments.settings import (
     check_once,
     check_seeds,
     check_writable,
+    one_number,
     output_grid,
     pick_device,
 )
@@ -296,6 +297,8 @@ def _check_encoder(encoder: Encoder, sizes: Sizes) -> None:
 def _fingerprint(config: DictConfig, sizes: Sizes, data: dict[str, str], backbone: Backbone) -> str:
     task = OmegaConf.to_container(config.task, resolve=True)
     limits = config.max_train_images, config.max_val_images, config.ceiling_scale
-    adapt = sorted(OmegaConf.to_container(config.adapt, resolve=True).items()) if config.adapt.images else []
+    adapt = (
+        sorted(one_number(OmegaConf.to_container(config.adapt, resolve=True)).items()) if config.adapt.images else []
+    )
     known = [_FORMAT, *adapt, sorted(task.items()), sizes, limits, sorted(data.items()), fingerprint(backbone)]
     return hashlib.sha256(repr(known).encode()).hexdigest()

@@ -25,13 +25,13 @@ from core import checkpoint
 from core.hooks import HOOK_POINTS
 from core.registry import discover
 from core.weight_files import content_digest
-from experiments.data import open_data
+from experiments.data import DataSet, data_sets, open_data
 from experiments.measuring.tasks import Ceiling, tasks
 from experiments.measuring.upsamplers import checkpoint_and_changes
 from experiments.peers import named_peers, peer_from_config, peer_identity, peers
 from experiments.peers.base import PeerNode
-from experiments.settings import SettingError
-from experiments.sweeps.code_version import code_version
+from experiments.settings import SettingError, one_number
+from experiments.sweeps.code_version import code_of_user, code_version
 from experiments.training.peers import not_of_anyup, peer_node, trained_peer
 from experiments.training.setup import deciding_settings, make_model
 
@@ -211,21 +211,21 @@ def ceilings() -> list[str]:
 
 def digest_of(values: Mapping[str, object]) -> str:
     """Hexadecimal digest of JSON values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(one_number(values), sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint_of(data: DictConfig) -> str:
-    """Fingerprint of the data set of a configuration node, which is opened once per process.
+    """Fingerprint of the data set of a configuration node, which is opened once per sweep.
 
     Raises:
         DataError: as `open_data`.
     """
-    return _known_of(json.dumps(OmegaConf.to_container(data, resolve=True, enum_to_str=True)))[0]
+    return _known(data)[0]
 
 
 def names_of(data: DictConfig) -> frozenset[str]:
     """Names of all samples of a data set; raises as `fingerprint_of`."""
-    return _known_of(json.dumps(OmegaConf.to_container(data, resolve=True, enum_to_str=True)))[1]
+    return _known(data)[1]
 
 
 def _named(config: DictConfig) -> dict[str, object]:
@@ -288,7 +288,7 @@ def _arm(name: str, value: object, config: DictConfig) -> Arm:
         asked = [*common(strings(config, "train")), *overrides, f"device={config.device}"]
         training = composed("train", asked)
         if config.start != "scratch" and not _names(asked, "init_from"):
-            training = composed("train", [*asked, *_started(config.start, training, asked)])
+            training = composed("train", [*asked, *started(config.start, training, asked)])
         training.tracking = standalone(config.tracking)
         if training.stop_after is not None:
             raise SettingError("stop_after: a sweep trains to the last step; shorten it with steps=...")
@@ -299,8 +299,8 @@ def _arm(name: str, value: object, config: DictConfig) -> Arm:
     return Arm(name, "trained", training)
 
 
-def _started(start: str, training: DictConfig, asked: Sequence[str]) -> list[str]:
-    """Overrides that start an arm from trained weights, with the ordering of channels that these were trained with.
+def started(start: str, training: DictConfig, asked: Sequence[str]) -> list[str]:
+    """Overrides that start a training from trained weights, with the ordering of channels that these were trained with.
 
     Raises:
         WeightsError, OSError: the checkpoint cannot be read.
@@ -325,7 +325,7 @@ def _check_distinct(arms: Sequence[Arm]) -> None:
         if arm.training is None and arm.peer is None:
             continue
         known = peer_identity(arm.peer) if arm.peer is not None else deciding_settings(arm.training)
-        settings = json.dumps([arm.kind, known], sort_keys=True)
+        settings = json.dumps(one_number([arm.kind, known]), sort_keys=True)
         if settings in seen:
             raise SettingError(
                 f"arms {seen[settings]} and {arm.name} are the same {'training' if arm.training else 'peer'}, which "
@@ -348,7 +348,18 @@ def files_of(settings: object) -> dict[str, str]:
     return {}
 
 
+def forget_data() -> None:
+    """Opens data sets again when they are next asked for: in a long process their files may have changed."""
+    _known_of.cache_clear()
+
+
+def _known(data: DictConfig) -> tuple[str, frozenset[str]]:
+    node = json.dumps(OmegaConf.to_container(data, resolve=True, enum_to_str=True))
+    return _known_of(node, data_sets().get(data.name))
+
+
 @cache
-def _known_of(node: str) -> tuple[str, frozenset[str]]:
+def _known_of(node: str, cls: type[DataSet] | None) -> tuple[str, frozenset[str]]:
     data = open_data(json.loads(node))
-    return data.fingerprint, frozenset(data.names)
+    own = code_of_user(cls)
+    return f"{data.fingerprint} {own}".rstrip(), frozenset(data.names)

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from types import CodeType, FunctionType
 
 from core.registry import choices
-from experiments.data.source_digest import file_digest, module_digest
+from experiments.data.cell_digest import cell_digest, is_of_a_cell
+from experiments.data.source_digest import file_digest, is_counted, module_digest, own_name
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _TRAINING = ("core", "experiments/data", "experiments/training")
@@ -33,17 +33,33 @@ def code_version(fillers: Iterable[tuple[str, str]] = (), classes: Iterable[type
     a new idea in `extensions/` does not invalidate the results of others.
     """
     digest = hashlib.sha256(_own_code(training=True).encode())
-    modules = set()
+    modules = {}
     for cls in (*(choices(hook)[name] for hook, name in fillers), *classes):
-        module = cls.__module__.removeprefix("anyup_lab.")
-        package = module.partition(".")[0]
-        if package == "__main__":  # a notebook's cell, which has no file
-            digest.update(repr(_meaning_of(cls, set())).encode())
-        elif package not in ("core", "experiments") or module.startswith("experiments.peers."):
-            modules.add(module)
+        module = own_name(cls.__module__)
+        if is_of_a_cell(cls):
+            digest.update(cell_digest(cls).encode())
+        elif not is_counted(module) or module.startswith("experiments.peers."):
+            modules[module] = _of_module(cls)
     for name in sorted(modules):
-        digest.update(module_digest(name).encode())
+        digest.update(modules[name].encode())
     return digest.hexdigest()
+
+
+def code_of_user(cls: type) -> str:
+    """Digest of a class that is no code of this project: a task or a data set of a cell or another package; or empty.
+
+    What is in the own rooms counts with `code_version` and `evaluation_version`.
+    """
+    if is_of_a_cell(cls):
+        return cell_digest(cls)
+    return "" if is_counted(own_name(cls.__module__)) else _of_module(cls)
+
+
+@cache
+def _of_module(cls: type) -> str:
+    """Of the class's file and what it imports of its package, as it was when first asked for: a module that is loaded
+    anew brings a new class, but a file that was only edited does not change what is computed here."""
+    return module_digest(own_name(cls.__module__))
 
 
 def evaluation_version() -> str:
@@ -60,32 +76,3 @@ def _own_code(training: bool) -> str:
     known = [file_digest(path) for path in sorted(files)]
     known += [hashlib.sha256(path.read_bytes()).hexdigest() for path in ROOT.glob("core/weights/embedded.*")]
     return " ".join([*known, *(f"{name}={version(name)}" for name in _PACKAGES)])
-
-
-def _meaning_of(value: object, seen: set[str]) -> object:
-    """What a function, class or constant does, as far as its compiled code shows; `seen`: globals already included."""
-    if isinstance(value, FunctionType):
-        used = [(name, value.__globals__[name]) for name in _names(value.__code__) if name in value.__globals__]
-        own = [(name, one) for name, one in used if _is_of_a_notebook(one) and name not in seen]
-        seen.update(name for name, _ in own)
-        known = [(name, _meaning_of(one, seen)) for name, one in own]
-        return _meaning_of(value.__code__, seen), value.__defaults__, value.__kwdefaults__, known
-    if isinstance(value, CodeType):
-        return value.co_code, value.co_names, [_meaning_of(one, seen) for one in value.co_consts]
-    if isinstance(value, type) and _is_of_a_notebook(value):
-        own = [one for one in value.__mro__ if _is_of_a_notebook(one)]
-        return [_meaning_of(inner, seen) for one in own for inner in vars(one).values()]
-    return value if isinstance(value, str | int | float | tuple | bytes) else type(value).__name__
-
-
-def _names(code: CodeType) -> list[str]:
-    """All names that code, or code nested in it, may look up."""
-    inner = [name for one in code.co_consts if isinstance(one, CodeType) for name in _names(one)]
-    return list(dict.fromkeys([*code.co_names, *inner]))
-
-
-def _is_of_a_notebook(value: object) -> bool:
-    """Whether it is a constant, or a function or class defined in a cell."""
-    if isinstance(value, FunctionType | type):
-        return value.__module__ == "__main__"
-    return isinstance(value, str | int | float | tuple | bytes)

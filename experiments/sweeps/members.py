@@ -41,7 +41,7 @@ from experiments.sweeps.arms import (
     standalone,
     strings,
 )
-from experiments.sweeps.code_version import evaluation_version
+from experiments.sweeps.code_version import code_of_user, evaluation_version
 from experiments.sweeps.results import Unit, means
 from experiments.tracking.run import clean_name
 from experiments.tracking.store import Run, track
@@ -112,6 +112,8 @@ class SweepTask:
         used = ("data", "val_data") if self.trains else ("val_data",)
         data = {key: fingerprint_of(self.config[key]) for key in used}
         known = {"settings": settings, "data": data, "files": files_of(settings), "code": evaluation_version()}
+        if own := code_of_user(tasks()[self.config.task.name]):
+            known["task"] = own
         return digest_of(known)
 
     def unit(self, arm: Arm, seed: int, model: nn.Module | Ceiling, member: str) -> Unit:

@@ -20,6 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from experiments.atomic import replacing
 from experiments.cost.arm_cost import check_cost, measure_costs
 from experiments.lock import Locked, lock_folder, unlock_folder
+from experiments.progress import Progress
 from experiments.reports.results import Plan, Results
 from experiments.reports.tables import Report, provenance, record_report, write_report
 from experiments.settings import (
@@ -31,7 +32,7 @@ from experiments.settings import (
     check_writable,
     pick_device,
 )
-from experiments.sweeps.arms import read_arms
+from experiments.sweeps.arms import forget_data, read_arms
 from experiments.sweeps.members import Member, read_tasks, reason_of
 from experiments.sweeps.results import gather
 from experiments.tracking.provenance import Origin
@@ -68,6 +69,7 @@ class Sweep:
 
     def __init__(self, config: DictConfig):
         check_settings(config)
+        forget_data()
         self.config, self.folder = config, Path(config.out_dir).expanduser()
         arms, tasks = read_arms(config), read_tasks(config)
         check_resolves(config)
@@ -113,7 +115,9 @@ class Sweep:
     def work(self, parent: str) -> bool:
         """Goes once through all members and completes those that are free -> whether other processes hold some."""
         busy = False
-        for member in self._in_order():
+        progress = Progress(self._in_order(), f"sweep {self.config.name}", "arm with seed")
+        for member in progress:
+            progress.note = member.name
             if self._settled(member, parent):
                 continue
             try:

@@ -26,6 +26,7 @@ from core.registry import discover
 from core.streams import generator
 from experiments.atomic import CannotWrite
 from experiments.data import open_data
+from experiments.data.cell_digest import cell_digest, is_of_a_cell
 from experiments.data.feature_cache import FeatureCache, NotFinite
 from experiments.errors import Interrupted
 from experiments.progress import Progress
@@ -270,9 +271,12 @@ class Training:
             raise CannotWrite(f"{error}. Once there is room, the same command goes on {done}") from error
 
     def _identity(self) -> dict[str, Any]:
-        """The settings on which the result depends, and the data."""
+        """The settings on which the result depends, the data, and the code of what was defined in a notebook."""
         more = {"data_fingerprint": self.data.fingerprint, "processes": self.accelerator.num_processes}
-        return deciding_settings(self.config) | more
+        model = self.inner.model
+        parts = (model, *model.children(), self.inner.objective, self.inner.learner)
+        cells = {type(part).__qualname__: cell_digest(type(part)) for part in parts if is_of_a_cell(type(part))}
+        return deciding_settings(self.config) | more | ({"class": cells} if cells else {})
 
     def _log(self, losses: dict[str, float], run: Run, views: StepViews) -> None:
         values = dict(losses) | {"loss": sum(losses.values()), "grad_norm": self.optimiser.grad_norm}
