@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -402,3 +403,42 @@ def test_evaluate_shows_itself(tmp_path, caplog):
     assert "<img" in found._repr_html_()
     assert set(found.pictures)
     assert all(path.exists() for path in found.files)
+
+
+# What the documentation says
+
+
+def test_the_examples_of_the_documentation_are_understood(tmp_path, monkeypatch):
+    """Up to the engines: names, settings, choices and data are checked, and nothing is computed."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("astronaut", "coffee"):
+        (photos / f"{name}.png").write_bytes(bundled(name).read_bytes())
+    asked = []
+
+    def seen(config):
+        asked.append(config)
+        results = SimpleNamespace(plan=SimpleNamespace(baseline="a", confidence=0.95))
+        trained = {"checkpoint": tmp_path / "a.safetensors", "best": None, "run_id": "", "state": None, "curves": None}
+        measured = {"scores": None, "costs": None, "notes": [], "pictures": []}
+        return SimpleNamespace(results=results, comparisons=[], files=[], **trained, **measured)
+
+    for module, name in ((ablation.sweep, "ablate"), (training.loop, "train"), (evaluation.evaluation, "evaluate")):
+        monkeypatch.setattr(module, name, seen)
+    monkeypatch.setattr(evaluation.Evaluation, "__init__", lambda *_: None)
+    for name in ("verdict", "figure", "table"):
+        monkeypatch.setattr(ablation.Ablation, name, property(lambda _: None))
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/notebook_api.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for block in blocks:
+        exec(block, {"__name__": "__main__"})
+    compared, ablated, trained, evaluated = asked
+    assert compared.start == "published"
+    assert "backbone=dinov2_vits14" in compared.tasks.fidelity
+    assert list(ablated.arms.wide) == ["attention.window_ratio=0.2"]
+    assert trained.decoder.name == "inr"
+    assert evaluated.checkpoints.inr == str(tmp_path / "a.safetensors")
+    said = re.search(r"```text\narm wide: (.*?) There are: ", text)[1]
+    with pytest.raises(SettingError, match=re.escape(said)):
+        api.ablate({"wide": {"attention.window_ration": 1}, "baseline": {}}, ["fidelity"])
