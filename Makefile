@@ -2,7 +2,7 @@
 UV ?= $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 UV_VERSION := 0.13.9
 
-.PHONY: quickstart test test-slow lint docs ui benchmark gpu setup
+.PHONY: quickstart test test-slow lint docs gallery ui benchmark gpu setup
 
 quickstart: setup  ## upsample the bundled photographs, then run a small real ablation; results are in outputs/
 	$(UV) run --no-sync python -m experiments.upsample
@@ -20,6 +20,14 @@ lint: setup
 
 docs: setup  ## build the documentation: open site/index.html
 	$(UV) run --no-sync zensical build --strict --clean
+
+UPSAMPLE = $(UV) run --no-sync python -m experiments.upsample tracking.enabled=false
+PUBLISHED = checkpoint=anyup_multi_backbone backbone=vit_tiny16 max_size=240
+gallery: setup  ## make the pictures of docs/gallery/ again; downloads AnyUp's published weights and ViT-Ti
+	$(UPSAMPLE) 'images=[coffee,chelsea]' max_size=320 out_dir=docs/gallery/bundled
+	$(UPSAMPLE) 'images=[flower,astronaut]' $(PUBLISHED) out_dir=docs/gallery/published
+	$(UPSAMPLE) images=china $(PUBLISHED) uncertainty=true out_dir=docs/gallery/uncertainty
+	rm docs/gallery/uncertainty/*.safetensors
 
 ui: setup  ## browse tracked runs
 	$(UV) run --no-sync mlflow ui --backend-store-uri sqlite:///mlflow.db
