@@ -12,6 +12,7 @@ ARG TORCH_INDEX=""
 
 WORKDIR /opt/anyup-lab
 COPY pyproject.toml README.md LICENSE ./
+COPY anyup_lab anyup_lab
 COPY core core
 COPY extensions extensions
 COPY experiments experiments

@@ -15,7 +15,7 @@ from conftest import ROOT
 from PIL import Image
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PACKAGES = ("core", "extensions", "experiments")
+PACKAGES = ("anyup_lab", "core", "extensions", "experiments")
 
 
 def citation() -> dict:

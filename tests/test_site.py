@@ -16,7 +16,7 @@ from conftest import ROOT
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = [*sorted(ROOT.glob("*.md")), *PAGES]
 NAMES = [path.relative_to(ROOT).as_posix() for path in TEXTS]
-SOURCES = ("core", "extensions", "experiments", "hubconf.py")
+SOURCES = ("anyup_lab", "core", "extensions", "experiments", "hubconf.py")
 
 
 def build(folder):
@@ -122,7 +122,7 @@ def test_links_lead_to_a_file_and_a_heading(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_files_that_a_text_names_exist(name):
     text = (ROOT / name).read_text()
-    inside = "core|extensions|experiments|configs|docs|tests|notebooks"
+    inside = "anyup_lab|core|extensions|experiments|configs|docs|tests|notebooks"
     for file in re.findall(rf"`((?:{inside})/[\w./-]*)`", text):
         assert (ROOT / file).exists(), f"{name} names {file}"
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 PAGE = ROOT / "docs/tutorial.md"
-COPIED = ("configs", "core", "experiments", "extensions", "pyproject.toml", "tests")
+COPIED = ("anyup_lab", "configs", "core", "experiments", "extensions", "pyproject.toml", "tests")
 
 
 class Block(NamedTuple):
