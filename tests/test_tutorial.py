@@ -1,4 +1,4 @@
-"""docs/tutorial.md, executed as it stands: files are written, commands and Python are run, in a copy of the repository."""
+"""docs/tutorial.md, executed as it stands in a copy of the repository: files are written, commands and Python run."""
 
 import os
 import re
