@@ -8,6 +8,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from core import registry
 from core.hooks import HOOK_POINTS, MODEL_HOOKS, Filler
+from core.nearest import in_one_line
 from core.registry import describe
 
 BASELINE = {
@@ -47,7 +48,7 @@ def compose(overrides: list[str] | None = None) -> DictConfig:
         with initialize(version_base=None, config_path=None):
             return hydra_compose("anyup", overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise _refused(": ".join(map(_first_line, filter(None, (error, error.__cause__))))) from error
+        raise _refused(in_one_line(error)) from error
 
 
 def arguments(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:

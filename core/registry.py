@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from core.hooks import HOOK_POINTS, Filler
+from core.nearest import nearest
 
 ENTRY_POINT_GROUP = "anyup_lab.fillers"
 _groups: list["Choices[Any]"] = []
@@ -88,11 +89,12 @@ class Choices(Generic[_C]):
         """
         known, owner = self.all(), f"{self.group}={name}"
         if name not in known:
-            raise self.error(f"{owner} is not registered; there are: {', '.join(sorted(known))}")
+            raise self.error(f"{owner} is not registered; there are: {', '.join(sorted(known))}{nearest(name, known)}")
         fields = signature_fields(known[name])
         if unknown := sorted(map(str, set(settings) - set(fields))):
             raise self.error(
                 f"{owner} has no setting {', '.join(unknown)}; it has: {', '.join(fields) or 'no settings'}"
+                f"{nearest(unknown[0], fields)}"
             )
         values = {key: default for key, (_, default) in fields.items()} | dict(settings)
         if unset := [key for key, value in values.items() if isinstance(value, str) and value == MISSING]:
@@ -174,6 +176,18 @@ def add_root(name: str, keys: dict[str, Any], choices: dict[str, str]) -> None:
 def choices(hook: str) -> dict[str, type[Filler]]:
     """All registered fillers of a hook point by name, including those of installed extensions."""
     return _group(hook).all()
+
+
+def class_of(group: str, name: str) -> type:
+    """The class that is offered as `group=name`, of any group of this process.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [choice.all()[name] for choice in _groups if choice.group == group and name in choice.all()]
+    if not found:
+        raise ValueError(f"{group}={name} is not registered")
+    return found[-1]
 
 
 def factory(hook: str, name: str, settings: dict[str, Any]) -> Callable[..., Filler]:

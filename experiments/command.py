@@ -24,17 +24,20 @@ from functools import wraps
 from pathlib import Path
 
 import hydra
+from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
+from core.nearest import in_one_line
 from core.registry import discover
 from core.weight_files import WeightsError
 from experiments.errors import Told
+from experiments.help import CONFIGS, help_text
 
 log = logging.getLogger(__name__)
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TOLD = (Told, WeightsError, OSError)
 
 
@@ -59,11 +62,18 @@ def command(run: Callable[[DictConfig], int | None]) -> Callable[[], None]:
 
     @wraps(told)
     def main() -> None:
-        if unreadable := _unreadable(sys.argv[1:]):
+        arguments = sys.argv[1:]
+        if unreadable := _unreadable(arguments):
             print(f"ERROR {unreadable}", file=sys.stderr)
             sys.exit(2)
         try:
             discover()  # Hydra needs all choices before it composes
+            if {"-h", "--help"} & set(arguments):
+                print(help_text(name))
+                return
+            if wrong := _wrong(name, arguments):
+                print(f"ERROR {wrong}", file=sys.stderr)
+                sys.exit(2)
             with_hydra()
         except KeyboardInterrupt:  # before or after the work
             print("ERROR stopped by Ctrl-C", file=sys.stderr)
@@ -85,6 +95,28 @@ def _unreadable(arguments: list[str]) -> str | None:
             f"{argument}: a value with spaces, brackets, or letters beyond A-Z and digits needs quotes, and the whole "
             f"needs other quotes for the shell: {shlex.quote(quoted)}"
         )
+    return None
+
+
+def _wrong(name: str, arguments: list[str]) -> str | None:
+    """Why Hydra cannot compose a command's configuration, with the nearest name; None: it can, or a flag asks for else.
+
+    Of a key with several values (`-m`), the first one is looked at.
+    """
+    flags = {argument for argument in arguments if argument.startswith("-")}
+    if flags - {"-m", "--multirun"}:
+        return None
+    parser, overrides = OverridesParser.create(), []
+    for argument in (argument for argument in arguments if argument not in flags):
+        override = argument if "=" not in argument else parser.parse_override(argument)
+        several = flags and not isinstance(override, str) and override.is_sweep_override()
+        first = next(override.sweep_string_iterator()) if several else ""
+        overrides.append(f"{override.get_key_element()}={first}" if several else argument)
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base=None):
+            compose(name, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        return in_one_line(error)
     return None
 
 

@@ -23,6 +23,7 @@ from torch import nn
 import core
 from core import checkpoint
 from core.hooks import HOOK_POINTS
+from core.nearest import in_one_line
 from core.registry import discover
 from core.weight_files import content_digest
 from experiments.data import DataSet, data_sets, open_data
@@ -147,8 +148,7 @@ def composed(name: str, overrides: Sequence[str]) -> DictConfig:
         with initialize_config_dir(str(CONFIGS), version_base=None):
             return compose(name, list(last.values()))
     except (HydraException, OmegaConfBaseException) as error:
-        lines = (str(found).strip().splitlines()[0] for found in (error, error.__cause__) if found is not None)
-        raise SettingError(": ".join(lines)) from error
+        raise SettingError(in_one_line(error)) from error
 
 
 def strings(config: DictConfig, *path: str) -> list[str]:
