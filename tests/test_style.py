@@ -42,7 +42,7 @@ def test_colours_differ_for_everybody(vision, colours):
 def test_only_the_style_makes_figures_and_names_colours():
     for file in EXPERIMENTS.rglob("*.py"):
         if file.name != "style.py":
-            found = re.search(r"\bFigure\(|pyplot|\btab:|tab20|[\"']C\d[\"']|dpi=|cmap=[\"']", file.read_text())
+            found = re.search(r"\bFigure\(|pyplot|\btab:|tab20|[\"']C\d[\"']|dpi=\d|cmap=[\"']", file.read_text())
             assert not found, f"{file.relative_to(EXPERIMENTS)}: {found[0]} belongs to experiments/reports/style.py"
 
 
