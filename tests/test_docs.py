@@ -1,10 +1,12 @@
 """What docs/ says of the files, and the form of the tables that commands wrote there."""
 
+import inspect
 import re
 
 import pytest
 from conftest import ROOT
 
+from experiments.measuring.task import tasks
 from experiments.reports.markdown import Table
 
 GENERATED = sorted(
@@ -53,3 +55,14 @@ def test_tables_that_commands_wrote_are_written_the_same_today(name):
 
 def test_there_are_tables_that_commands_wrote():
     assert {"num_basis.md", "benchmark_cpu.md", "benchmark_training.md", "power.md"} <= set(GENERATED)
+
+
+def test_the_protocols_name_the_defaults_of_the_tasks():
+    first, *_ = tables((ROOT / "docs/protocols.md").read_text())
+    rows = [split(line) for line in first.splitlines()[2:]]
+    assert {name.strip("`") for name, *_ in rows} <= set(tasks())
+    for name, _, defaults in rows:
+        known = inspect.signature(tasks()[name.strip("`")]).parameters
+        for setting in defaults.strip("`").split():
+            key, _, value = setting.partition("=")
+            assert str(known[key].default) == str(type(known[key].default)(value)), f"{name}: {setting}"
