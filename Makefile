@@ -2,7 +2,7 @@
 UV ?= $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 UV_VERSION := 0.13.9
 
-.PHONY: quickstart test test-slow lint docs gallery ui benchmark gpu setup
+.PHONY: quickstart test test-slow test-demo lint docs gallery demo ui benchmark gpu setup
 
 quickstart: setup  ## upsample the bundled photographs, then run a small real ablation; results are in outputs/
 	$(UV) run --no-sync python -m experiments.upsample
@@ -28,6 +28,12 @@ gallery: setup  ## make the pictures of docs/gallery/ again; downloads AnyUp's p
 	$(UPSAMPLE) 'images=[flower,astronaut]' $(PUBLISHED) out_dir=docs/gallery/published
 	$(UPSAMPLE) images=china $(PUBLISHED) uncertainty=true out_dir=docs/gallery/uncertainty
 	rm docs/gallery/uncertainty/*.safetensors
+
+demo: setup  ## a page to try upsamplers in a browser, at http://127.0.0.1:5006
+	$(UV) run --no-sync python -m experiments.demo
+
+test-demo: setup  ## the demo page in a real browser (needs Chromium), and its picture in docs/
+	$(UV) run --inexact --group browser pytest -m slow tests/test_demo_browser.py --screenshot docs/demo.png
 
 ui: setup  ## browse tracked runs
 	$(UV) run --no-sync mlflow ui --backend-store-uri sqlite:///mlflow.db

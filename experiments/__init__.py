@@ -1,8 +1,8 @@
 """The commands (a file NAME.py here is `python -m experiments.NAME`), and the rooms with the code behind them.
 
 Imports go one way: commands, then sweeps, training, measuring, then peers, cost, statistics and tracking, then data;
-upsampling stands beside training. Reports take plain results. `errors`, `progress`, `schedule`, `settings`, `atomic`
-and `lock` are no commands; they serve all rooms.
+upsampling stands beside training, and page, the demo, on upsampling. Reports take plain results. `errors`, `progress`,
+`schedule`, `settings`, `atomic` and `lock` are no commands; they serve all rooms.
 """
 
 import os

@@ -23,6 +23,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_addoption(parser: pytest.Parser):
+    parser.addoption("--screenshot", help="write a picture of the demo page to this file (tests/test_demo_browser.py)")
+
+
 def pytest_configure():
     torch.set_num_threads(1)  # tensors here are small: more threads wait for each other, most of all on a busy machine
     registry.discover()  # installed extensions are part of what is tested

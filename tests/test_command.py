@@ -39,7 +39,8 @@ def test_every_command_goes_through_the_shell():
     for name in COMMANDS:
         assert (CONFIGS / f"{name}.yaml").exists(), name
     for path in CONFIGS.glob("*.yaml"):
-        assert ("job_logging" in path.read_text()) == (path.name == "command.yaml"), path
+        if path.name != "demo.yaml":  # which writes no log file
+            assert ("job_logging" in path.read_text()) == (path.name == "command.yaml"), path
 
 
 @pytest.mark.parametrize("name", COMMANDS)

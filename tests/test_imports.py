@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "training": {"measuring", "peers", "cost", "statistics", "tracking", "data", "reports"},
     "upsampling": {"measuring", "tracking", "data", "reports"},
     "api": {"sweeps", "training", "measuring", "peers", "statistics", "tracking", "data", "reports"},
+    "page": {"upsampling", "data", "reports"},
     "sweeps": {"training", "measuring", "peers", "cost", "statistics", "tracking", "data", "reports"},
     "reports": {"measuring", "cost", "statistics", "tracking", "data"},
 }

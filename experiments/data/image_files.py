@@ -115,14 +115,15 @@ def bundled(name: str) -> Path:
     return path
 
 
-def read(path: str | Path, upright: bool = True) -> Tensor:
+def read(path: str | Path, upright: bool = True, max_pixels: int | None = None) -> Tensor:
     """Reads an image as (1,3,H,W) float32 RGB in [0,1], upright (EXIF), the first frame of several.
 
     Grey becomes three equal channels. Transparent pixels are laid over white. Palettes and CMYK are converted. 16-bit
     values are divided by 65535. `upright=False` keeps pixels where they are stored, so that they match label files.
+    `max_pixels` refuses larger images before they are decoded.
 
     Raises:
-        UnreadableImage: missing, damaged, empty, or values of unknown scale; names the file and the reason.
+        UnreadableImage: missing, damaged, empty, too large, or values of unknown scale; names the file and the reason.
     """
     path = Path(path)
     Image.init()  # without it Pillow knows only some of its formats by name
@@ -132,7 +133,14 @@ def read(path: str | Path, upright: bool = True) -> Tensor:
             warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", message=_METADATA_WARNINGS)
             with Image.open(path, formats=_FORMATS) as opened:
+                if max_pixels is not None and opened.width * opened.height > max_pixels:
+                    raise UnreadableImage(
+                        f"{path}: {opened.width} x {opened.height} pixels are too many, at most {max_pixels / 1e6:g} "
+                        "million are taken: make it smaller"
+                    )
                 return _to_tensor(_to_rgb(ImageOps.exif_transpose(opened) if upright else opened))
+    except UnreadableImage:
+        raise
     except _DECODER_ERRORS as error:
         raise UnreadableImage(f"{path}: {_reason(error)}") from error
 

@@ -126,6 +126,8 @@ class VideoFile(VideoSource):
         with self._opened() as (_, stream):
             self.count = stream.frames or None
             self.rate = float(stream.average_rate) if stream.average_rate else None
+            self.size: tuple[int, int] = (stream.codec_context.height, stream.codec_context.width)
+            """Rows and columns of the frames as they are stored."""
         self.fingerprint, self.remarks = _fingerprint([path]), []
 
     def frames(self, start: int = 0) -> Iterator[Frame]:
