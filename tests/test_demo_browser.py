@@ -43,14 +43,14 @@ def address(tmp_path_factory):
     command = [sys.executable, "-m", "experiments.demo", f"port={port}", "num_threads=1"]
     with log.open("wb") as written:
         process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=written)
-    for _ in range(1200):
+    for _ in range(3000):
         assert process.poll() is None, log.read_text()
         if "Open http" in log.read_text():
             break
         time.sleep(0.1)
     yield f"http://127.0.0.1:{port}/"
     process.send_signal(signal.SIGTERM)
-    process.wait(60)
+    process.wait(120)
     assert "Traceback" not in log.read_text()
 
 

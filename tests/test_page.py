@@ -260,7 +260,7 @@ def server(tmp_path_factory):
             [sys.executable, "-m", "experiments.demo", *arguments], cwd=work, env=environment, stderr=log
         )
         try:
-            for _ in range(600):
+            for _ in range(3000):
                 assert process.poll() is None, (work.parent / "log").read_text()
                 if f"Open http://127.0.0.1:{port}" in (work.parent / "log").read_text():
                     break
@@ -268,7 +268,7 @@ def server(tmp_path_factory):
             yield port, work, temporary
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(30)
+            process.wait(120)
     assert list(temporary.glob("anyup-demo-*")) == []  # nothing stays
 
 
