@@ -29,7 +29,8 @@ def help_text(name: str) -> str:
         chosen = {key: choice for key, choice in config.hydra.runtime.choices.items() if not key.startswith("hydra")}
         options = {key: loader.get_group_options(key.partition("@")[0]) for key in chosen}
     parts = [about, "Examples:\n" + "\n".join(examples) if examples else "", f"Results:\n{_results(name, config)}"]
-    parts += ["Choices, GROUP=NAME (* by default; the settings of a choice are GROUP.KEY=VALUE):"]
+    if chosen:
+        parts += ["Choices, GROUP=NAME (* by default; the settings of a choice are GROUP.KEY=VALUE):"]
     parts += [_group(key, chosen[key], options[key], chosen) for key in sorted(chosen) if len(options[key]) > 1]
     return "\n\n".join(part for part in [*parts, f"Settings, KEY=VALUE:\n{settings}", _MORE] if part)
 
@@ -49,7 +50,7 @@ def _results(name: str, config: DictConfig) -> str:
         if not places and path.exists():
             places = re.findall(r"^((?:out_dir|out|spool_dir): .*)$", path.read_text("utf-8"), re.MULTILINE)
     tracked = ["a record in mlflow.db and mlruns/ (tracking.enabled=false: none)"] if "tracking" in config else []
-    return "\n".join(f"  {place}" for place in [*places, *tracked])
+    return "\n".join(f"  {place}" for place in [*places, *tracked] or ["nothing is kept"])
 
 
 def _group(key: str, chosen: str | None, options: list[str], groups: Container[str]) -> str:
