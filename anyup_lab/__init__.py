@@ -13,6 +13,8 @@ import importlib
 
 from anyup_lab import folders
 
+NOTEBOOKS = ("ablate", "compare", "evaluate", "read_ablation", "train")
+"""Names of `experiments.api`, the commands as functions."""
 folders.install()
 
 
@@ -20,6 +22,8 @@ def __getattr__(name: str) -> object:
     """A folder, or a public name of `core`; with it extensions are registered, even if nothing is installed (hub)."""
     if name in folders.NAMES:
         return importlib.import_module(f"anyup_lab.{name}")
+    if name in NOTEBOOKS:
+        return getattr(importlib.import_module("anyup_lab.experiments.api"), name)
     core = importlib.import_module("anyup_lab.core")
     if name not in core.__all__:
         raise AttributeError(f"module anyup_lab has no attribute {name!r}; it has: {', '.join(core.__all__)}")
@@ -28,4 +32,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*importlib.import_module("anyup_lab.core").__all__, *folders.NAMES})
+    return sorted({*importlib.import_module("anyup_lab.core").__all__, *folders.NAMES, *NOTEBOOKS})

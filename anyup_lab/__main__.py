@@ -10,7 +10,8 @@ from anyup_lab.folders import PACKAGE, ROOT
 def commands() -> list[str]:
     """Their names: files of experiments/ that have a configuration, and those that write new files."""
     configured = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
-    return sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem in configured - {"command"})
+    files = {path.stem for path in (ROOT / "experiments").glob("*.py")}
+    return sorted(name for name in files if name in configured - {"command"} or name.startswith("new_"))
 
 
 def main() -> None:

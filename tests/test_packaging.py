@@ -14,6 +14,7 @@ from hatchling.builders.wheel import WheelBuilder
 
 import core
 from anyup_lab.folders import NAMES, renamed
+from experiments import api
 from experiments.data.source_digest import module_digest
 
 TINY = ["images=coffee", "max_size=64", "tracking.enabled=false", "device=cpu", "out_dir=out"]
@@ -121,6 +122,9 @@ def test_a_core_that_is_imported_is_the_same_module():
     assert anyup_lab.core.anyup is anyup
     assert anyup.__spec__.name == "core.anyup"
     assert anyup_lab.load is core.load
+    for name in anyup_lab.NOTEBOOKS:
+        assert getattr(anyup_lab, name) is getattr(api, name)
+    assert set(anyup_lab.NOTEBOOKS) == {name for name in api.__all__ if name.islower()}
     assert set(core.__all__) <= set(dir(anyup_lab))
     with pytest.raises(AttributeError, match="has no attribute 'Anyup'; it has: AnyUp"):
         _ = anyup_lab.Anyup
