@@ -138,7 +138,7 @@ class Ablation:
         return "\n".join(parts)
 
     def _repr_html_(self) -> str:
-        html = [lines_html(self._told()), self.verdict._repr_html_(), self.figure._repr_html_()]
+        html = [lines_html(self._told()), self.verdict._repr_html_(), self.figure.html()]
         return "".join([*html, frame_html(first_measures(self.comparisons))])
 
 

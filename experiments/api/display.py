@@ -43,7 +43,8 @@ class Shown:
         self.figure.savefig(buffer, format="png", dpi=_DPI)
         return buffer.getvalue()
 
-    def _repr_html_(self) -> str:
+    def html(self) -> str:
+        """The figure as an HTML element."""
         return f'<img src="data:image/png;base64,{base64.b64encode(self._repr_png_()).decode()}">'
 
     def __repr__(self) -> str:

@@ -59,7 +59,7 @@ class Evaluation:
         return "\n".join([*self.notes, repr(self.verdict), frame_text(first_measures(self.comparisons))])
 
     def _repr_html_(self) -> str:
-        shown = [lines_html(self.notes), self.verdict._repr_html_(), self.figure._repr_html_()]
+        shown = [lines_html(self.notes), self.verdict._repr_html_(), self.figure.html()]
         return "".join([*shown, frame_html(first_measures(self.comparisons))])
 
 

@@ -77,7 +77,7 @@ class Training:
 
     def _repr_html_(self) -> str:
         last = pd.DataFrame([{**self.losses, **self.validation}])
-        return lines_html(self._lines()) + self.figure._repr_html_() + frame_html(last)
+        return lines_html(self._lines()) + self.figure.html() + frame_html(last)
 
 
 def train(
