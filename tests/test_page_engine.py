@@ -58,7 +58,7 @@ def test_similarity_is_brightest_where_it_was_asked_and_in_a_common_range(of, ou
     for picture in pictures.values():
         rows, columns = picture.shape[:2]
         brightness = picture.sum(2)
-        assert brightness[int(0.3 * rows), int(0.6 * columns)] == pytest.approx(brightness.max(), abs=0.05)
+        assert brightness[int(0.3 * rows), int(0.6 * columns)] > 2.6  # the end of the scale
     assert not np.array_equal(pictures["A"], engine.similarity_pictures(of, outputs, (0.9, 0.1))[0]["A"])
 
 
