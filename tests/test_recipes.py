@@ -14,7 +14,9 @@ from experiments.sweeps.sweep import Sweep, ablate
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs/experiment"
 RECIPES = sorted(
-    path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml") if path.parent.name != "base"
+    path.relative_to(FOLDER).with_suffix("").as_posix()
+    for path in FOLDER.rglob("*.yaml")
+    if path.parent.name != "base" and not path.name.startswith("leaderboard")  # tests/test_leaderboard.py
 )
 TRAIN = ["embed_dim=16", "attention.num_heads=2", "steps=2", "batch_size=1", "views.view=32", "views.guidance=32",
          "objective.self_consistency_size=16", "device=cpu"]  # fmt: skip
