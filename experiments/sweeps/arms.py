@@ -27,7 +27,7 @@ from core.registry import discover
 from core.weight_files import content_digest
 from experiments.data import open_data
 from experiments.measuring.tasks import Ceiling, tasks
-from experiments.measuring.upsamplers import checkpoint_and_changes
+from experiments.measuring.upsamplers import Blurred, checkpoint_and_changes
 from experiments.peers import named_peers, peer_from_config, peer_identity, peers
 from experiments.peers.base import PeerNode
 from experiments.settings import SettingError
@@ -57,6 +57,8 @@ class Arm:
     """Of a checkpoint's settings and fillers, as `core.load` takes them."""
     peer: PeerNode | None = None
     """For a peer: NAME, or with settings and weights `{peer: NAME, SETTING: VALUE, ...}`."""
+    blur: float = 0.0
+    """Width, in cells of the features, of a Gaussian over the output of a checkpoint or peer; 0: none."""
 
     @property
     def competes(self) -> bool:
@@ -75,6 +77,7 @@ class Arm:
             known |= {"changes": dict(self.changes)} if self.changes else {}
             if "delta" in self.changes:
                 known["delta"] = content_digest(checkpoint.find(self.changes["delta"]))
+        known |= {"blur": self.blur} if self.blur else {}
         return digest_of({"kind": self.kind, "code": self._code} | known)
 
     @cached_property
@@ -97,6 +100,10 @@ class Arm:
         Raises:
             WeightsError, OSError: the checkpoint cannot be used.
         """
+        model = self._unblurred(trained)
+        return Blurred(model, self.blur) if self.blur else model
+
+    def _unblurred(self, trained: Path | None) -> nn.Module | Ceiling:
         if self.peer is not None:
             return peer_from_config(self.peer)
         if self.kind == "ceiling":
@@ -114,7 +121,7 @@ def read_arms(config: DictConfig) -> list[Arm]:
             override is unknown, a peer is unknown or cannot be made, or a file is missing.
     """
     check_names("arms", "product", "peers")
-    arms = [_arm(name, value, config) for name, value in _named(config).items()]
+    arms = [read_arm(name, value, config) for name, value in _named(config).items()]
     if not arms:
         raise SettingError(
             "there are no arms: add '+arms={NAME: [OVERRIDE, ...], ...}', or '+product={KEY: [VALUE, ...], ...}'"
@@ -250,20 +257,27 @@ def _check_name(name: str) -> None:
         raise SettingError(f"arm {name!r}: names may only have letters, digits and -_.+=, because they name files")
 
 
-def _peer(name: str, node: PeerNode) -> Arm:
+def _peer(name: str, node: PeerNode, blur: float = 0.0) -> Arm:
     _check_name(name)
     try:
         peer_from_config(node)  # to find errors before anything is computed
     except SettingError as error:
         raise SettingError(f"arm {name}: {error}") from error
-    return Arm(name, "peer", peer=OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node)
+    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
+    return Arm(name, "peer", peer=plain, blur=blur)
 
 
-def _arm(name: str, value: object, config: DictConfig) -> Arm:
+def read_arm(name: str, value: object, config: DictConfig) -> Arm:
+    """One arm of a sweep: a list of overrides, {checkpoint: FILE, ...} or {peer: NAME, ...}, as configs/ablate.yaml says.
+
+    Raises:
+        SettingError: names the arm.
+    """
     _check_name(name)
     if isinstance(value, DictConfig):
+        value, blur = _without_blur(name, value)
         if "peer" in value:
-            return _peer(name, value)
+            return _peer(name, value, blur)
         if "checkpoint" not in value:
             raise SettingError(
                 f"arm {name} must be a list of overrides, or {{checkpoint: FILE}}, or {{peer: NAME, SETTING: VALUE}}, "
@@ -279,7 +293,7 @@ def _arm(name: str, value: object, config: DictConfig) -> Arm:
                 core.load(path, changes)
             except ValueError as error:
                 raise SettingError(f"arm {name}: {error}") from error
-        return Arm(name, "checkpoint", checkpoint=path, changes=changes)
+        return Arm(name, "checkpoint", checkpoint=path, changes=changes, blur=blur)
     overrides = value if isinstance(value, list) else strings(config, "arms", name)
     if any(override.lstrip("+").partition("=")[0] == "seed" for override in [*strings(config, "train"), *overrides]):
         raise SettingError(f"arm {name} sets a seed: all arms have the same seeds; set them with seeds=[...]")
@@ -297,6 +311,14 @@ def _arm(name: str, value: object, config: DictConfig) -> Arm:
     except (ValueError, OSError) as error:  # of Hydra, the fillers, or the checkpoint to start from
         raise SettingError(f"arm {name}: {str(error).splitlines()[0]}") from error
     return Arm(name, "trained", training)
+
+
+def _without_blur(name: str, node: DictConfig) -> tuple[DictConfig, float]:
+    """An arm's node without `blur`, and its width."""
+    blur = node.get("blur", 0.0)
+    if isinstance(blur, bool) or not isinstance(blur, int | float) or not 0 <= blur < float("inf"):
+        raise SettingError(f"arm {name}: blur must be a number of cells from 0, got {blur}")
+    return OmegaConf.create({key: value for key, value in node.items() if key != "blur"}), float(blur)
 
 
 def _started(start: str, training: DictConfig, asked: Sequence[str]) -> list[str]:
@@ -325,7 +347,7 @@ def _check_distinct(arms: Sequence[Arm]) -> None:
         if arm.training is None and arm.peer is None:
             continue
         known = peer_identity(arm.peer) if arm.peer is not None else deciding_settings(arm.training)
-        settings = json.dumps([arm.kind, known], sort_keys=True)
+        settings = json.dumps([arm.kind, known, arm.blur], sort_keys=True)
         if settings in seen:
             raise SettingError(
                 f"arms {seen[settings]} and {arm.name} are the same {'training' if arm.training else 'peer'}, which "

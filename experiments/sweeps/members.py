@@ -1,6 +1,6 @@
 """One arm with one seed: its folder, the work done there (train, evaluate on each task), and what is finished.
 
-`OUT_DIR/members/ARM-SEED-KEY/`, KEY a digest of configuration, code and training data (`Arm.key`):
+`MEMBERS_DIR/ARM-SEED-KEY/`, KEY a digest of configuration, code and training data (`Arm.key`):
 
     last.safetensors, state.safetensors   weights and state of the training, from which it resumes
     trained.json                          exists when the training is finished
@@ -168,9 +168,9 @@ def read_tasks(config: DictConfig) -> list[SweepTask]:
 class Member:
     """An arm with a seed, and the tasks that it is measured on."""
 
-    def __init__(self, arm: Arm, seed: int, tasks: list[SweepTask], out_dir: Path):
+    def __init__(self, arm: Arm, seed: int, tasks: list[SweepTask], folder: Path):
         self.arm, self.seed, self.tasks, self.key = arm, seed, tasks, arm.key(seed)
-        self.folder = out_dir / "members" / f"{arm.name}-{seed}-{self.key[:12]}"
+        self.folder = folder / f"{arm.name}-{seed}-{self.key[:12]}"
         self._former = self._noted()  # an earlier failure; not told by its time, as a shared disk has another clock
 
     @property
@@ -289,7 +289,7 @@ class Member:
             config.seed, config.out_dir, config.resume = self.seed, str(self.folder), "auto"
         else:
             made_of = {"checkpoint": str(self.arm.checkpoint or ""), "peer": self.arm.peer} | dict(self.arm.changes)
-            config = OmegaConf.create({**made_of, "seed": self.seed})
+            config = OmegaConf.create({**made_of, "blur": self.arm.blur, "seed": self.seed})
         OmegaConf.set_struct(config, False)
         config.tracking = standalone(sweep.tracking)
         config.tracking.run_name = f"{sweep.name}/{self.arm.name}/{self.seed}"

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,10 +32,10 @@ from experiments.settings import (
     check_writable,
     pick_device,
 )
-from experiments.sweeps.arms import read_arms
+from experiments.sweeps.arms import digest_of, read_arms
 from experiments.sweeps.members import Member, read_tasks, reason_of
 from experiments.sweeps.results import gather
-from experiments.tracking.provenance import Origin
+from experiments.tracking.provenance import Origin, device_name
 from experiments.tracking.store import Run, TrackingUnavailable, track
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class Sweep:
         arms, tasks = read_arms(config), read_tasks(config)
         check_resolves(config)
         check_writable(self.folder)
+        members_dir = self.folder / "members" if config.members_dir is None else Path(config.members_dir).expanduser()
         self.members = []
         for seed in config.seeds:
             for arm in arms:
@@ -79,7 +81,7 @@ class Sweep:
                 mine = [task for task in tasks if arm.kind != "ceiling" or arm.name in task.ceilings]
                 mine = [task for task in mine if task.trains or not same]
                 if mine:
-                    self.members.append(Member(arm, seed, mine, self.folder))
+                    self.members.append(Member(arm, seed, mine, members_dir))
         for member in self.members:
             if member.seed == config.seeds[0]:
                 member.prepare(config)
@@ -133,8 +135,7 @@ class Sweep:
         results = self.results()
         results.origin = Origin.of_this_process("experiments.ablate", "experiments.ablate.ablate(config), from Python")
         run.text(provenance(results).to_json(), "origin.json")
-        models = dict(self._models(results))
-        results.costs = measure_costs(models, self.plan.baseline, self.config.cost, pick_device(self.config.device))
+        results.costs = self._costs(results)
         report = write_report(results, self.folder)
         record_report(report, run)
         return report
@@ -174,6 +175,20 @@ class Sweep:
             arm = member.arm
             if member.seed == self.config.seeds[0] and arm.kind != "ceiling" and arm.name not in results.failures:
                 yield arm.name, arm.model(member.folder / "last.safetensors" if arm.training is not None else None)
+
+    def _costs(self, results: Results) -> pd.DataFrame | None:
+        """The cost of the arms in the tables, measured once for each plan."""
+        if self.config.cost is None:
+            return None
+        device = pick_device(self.config.device)
+        conditions = [dict(self.config.cost), device_name(device), torch.get_num_threads()]
+        known = {"plan": self.plan.digest, "conditions": conditions, "failed": sorted(results.failures)}
+        path = self.folder / f"costs-{digest_of(known)[:12]}.csv"
+        if not path.exists():
+            costs = measure_costs(dict(self._models(results)), self.plan.baseline, self.config.cost, device)
+            with replacing(path) as part:
+                costs.to_csv(part, index=False)
+        return pd.read_csv(path).fillna({"remark": ""})
 
     def _known_run(self) -> str | None:
         """The run of exactly this sweep, if one was begun."""

@@ -1,0 +1,208 @@
+"""The leaderboard: ranks with intervals, wins, values, and quality against time and memory, as tables and a figure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.atomic import replacing
+from experiments.reports.costs import conditions
+from experiments.reports.figures import front
+from experiments.reports.markdown import Table, number, with_interval
+from experiments.statistics.intervals import Interval
+from experiments.statistics.ranks import Column, Ranks
+from experiments.statistics.score_files import write_scores
+from experiments.statistics.scores import MEASURES, value
+from experiments.tracking.provenance import Origin
+
+NOTES = """\
+- Rank: 1 is the best. Mean over the measures of an aspect, then over aspects; only methods that have all measures of the
+  group are ranked. Intervals: a Bayesian bootstrap over images and seeds, which says how stable ranks are, and is too narrow
+  over few seeds.
+- first: share of the resamples in which the method has the best mean rank.
+- wins, losses: over all methods of the table and all measures, how often it is shown to be better or worse than another:
+  intervals over seeds and images, corrected for the number of pairs of a measure (Holm).
+- ms, MB: one forward, and its memory on top of model and inputs.
+- Every method saw the same features. Those that are trained here had the same data, steps, seeds and optimiser; they are
+  the architectures at this budget, not the published models.
+- Values, intervals and p of every pair: the .csv files of the same name; scores per image: the .parquet file."""
+_KINDS = {"trained": "o", "checkpoint": "s", "peer": "D", "ceiling": "^"}
+
+
+def write(
+    folder: Path,
+    name: str,
+    origin: Origin,
+    boards: Sequence[tuple[Ranks, pd.DataFrame]],
+    columns: Sequence[Column],
+    kinds: Mapping[str, str],
+    absent: Mapping[tuple[str, str], str],
+    left_out: Mapping[str, str],
+    costs: pd.DataFrame | None,
+    scores: pd.DataFrame,
+    judged: pd.DataFrame,
+) -> list[Path]:
+    """Writes NAME.md, .csv, .png, _values.csv, _pairs.csv and _scores.parquet, each whole or not at all -> their paths."""
+    files = [folder / f"{name}{end}" for end in (".md", ".csv", "_values.csv", "_pairs.csv", ".png", "_scores.parquet")]
+    text = markdown(name, origin, boards, columns, kinds, absent, left_out, costs, files[4].name)
+    with replacing(files[0]) as part:
+        part.write_text(text, encoding="utf-8")
+    for file, table in zip(files[1:4], (rows_of(boards), values_of(columns, kinds), judged), strict=True):
+        with replacing(file) as part:
+            table.to_csv(part, index=False)
+    with replacing(files[4]) as part:
+        plot(boards, kinds, costs).savefig(part, format="png", dpi=120)
+    write_scores(files[5], scores, asdict(origin))
+    return files
+
+
+def markdown(
+    name: str,
+    origin: Origin,
+    boards: Sequence[tuple[Ranks, pd.DataFrame]],
+    columns: Sequence[Column],
+    kinds: Mapping[str, str],
+    absent: Mapping[tuple[str, str], str],
+    left_out: Mapping[str, str],
+    costs: pd.DataFrame | None,
+    picture: str,
+) -> str:
+    """The whole report; `picture` is the name of the figure's file."""
+    parts = [origin.header(name), f"![ranks, and ranks against cost]({picture})"]
+    for ranks, beaten in boards:
+        parts += [f"## {ranks.group}", _what(ranks), rank_table(ranks, beaten, kinds, absent, costs).markdown()]
+    for encoder in dict.fromkeys(column.backbone for column in columns):
+        parts += [f"## Values, {encoder}", value_table([one for one in columns if one.backbone == encoder], kinds).markdown()]
+    if costs is not None:
+        parts.append(f"Cost: {conditions(costs)}")
+    lines = [f"- {task}: needs {setting}=PATH" for task, setting in left_out.items()]
+    lines += [f"- {method} on {encoder}: {reason}" for (encoder, method), reason in absent.items()]
+    parts += ["## Not measured", "\n".join(lines)] if lines else []
+    return "\n\n".join([*parts, NOTES]) + "\n"
+
+
+def rank_table(
+    ranks: Ranks,
+    beaten: pd.DataFrame,
+    kinds: Mapping[str, str],
+    absent: Mapping[tuple[str, str], str],
+    costs: pd.DataFrame | None,
+) -> Table:
+    """One line per method, the best first; then those that lack something, with the reason."""
+    times = {} if costs is None else costs.groupby("arm")[["time_ms", "memory_mb"]].median().to_dict("index")
+    rows = []
+    for method in ranks.methods:
+        cells = [with_interval(*asdict(ranks.overall[method]).values(), 1), number(ranks.first[method], 2)]
+        cells += [with_interval(*asdict(of_method[method]).values(), 1) for of_method in ranks.aspects.values()]
+        cells += [str(beaten.loc[method].sum()), str(beaten[method].sum())]
+        cost = times.get(method, {})
+        cells += [number(cost.get("time_ms"), 1), number(cost.get("memory_mb"), 0)]
+        rows.append([method, kinds.get(method, ""), *cells])
+    columns = ["method", "kind", "rank", "first", *ranks.aspects, "wins", "losses", "ms", "MB"]
+    encoders = {column.backbone for column in ranks.columns}
+    for method, lacking in ranks.incomplete.items():
+        reasons = [reason for (encoder, name), reason in absent.items() if name == method and encoder in encoders]
+        why = "; ".join(dict.fromkeys(reasons)) or f"lacks {len(lacking)} of {len(ranks.columns)} measures"
+        rows.append([method, kinds.get(method, ""), why, *[""] * (len(columns) - 3)])
+    return Table(columns, rows, ranks.group, left=("method", "kind"))
+
+
+def value_table(columns: Sequence[Column], kinds: Mapping[str, str]) -> Table:
+    """What each method reaches in each column of one encoder, mean over seeds."""
+    methods = [name for name in kinds if any(name in column.sums for column in columns)]
+    rows = [
+        [name, *("" if name not in column.sums else f"{_mean(column, name):.4f}" for column in columns)]
+        for name in methods
+    ]
+    return Table(["method", *(_title(column) for column in columns)], rows)
+
+
+def rows_of(boards: Sequence[tuple[Ranks, pd.DataFrame]]) -> pd.DataFrame:
+    """One row per group, aspect (and overall) and method: mean rank with its interval."""
+    rows = []
+    for ranks, beaten in boards:
+        for aspect, of_methods in {"overall": ranks.overall, **ranks.aspects}.items():
+            for method, interval in of_methods.items():
+                row = {"group": ranks.group, "aspect": aspect, "method": method, "rank": interval.value}
+                row |= {"low": interval.low, "high": interval.high}
+                if aspect == "overall":
+                    won, lost = int(beaten.loc[method].sum()), int(beaten[method].sum())
+                    row |= {"first": ranks.first[method], "wins": won, "losses": lost}
+                rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def values_of(columns: Sequence[Column], kinds: Mapping[str, str]) -> pd.DataFrame:
+    """One row per column and method: the value, mean over seeds."""
+    rows = []
+    for column in columns:
+        keys = {key: getattr(column, key) for key in ("aspect", "task", "data", "backbone", "measure", "better")}
+        for method, (_, seeds) in column.sums.items():
+            known = {"method": method, "kind": kinds.get(method, ""), "value": _mean(column, method)}
+            rows.append(keys | known | {"seeds": len(seeds), "images": len(column.images)})
+    return pd.DataFrame(rows)
+
+
+def plot(
+    boards: Sequence[tuple[Ranks, pd.DataFrame]], kinds: Mapping[str, str], costs: pd.DataFrame | None
+) -> Figure:
+    """For each group: mean ranks with intervals, and against time and memory with the Pareto front."""
+    most = max((len(ranks.methods) for ranks, _ in boards), default=1)
+    figure = Figure(figsize=(15, max(1, len(boards)) * (1.2 + 0.28 * max(most, 8))), layout="constrained")
+    places = figure.subplots(max(1, len(boards)), 3, squeeze=False)
+    for row, (ranks, _) in zip(places, boards, strict=False):
+        _draw_ranks(row[0], ranks)
+        for axes, key, label in ((row[1], "time_ms", "ms"), (row[2], "memory_mb", "MB")):
+            known = {} if costs is None else costs.groupby("arm")[key].median().dropna().to_dict()
+            _draw_cost(axes, ranks, kinds, {name: cost for name, cost in known.items() if cost > 0}, label)
+    return figure
+
+
+def _draw_ranks(axes: Axes, ranks: Ranks) -> None:
+    for place, method in enumerate(ranks.methods):
+        one: Interval = ranks.overall[method]
+        axes.plot([one.low, one.high], [place, place], color="tab:blue")
+        axes.plot(one.value, place, "o", color="tab:blue")
+    axes.set_yticks(range(len(ranks.methods)), ranks.methods)
+    axes.set_ylim(len(ranks.methods) - 0.5, -0.5)
+    axes.set(title=ranks.group, xlabel="mean rank")
+    axes.grid(alpha=0.3)
+
+
+def _draw_cost(axes: Axes, ranks: Ranks, kinds: Mapping[str, str], costs: Mapping[str, float], label: str) -> None:
+    shown = [name for name in ranks.methods if name in costs]
+    axes.set(xlabel=f"{label} of one forward", ylabel="mean rank")
+    axes.invert_yaxis()
+    if not shown:
+        return
+    for name in shown:
+        at = costs[name], ranks.overall[name].value
+        axes.plot(*at, _KINDS.get(kinds.get(name, ""), "o"), color="tab:blue")
+        axes.annotate(name, at, xytext=(4, 3), textcoords="offset points", fontsize=7)
+    best = front([(costs[name], ranks.overall[name].value) for name in shown], -1)
+    axes.plot(*zip(*best, strict=True), color="grey", linewidth=1, drawstyle="steps-post", zorder=0)
+    axes.set_xscale("log")
+    axes.margins(x=0.25)
+    axes.grid(alpha=0.3)
+
+
+def _what(ranks: Ranks) -> str:
+    counts = pd.Series([column.aspect for column in ranks.columns]).value_counts(sort=False)
+    images = sorted({len(column.images) for column in ranks.columns})
+    of_images = str(images[0]) if len(images) == 1 else f"{images[0]} to {images[-1]}"
+    measures = ", ".join(f"{aspect} {count}" for aspect, count in counts.items())
+    return f"{len(ranks.methods)} methods; measures: {measures}; {of_images} images each."
+
+
+def _title(column: Column) -> str:
+    known = MEASURES[column.measure]
+    less = " (less is better)" if known.better < 0 else ""
+    return f"{column.task} {known.title or column.measure}, {column.data}{less}"
+
+
+def _mean(column: Column, method: str) -> float:
+    return float(np.mean(value(*column.sums[method][0])))
