@@ -38,6 +38,10 @@ def test_uses_the_public_interface_only(notebook):
     assert not re.search(r"import _|\._(?!_)|sys\.path|[%!]pip", code)
 
 
+def test_shows_how_to_take_another_encoder(notebook):
+    assert any("dinov2_vits14" in cell.source for cell in notebook.cells)
+
+
 @pytest.mark.timeout(600)
 def test_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
