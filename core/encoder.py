@@ -1,8 +1,7 @@
 """The residual encoder that AnyUp uses five times: a convolution, then residual blocks of 1x1 convolutions.
 
 `Encoder.plain` is the definition, in plain PyTorch operations; it runs for export, compilation, second derivatives, and
-small images on a GPU.
-Otherwise `core/fast/encoder.py` computes the same result to rounding, with little memory.
+small images on a GPU. Otherwise `core/fast/encoder.py` computes the same result to rounding, with little memory.
 """
 
 import inspect
@@ -84,10 +83,8 @@ class Encoder(nn.Sequential):
 
     def _compiled_plain(self) -> Stem:
         if self._compiled is None or self._compiled[0] is not self:
-            limits = {
-                "recompile_limit": 64,
-                "isolate_recompiles": True,
-            }  # PyTorch before 2.12 has neither: 8 sizes, then plain
+            # Older versions of PyTorch lack these two: they compile for 8 sizes, and run others uncompiled.
+            limits = {"recompile_limit": 64, "isolate_recompiles": True}
             known = inspect.signature(torch.compile).parameters
             compiled = torch.compile(self.plain, dynamic=False, **{k: v for k, v in limits.items() if k in known})
             object.__setattr__(self, "_compiled", (self, compiled))  # not registered as a child
