@@ -6,8 +6,8 @@ target's detail, over positions and channels of each target. How strong the deta
 beside it ties the output to the target's direction. It is the measure that evaluations put first
 (experiments/measuring/detail.py).
 
-Status: measured (helps): 300 steps from published weights gain .005 to .010 more detail than with the released objective, on
-four encoders, two of them never seen; three seeds (docs/detail.md).
+Status: measured (helps): 300 steps from published weights gain .005 to .010 more detail than with the released
+objective, on four encoders, two of them never seen; three seeds (docs/detail.md).
 """
 
 import math
