@@ -74,7 +74,7 @@ def load(source: str | Path, changes: Mapping[str, Any] | None = None) -> AnyUp:
         return checkpoint.rebuild(AnyUp, state, wanted, source)
     model = AnyUp(**arguments(wanted))
     if new := checkpoint.warm_start(model, source, base):
-        log.warning("%s are UNTRAINED: %s has none", ", ".join(new), source)
+        log.warning("%s: UNTRAINED, as %s has no such weights", ", ".join(new), source)
     return model.eval()
 
 

@@ -27,7 +27,8 @@ def _report(summary: Summary, console: Console) -> None:
         rows.append([done.name, *sizes, f"{done.backbone_ms:.0f} ms", f"{done.upsampler_ms:.0f} ms"])
     columns = ["image", "features", "output", "backbone", "AnyUp"]
     rest = f", the first {MAX_ROWS}:" if len(summary.done) > MAX_ROWS else ""
-    console.print(Table(columns, rows, f"{len(summary.done)} images upsampled{rest}").rich())
+    number = f"{len(summary.done)} image{'s' * (len(summary.done) != 1)}"
+    console.print(Table(columns, rows, f"{number} upsampled{rest}").rich())
     reasons = list(summary.skipped.values())
     for reason in reasons[:MAX_ROWS]:
         console.print(f"skipped: {reason}", style="red", markup=False, soft_wrap=True)

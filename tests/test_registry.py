@@ -556,6 +556,13 @@ def _import_the_core() -> tuple[float, set[str]]:
     return float(seconds), set(names.split())
 
 
+def test_importing_the_core_does_not_import_the_compiler():
+    """It takes longer than all else of the core, and only `torch.compile` needs it."""
+    code = "import sys, core; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.strip() == "False"
+
+
 def test_importing_the_core_pulls_in_no_optional_package():
     _, packages = _import_the_core()
     assert "core" in packages

@@ -89,9 +89,8 @@ def plan(query: Tensor, keys: Tensor, window_ratio: float, num_heads: int) -> Pl
     Raises:
         ValueError: as `core.fast.windows.window_bounds`.
     """
-    make = _plan if type(keys) is not Tensor else _cached  # what is traced with fake tensors must not be kept
-    if torch.compiler.is_compiling():
-        make = _constant
+    fake = torch.compiler.is_compiling() or type(keys) is not Tensor
+    make = _plan if fake else _cached  # what is traced with fake tensors must not be kept
     sizes = tuple(query.shape[-2:]), tuple(keys.shape[1:3])
     return Plan(*make(*sizes, window_ratio, keys.shape[3] // num_heads, keys.device, keys.dtype))
 
@@ -117,7 +116,8 @@ def _plan(size, grid, window_ratio: float, width: int, device: torch.device, dty
 
 
 _cached = lru_cache(8)(_plan)
-_constant = torch.compiler.assume_constant_result(_plan)
+# What `torch.compiler.assume_constant_result` does; that call would import the compiler here, which takes seconds.
+_plan._dynamo_marked_constant = True
 
 
 def _channels(run: np.ndarray, seen: np.ndarray, num_keys: int, hidden: float) -> tuple[np.ndarray, np.ndarray]:

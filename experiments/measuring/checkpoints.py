@@ -42,7 +42,10 @@ def load_model(config: DictConfig) -> tuple[core.AnyUp, DictConfig]:
         model = core.from_config(config)
         new = core.warm_start(model, bundled_like(model))
         if new:
-            log.warning("%s are UNTRAINED: the trained baseline that comes with this package has none", ", ".join(new))
+            log.warning(
+                "%s: UNTRAINED, as the trained baseline that comes with this package has no such weights",
+                ", ".join(new),
+            )
         return model.eval(), config
     model = core.load(config.checkpoint)
     asked = OmegaConf.to_container(config, resolve=True, enum_to_str=True)

@@ -66,7 +66,7 @@ def forest(comparisons: Sequence[Comparison], confidence: float) -> Figure:
         axes.set_ylim(len(arms) - 0.5, -0.5)
         axes.set_yticks(range(len(arms)), arms)
     shown = [one for of_family in found.values() for one in of_family]
-    figure.suptitle(f"differences to the baseline, intervals of {confidence:.0%}: {bases(shown)}")
+    figure.suptitle(f"differences to the baseline, intervals of {confidence:.0%}: {bases(shown)}", wrap=True)
     return figure
 
 

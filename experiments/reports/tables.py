@@ -37,6 +37,12 @@ NOTES = """\
   same for all seeds was measured once; for a checkpoint, the spread over trainings is not known.
 - Scores per image: NAME_scores.parquet, which the command writes and the run keeps."""
 
+GUIDE = (
+    "Verdicts are corrected for the number of arms: an interval without 0 can still be 'not shown'.",
+    "All measures, p-values and what each column means are in the first of these files:",
+)
+"""What a reader of the tables on a terminal is told."""
+
 
 @dataclass
 class Report:
@@ -125,7 +131,7 @@ def show(report: Report) -> None:
     console = Console()
     for shown in rich_tables(report):
         console.print(shown)
-    for line in (*report.results.notes, *map(os.path.relpath, report.files)):
+    for line in (*report.results.notes, "", *GUIDE, *map(os.path.relpath, report.files)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
