@@ -481,7 +481,7 @@ def test_pictures():
     assert all(picture.min() >= 0 and picture.max() <= 1 for picture in found.values())
     hidden = found["visible cells"][0] == 0
     assert hidden.sum() == round(0.3 * 20)
-    differs = (found["features"] != found["inpainted"]).any(0)
+    differs = ((found["features"] - found["inpainted"]).abs() > 1e-4).any(0)  # matrix products may round differently
     assert differs.any()
     assert not (differs & ~hidden).any(), "visible cells are shown as they are"
 

@@ -192,7 +192,7 @@ class Sweep:
             costs = measure_costs(dict(self._models(results)), self.plan.baseline, self.config.cost, device)
             with replacing(path) as part:
                 costs.to_csv(part, index=False)
-        return pd.read_csv(path).fillna({"remark": ""})
+        return pd.read_csv(path, dtype={"remark": str}).fillna({"remark": ""})  # a number where all are empty
 
     def _known_run(self) -> str | None:
         """The run of exactly this sweep, if one was begun."""
