@@ -4,10 +4,19 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
+def most_like(name: str, known: Iterable[str]) -> str | None:
+    """The most similar of `known`; of dotted ones also that whose last part is `name`. None: nothing is similar."""
+    names = list(known)
+    ends = [one for one in names if one.rpartition(".")[2] == name]
+    lower = {one.lower(): one for one in reversed(names)}
+    close = get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
+    return ends[0] if ends else lower[close[0]] if close else None
+
+
 def nearest(name: object, known: Iterable[object]) -> str:
     """`; did you mean X?` with the known name that is most like `name`, or nothing if none is."""
-    close = get_close_matches(str(name), map(str, known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+    close = most_like(str(name), map(str, known))
+    return f"; did you mean {close}?" if close else ""
 
 
 def in_one_line(error: BaseException) -> str:
