@@ -39,3 +39,14 @@ def blocks(length: int, outputs: int, window: int, device: torch.device | str = 
     start = (occupied - seen // 2).clamp(0, length - seen)
     windows = start[:, None] + torch.arange(seen)  # (m,k)
     return Blocks(windows.to(device), members.to(device), (block * most + within).to(device), counts.tolist())
+
+
+def seen(values: Tensor, rows: Tensor, columns: Blocks) -> Tensor:
+    """(B,c,h,w), (k,) rows of cells -> (B,m,k·k',c): what each block of one row of blocks sees."""
+    return values[:, :, rows][..., columns.windows].permute(0, 3, 2, 4, 1).flatten(2, 3)
+
+
+def mixed(weights: Tensor, values: Tensor, columns: Blocks) -> Tensor:
+    """The outputs of one row of blocks: (B,m,n·n',k·k') weights and (B,m,k·k',c) values -> (B,c,n,outputs)."""
+    means = (weights @ values).unflatten(2, (-1, columns.members.shape[1]))  # (B,m,n,n',c)
+    return means.permute(0, 4, 2, 1, 3).flatten(3)[..., columns.slots]

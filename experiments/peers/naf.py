@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.peers.base import Peer, register_peer
-from experiments.peers.blocks import blocks
+from experiments.peers.blocks import blocks, mixed, seen
 
 NUM_GROUPS = 8
 MOST_PIXELS_PER_OUTPUT = 4
@@ -137,18 +137,13 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, w
     start = 0
     for number, count in enumerate(rows.counts):
         some = slice(start, start + count)
-        near = rows.windows[number]
-        queries = query[:, :, some][..., columns.members]  # (B,D,n,m,n')
-        keys, values = (x[:, :, near][..., columns.windows] for x in (key, value))  # (B,·,k,m,k')
+        queries = query[:, :, some][..., columns.members].permute(0, 3, 2, 4, 1).flatten(2, 3)  # (B,m,n·n',D)
+        keys, values = (seen(x, rows.windows[number], columns) for x in (key, value))  # (B,m,k·k',·)
         bands = []
-        for q, k, v in zip(*(x.tensor_split(num_heads, 1) for x in (queries, keys, values)), strict=True):
-            q = q.permute(0, 3, 2, 4, 1).flatten(2, 3)  # (B,m,n·n',d)
-            k = k.permute(0, 3, 1, 2, 4).flatten(3)  # (B,m,d,k·k')
-            v = v.permute(0, 3, 2, 4, 1).flatten(2, 3)  # (B,m,k·k',c)
-            weights = (scale * (q @ k)).softmax(-1).to(v.dtype)  # (B,m,n·n',k·k')
-            mixed = (weights @ v).unflatten(2, (count, -1))  # (B,m,n,n',c)
-            bands.append(mixed.permute(0, 4, 2, 1, 3).flatten(3))  # (B,c,n,m·n')
-        output[:, :, some] = torch.cat(bands, 1)[..., columns.slots]
+        for q, k, v in zip(*(x.tensor_split(num_heads, -1) for x in (queries, keys, values)), strict=True):
+            weights = (scale * (q @ k.mT)).softmax(-1).to(v.dtype)  # (B,m,n·n',k·k')
+            bands.append(mixed(weights, v, columns))
+        output[:, :, some] = torch.cat(bands, 1)
         start += count
     return output
 
