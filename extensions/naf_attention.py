@@ -3,7 +3,7 @@
 NAF (arXiv 2511.18452, CVPR 2026) makes three claims about attention: the queries themselves, pooled, are the best keys;
 a convolution on top of queries hurts; and each head should filter channels of its own, where AnyUp averages the heads'
 weights. Its fourth claim, that features are not needed as guidance, is `unifier=none`. Here each claim is one switch of
-the baseline's attention, so that each is one ablation (configs/experiment/naf_claims.yaml). NAF as a whole, with its
+the baseline's attention, so that each is one ablation (configs/experiment/parts.yaml). NAF as a whole, with its
 own encoders, is the peer `naf` (experiments/peers/naf.py).
 
 Status: runs.

@@ -238,6 +238,13 @@ def test_what_cannot_work_is_refused(overrides, message, tmp_path):
         leaderboard(config)
 
 
+def test_the_tasks_that_need_data_can_be_taken_out():
+    config = composed("leaderboard", ["experiment=leaderboard_training_free", "~tasks_with"])
+    assert tasks_of(config) == (
+        {name: list(config.tasks[name]) for name in ("fidelity", "matching")}, {},
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_a_recipe_says_can_be_understood(name, tmp_path):
     discover()

@@ -4,6 +4,7 @@ All positions of a cell see the same cells. So their attention is a product of s
 window for each position.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,22 @@ class Blocks:
     """(outputs,) int64: the place of each output position in `members`, counted row by row."""
     counts: list[int]
     """Of each block's positions; they follow each other."""
+    cells: Tensor
+    """(outputs,) int64: the cell that each position lies in."""
+    places: Tensor
+    """(outputs,) float64: the positions in units of cells; the centre of cell j is at j."""
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all blocks have as many positions, so that `slots` are in order."""
+        return self.members.numel() == len(self.slots)
+
+    def bands(self) -> Iterator[tuple[slice, Tensor]]:
+        """Of each block its positions, and (k,) the cells that it sees."""
+        start = 0
+        for count, window in zip(self.counts, self.windows, strict=True):
+            yield slice(start, start + count), window
+            start += count
 
 
 def blocks(length: int, outputs: int, window: int, device: torch.device | str = "cpu") -> Blocks:
@@ -38,7 +55,9 @@ def blocks(length: int, outputs: int, window: int, device: torch.device | str = 
     members = first[:, None] + torch.minimum(torch.arange(most), counts[:, None] - 1)  # (m,n)
     start = (occupied - seen // 2).clamp(0, length - seen)
     windows = start[:, None] + torch.arange(seen)  # (m,k)
-    return Blocks(windows.to(device), members.to(device), (block * most + within).to(device), counts.tolist())
+    places = (torch.arange(outputs, dtype=torch.float64) + 0.5) * length / outputs - 0.5
+    found = (windows, members, block * most + within, counts.tolist(), cells, places)
+    return Blocks(*(one.to(device) if isinstance(one, Tensor) else one for one in found))
 
 
 def seen(values: Tensor, rows: Tensor, columns: Blocks) -> Tensor:
@@ -48,5 +67,6 @@ def seen(values: Tensor, rows: Tensor, columns: Blocks) -> Tensor:
 
 def mixed(weights: Tensor, values: Tensor, columns: Blocks) -> Tensor:
     """The outputs of one row of blocks: (B,m,n·n',k·k') weights and (B,m,k·k',c) values -> (B,c,n,outputs)."""
-    means = (weights @ values).unflatten(2, (-1, columns.members.shape[1]))  # (B,m,n,n',c)
-    return means.permute(0, 4, 2, 1, 3).flatten(3)[..., columns.slots]
+    means = (values.mT @ weights.mT).unflatten(3, (-1, columns.members.shape[1]))  # (B,m,c,n,n')
+    means = means.permute(0, 2, 3, 1, 4).flatten(3)
+    return means if columns.is_even else means[..., columns.slots]

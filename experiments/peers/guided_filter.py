@@ -1,11 +1,14 @@
 """`guided_filter`: features as a local linear function of colour, without any training."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from core.backbones import IMAGENET_STD
 from experiments.peers.base import Peer, register_peer
+from experiments.peers.blocks import Blocks, blocks, mixed, seen
 
 
 @register_peer("guided_filter")
@@ -46,14 +49,34 @@ class GuidedFilter(Peer):
         with_features = [self._mean(coarse[:, i, None] * values) - colour[:, i, None] * mean for i in range(3)]
         slopes = torch.einsum("bijyx,jbcyx->ibcyx", _inverse(covariance), torch.stack(with_features))  # (3,B,C,h,w)
         offset = mean - sum(colour[:, i, None] * slopes[i] for i in range(3))
-        output = F.interpolate(self._mean(offset), size, mode="bilinear")
-        for i in range(3):
-            output += F.interpolate(self._mean(slopes[i]), size, mode="bilinear") * fine[:, i, None]
-        return output.to(features.dtype)  # (B,C,Qh,Qw)
+        functions = [self._mean(one) for one in (*slopes, offset)]  # of red, green, blue, and 1: 4 x (B,C,h,w)
+        return _applied(functions, F.pad(fine, (0, 0, 0, 0, 0, 1), value=1.0), features.dtype)
 
     def _mean(self, x: Tensor) -> Tensor:
         """Over the window around each cell, as far as it lies inside."""
         return F.avg_pool2d(x, 2 * self.radius + 1, 1, self.radius, count_include_pad=False)
+
+
+def _applied(functions: Sequence[Tensor], colours: Tensor, dtype: torch.dtype) -> Tensor:
+    """4 x (B,C,h,w) coefficients of (B,4,Qh,Qw) colours -> (B,C,Qh,Qw), the coefficients interpolated bilinearly."""
+    grid, size = functions[0].shape[-2:], colours.shape[-2:]
+    rows, columns = (blocks(n, q, 3, colours.device) for n, q in zip(grid, size, strict=True))
+    across = _bilinear(columns, columns.members, columns.windows).to(colours)  # (m,n',k')
+    output = functions[0].new_empty(*functions[0].shape[:2], *size, dtype=dtype)
+    for some, near in rows.bands():
+        down = _bilinear(rows, some, near).to(colours)  # (n,k)
+        space = (down[:, None, :, None] * across[:, None, :, None]).flatten(3).flatten(1, 2)  # (m,n·n',k·k')
+        here = colours[:, :, some][..., columns.members].permute(0, 3, 2, 4, 1).flatten(2, 3)  # (B,m,n·n',4)
+        weights = (here[..., None] * space[..., None, :]).flatten(3)  # (B,m,n·n',4·k·k')
+        values = torch.cat([seen(one, near, columns) for one in functions], 2)  # (B,m,4·k·k',C)
+        output[:, :, some] = mixed(weights, values, columns).to(dtype)
+    return output
+
+
+def _bilinear(axis: Blocks, positions: Tensor | slice, cells: Tensor) -> Tensor:
+    """(...,n) positions, (...,k) cells -> (...,n,k) weights; beyond the outermost centres the outermost cell counts."""
+    places = axis.places[positions].clamp(min=0).minimum(axis.windows.max())
+    return (1 - (places[..., None] - cells[..., None, :]).abs()).clamp(min=0)
 
 
 def _inverse(matrices: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from core.backbones import IMAGENET_STD
 from experiments.peers.base import Peer, register_peer
-from experiments.peers.blocks import blocks, mixed, seen
+from experiments.peers.blocks import Blocks, blocks, mixed, seen
 
 
 @register_peer("joint_bilateral")
@@ -48,39 +48,25 @@ class JointBilateral(Peer):
         fine, coarse = (
             F.interpolate(rgb, n, mode="area") for n in (size, features.shape[-2:])
         )  # (B,3,Qh,Qw), (B,3,h,w)
-        rows, columns = (_Axis(n, q, self.window, image.device) for n, q in zip(coarse.shape[-2:], size, strict=True))
-        across = columns.nearness(columns.blocks.members, columns.blocks.windows, self.sigma_space)  # (m,n',k')
+        rows, columns = (blocks(n, q, self.window, image.device) for n, q in zip(coarse.shape[-2:], size, strict=True))
+        across = self._nearness(columns, columns.members, columns.windows)  # (m,n',k')
         output = features.new_empty(*features.shape[:2], *size)
-        start = 0
-        for near, count in zip(rows.blocks.windows, rows.blocks.counts, strict=True):
-            some = torch.arange(start, start + count, device=image.device)
-            down = rows.nearness(some, near, self.sigma_space)  # (n,k)
+        for some, near in rows.bands():
+            down = self._nearness(rows, some, near)  # (n,k)
             space = (down[:, None, :, None] + across[:, None, :, None]).flatten(3).flatten(1, 2)  # (m,n·n',k·k')
-            here = fine[:, :, some][..., columns.blocks.members].permute(1, 0, 3, 2, 4).flatten(3)  # (3,B,m,n·n')
-            there = seen(coarse, near, columns.blocks).movedim(-1, 0)  # (3,B,m,k·k')
+            here = fine[:, :, some][..., columns.members].permute(1, 0, 3, 2, 4).flatten(3)  # (3,B,m,n·n')
+            there = seen(coarse, near, columns).movedim(-1, 0)  # (3,B,m,k·k')
             colour = sum((h[..., None] - t[..., None, :]).square() for h, t in zip(here, there, strict=True))
             logits = space.to(colour.dtype) - colour / (2 * self.sigma_colour**2)  # (B,m,n·n',k·k')
             weights = logits.softmax(-1).to(features.dtype)
-            output[:, :, some] = mixed(weights, seen(features, near, columns.blocks), columns.blocks)
-            start += count
+            output[:, :, some] = mixed(weights, seen(features, near, columns), columns)
         return output
 
-
-class _Axis:
-    """Rows or columns: their blocks, and how near cells are to output positions."""
-
-    def __init__(self, length: int, outputs: int, window: int, device: torch.device):
-        self.blocks = blocks(length, outputs, window, device)
-        self.cell = (torch.arange(outputs, device=device) * 2 + 1) * length // (2 * outputs)  # (outputs,)
-        position = torch.arange(outputs, device=device, dtype=torch.float64)
-        self.position = (position + 0.5) * length / outputs - 0.5  # (outputs,) in cells
-        self.reach = window // 2
-
-    def nearness(self, positions: Tensor, cells: Tensor, sigma: float) -> Tensor:
+    def _nearness(self, axis: Blocks, positions: Tensor | slice, cells: Tensor) -> Tensor:
         """(...,n) positions, (...,k) cells -> (...,n,k): the logarithm of a Gaussian of their distance.
 
         It is -inf beyond the window, because blocks at a border see more than it.
         """
-        beyond = (cells[..., None, :] - self.cell[positions][..., None]).abs() > self.reach
-        distance = cells[..., None, :] - self.position[positions][..., None]
-        return (-(distance**2) / (2 * sigma**2)).masked_fill(beyond, -torch.inf)
+        near, cells = axis.places[positions][..., None], cells[..., None, :]
+        beyond = (cells - axis.cells[positions][..., None]).abs() > self.window // 2
+        return (-((cells - near) ** 2) / (2 * self.sigma_space**2)).masked_fill(beyond, -torch.inf)

@@ -134,17 +134,14 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, w
         value.new_empty(*value.shape[:2], *query.shape[-2:]),
     )
     scale = (num_heads / query.shape[1]) ** 0.5
-    start = 0
-    for number, count in enumerate(rows.counts):
-        some = slice(start, start + count)
+    for some, near in rows.bands():
         queries = query[:, :, some][..., columns.members].permute(0, 3, 2, 4, 1).flatten(2, 3)  # (B,m,n·n',D)
-        keys, values = (seen(x, rows.windows[number], columns) for x in (key, value))  # (B,m,k·k',·)
+        keys, values = (seen(x, near, columns) for x in (key, value))  # (B,m,k·k',·)
         bands = []
         for q, k, v in zip(*(x.tensor_split(num_heads, -1) for x in (queries, keys, values)), strict=True):
             weights = (scale * (q @ k.mT)).softmax(-1).to(v.dtype)  # (B,m,n·n',k·k')
             bands.append(mixed(weights, v, columns))
         output[:, :, some] = torch.cat(bands, 1)
-        start += count
     return output
 
 

@@ -176,7 +176,7 @@ def tasks_of(config: DictConfig) -> tuple[dict[str, list[str]], dict[str, str]]:
     """
     named = [name for name, overrides in (config.tasks or {}).items() if overrides is not None]
     found, left_out = {name: strings(config, "tasks", name) for name in named}, {}
-    for setting, of_setting in (config.tasks_with or {}).items():
+    for setting, of_setting in (config.get("tasks_with") or {}).items():
         if setting not in config:
             raise SettingError(f"tasks_with.{setting}: there is no setting {setting}: add +{setting}=PATH")
         for name in of_setting:
