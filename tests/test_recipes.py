@@ -33,7 +33,7 @@ SMALL = {
 }  # fmt: skip
 SLOW = ("num_basis", "paper_ablation", "paper_ablation_rgbd", "any_to_any", "unseen_backbone", "single_to_multi",
         "preservation", "model_extensions", "model_extensions_probes", "extension_variations", "diffusion",
-        "maml", "self_supervised", "detail_causes", "bilateral_prior")  # fmt: skip
+        "maml", "self_supervised", "detail_causes", "bilateral_prior", "parts", "seven_ideas")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def given(tmp_path_factory):
         "pool": "[{name: hog8}]", "image_scales": [0.75, 1, 2], "consistency_size": 16,
         "num_videos": 1, "num_frames": 3,
         "photos": "bundled", "num_train": 4, "num_test": 2, "encoder": "hog8", "camvid": str(folder / "camvid"),
-        "rgbd_train": str(folder / "rgbd_train"), "rgbd_val": str(folder / "rgbd_val"), "unseen": "daisy8",
+        "rgbd_train": str(folder / "rgbd_train"), "rgbd_val": str(folder / "rgbd_val"), "unseen": "daisy8", "also": "daisy16",
         "shots": 2, "shots_many": 3, "intrinsics": "[60,60,40,32]", "num_scenes": 2, "num_test_scenes": 2,
     }  # fmt: skip
 
@@ -84,7 +84,7 @@ def tiny(name, given, out_dir):
     if "steps" in made:
         made.steps = 2
     made.out_dir, made.cost, made.start = str(out_dir), None, "scratch"  # tiny models have no trained weights
-    own = name == "self_supervised"  # its arms choose the objective
+    own = name in ("self_supervised", "seven_ideas")  # their arms choose the objective
     made.train = [*made.train, *(text for text in TRAIN if not (own and text.startswith("objective.")))]
     for task, overrides in made.tasks.items():
         kind = next(text for text in flat(overrides) if text.startswith("task=")).partition("=")[2]
