@@ -244,7 +244,7 @@ def test_fidelity_is_that_of_the_metric(photos):
                 r["measure"]: r["numerator"] for r in rows if (r["task"], r["image"]) == (f"fidelity/{scale}x", name)
             }
             controls = {name for name in found if name.endswith("_blurred")}
-            assert {"cosine_blurred", "error_blurred"} <= controls
+            assert {"detail_blurred", "cosine_blurred", "error_blurred"} <= controls
             assert {name: found[name] for name in found if name not in controls} == pytest.approx(expected, abs=2e-3)
 
 

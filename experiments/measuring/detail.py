@@ -1,9 +1,10 @@
 """Detail: what a fine grid of features shows beyond the coarse grid it was upsampled from.
 
 Cosine and squared error reward blur: features of one crop are noisy, and a blurred output agrees better with noise
-(docs/evidence.md). Detail does not. Of output and target everything is taken away that the coarse grid can carry,
-`core.detail.detail`, and what is left is correlated over the image and all channels. Blurring the output takes away
-detail that is right before it takes away detail that is wrong, and how strong the detail is plays no part.
+(docs/evidence.md). Of output and target everything is taken away that the coarse grid can carry, `core.detail.detail`,
+and what is left is correlated over the image and all channels. How strong the detail is plays no part. Blurring an output
+whose detail is mostly right takes away detail that is right before it takes away detail that is wrong. Where it is mostly
+wrong, blur takes away what is wrong, and the correlation rises; so `task=fidelity` has a blurred control for it too.
 """
 
 from collections.abc import Mapping

@@ -148,6 +148,13 @@ def fidelity(upsampled: Tensor, case: FidelityCase) -> dict[str, float]:
     return {name: value for name, value in found.items() if name != "detail_amplitude"} | smooth
 
 
+def correlation(upsampled: Tensor, case: FidelityCase) -> float:
+    """The detail correlation alone: `fidelity(...)["detail"]`, and 0 for a target without detail."""
+    grid = tuple(case.features.shape[-2:])
+    fine, wanted = (detail(values.detach().double(), grid) for values in (upsampled, case.target))
+    return agreement(fine, wanted, case.counted).get("correlation", 0.0)
+
+
 def closeness(upsampled: Tensor, case: FidelityCase) -> dict[str, float]:
     """How close (1,C,s·h,s·w) upsampled features are to the target, in float64. Blur raises all of these.
 
