@@ -2,9 +2,9 @@
 
 Cosine and squared error reward blur: features of one crop are noisy, and a blurred output agrees better with noise
 (docs/evidence.md). Of output and target everything is taken away that the coarse grid can carry, `core.detail.detail`,
-and what is left is correlated over the image and all channels. How strong the detail is plays no part. Blurring an output
-whose detail is mostly right takes away detail that is right before it takes away detail that is wrong. Where it is mostly
-wrong, blur takes away what is wrong, and the correlation rises; so `task=fidelity` has a blurred control for it too.
+and what is left is correlated over the image and all channels. How strong the detail is plays no part. Blurring an
+output whose detail is mostly right takes away what is right before it takes away what is wrong. Where it is mostly
+wrong, the correlation rises; so `task=fidelity` has a blurred control for detail too.
 """
 
 from collections.abc import Mapping

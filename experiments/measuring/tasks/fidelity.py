@@ -25,8 +25,7 @@ log = logging.getLogger(__name__)
 SMOOTH = {"cosine": +1, "error": -1, "edge_cosine": +1, "edge_error": -1} | {f"{name}_error": -1 for name in REGIONS}
 """Measures that blur always improves -> +1 where more is better."""
 CONTROLLED = {"detail": +1} | SMOOTH
-"""Measures that have a blurred control. Blur lowers detail that is right, and raises a correlation with much that is wrong
-(docs/evidence.md)."""
+"""Measures with a blurred control. Blur lowers detail that is mostly right, and raises it where most is wrong."""
 _OF_VARIANCE = "of the target's variance"
 
 
