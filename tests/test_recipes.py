@@ -59,7 +59,8 @@ def given(tmp_path_factory):
         "num_videos": 1, "num_frames": 3,
         "photos": "bundled", "num_train": 4, "num_test": 2, "encoder": "hog8", "camvid": str(folder / "camvid"),
         "rgbd_train": str(folder / "rgbd_train"), "rgbd_val": str(folder / "rgbd_val"), "unseen": "daisy8",
-        "also": "daisy16", "shots": 2, "shots_many": 3, "intrinsics": "[60,60,40,32]", "num_scenes": 2, "num_test_scenes": 2,
+        "also": "daisy16", "shots": 2, "shots_many": 3, "intrinsics": "[60,60,40,32]", "num_scenes": 2,
+        "num_test_scenes": 2,
     }  # fmt: skip
 
 
