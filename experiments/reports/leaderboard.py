@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments.atomic import replacing
 from experiments.reports import style
@@ -194,6 +195,9 @@ def _draw_cost(axes: Axes, ranks: Ranks, kinds: Mapping[str, str], costs: Mappin
     best = front(list(at.values()), -1)
     axes.plot(*zip(*best, strict=True), color=style.GREY, drawstyle="steps-post", zorder=0)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.15)
 
 
