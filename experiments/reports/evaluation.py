@@ -23,8 +23,8 @@ NOTES = f"""\
 - gap closed: (arm - {FLOOR}) / (encoder - {FLOOR}); left out where the encoder at the higher resolution is not clearly
   better than {FLOOR}.
 - verdict: only for checkpoints, in the first measure of the table, corrected for their number (Holm).
-- NAME, blurred: the same for features blurred by the width that is best on the other images. Blur improves cosine and
-  error, and the detail of some arms, so only a gain beyond the best blurred one counts.
+- NAME, blurred: the same for features blurred by the width that is best on the other images. Blur alone improves cosine
+  and error, so only a gain beyond the best blurred one counts.
 - upsampled: probes trained on the arm's features. transferred: probes trained on bilinearly enlarged low-resolution
   features, and applied to the arm's.
 - Scores per image: the .parquet file of the same name."""

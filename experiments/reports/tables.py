@@ -21,7 +21,7 @@ from experiments.tracking.run import Run
 
 COLUMNS = ("arm", "mean", "difference", "p", "verdict", "gap closed")
 BLUR_COLUMNS = ("blurred", "beyond blur")
-"""Further columns for measures that blur can improve."""
+"""Further columns for measures that blur improves."""
 STYLES = {"helps": "green", "hurts": "red", "reference": "dim", "baseline": "bold"}
 NOTES = """\
 - Difference: the arm minus the baseline, on the same images with the same seeds, mean over seeds. The interval holds
@@ -30,8 +30,8 @@ NOTES = """\
 - Verdict: helps or hurts if the difference is shown after Holm's correction for the number of arms compared, within
   this measure on this task. p is the corrected value. "Not shown" does not mean that arms are equal.
 - Blurred: the arm's features, blurred by the width that is best on the other images. Beyond blur: the difference to the
-  best blurred baseline (the baseline's or bilinear features, blurred). Blur alone can improve these measures, so an
-  arm helps only if it is better than both.
+  best blurred baseline (the baseline's or bilinear features, blurred). Blur alone improves these measures, so an arm
+  helps only if it is better than both.
 - Gap closed: (arm - bilinear) / (encoder - bilinear); left out where the encoder is not clearly better than bilinear.
 - Peers are not trained and get no verdict. The ceiling is the encoder itself at a higher resolution. An arm that is the
   same for all seeds was measured once; for a checkpoint, the spread over trainings is not known.

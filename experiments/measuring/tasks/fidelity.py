@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 SMOOTH = {"cosine": +1, "error": -1, "edge_cosine": +1, "edge_error": -1} | {f"{name}_error": -1 for name in REGIONS}
 """Measures that blur always improves -> +1 where more is better."""
 CONTROLLED = {"detail": +1} | SMOOTH
-"""Measures with a blurred control. Blur lowers detail that is mostly right, and raises it where most is wrong."""
+"""Measures that are also measured at the best blur. Blur lowers detail that is mostly right, and raises it where most is
+wrong: so the control of detail is a measure of its own, each arm at its best blur, and does not decide its verdict."""
 _OF_VARIANCE = "of the target's variance"
 
 
@@ -35,8 +36,8 @@ def _in(region: str) -> str:
 
 register_measures(
     {
-        "detail": Measure(+1, title="detail correlation", blurred="detail_blurred"),
-        "detail_blurred": Measure(+1, title="detail correlation, blurred"),
+        "detail": Measure(+1, title="detail correlation"),
+        "detail_blurred": Measure(+1, title="detail correlation at best blur"),
         "detail_error": Measure(-1, "of the detail's energy", "detail error at best amplitude"),
         "edge_detail": Measure(+1, title="detail correlation at edges"),
         "cosine": Measure(+1, blurred="cosine_blurred"),
