@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 SMOOTH = {"cosine": +1, "error": -1, "edge_cosine": +1, "edge_error": -1} | {f"{name}_error": -1 for name in REGIONS}
 """Measures that blur always improves -> +1 where more is better."""
 CONTROLLED = {"detail": +1} | SMOOTH
-"""Measures that are also measured at the best blur. Blur lowers detail that is mostly right, and raises it where most is
-wrong: so the control of detail is a measure of its own, each arm at its best blur, and does not decide its verdict."""
+"""Measures that are also measured at the best blur. Blur lowers detail that is mostly right, and raises it where most
+is wrong: so the control of detail is a measure of its own, each arm at its best blur, and does not decide its verdict."""
 _OF_VARIANCE = "of the target's variance"
 
 
