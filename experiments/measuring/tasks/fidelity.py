@@ -26,7 +26,7 @@ SMOOTH = {"cosine": +1, "error": -1, "edge_cosine": +1, "edge_error": -1} | {f"{
 """Measures that blur always improves -> +1 where more is better."""
 CONTROLLED = {"detail": +1} | SMOOTH
 """Measures that are also measured at the best blur. Blur lowers detail that is mostly right, and raises it where most
-is wrong: so the control of detail is a measure of its own, each arm at its best blur, and does not decide its verdict."""
+is wrong: so the control of detail is a measure of its own, each arm at its best blur; it decides no verdict."""
 _OF_VARIANCE = "of the target's variance"
 
 
