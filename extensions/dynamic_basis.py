@@ -8,7 +8,7 @@ Papers: dynamic filter networks (De Brabandere et al., arXiv 1605.09673) generat
 (Yang et al., arXiv 1904.04971) mixes them from a bank, with one mixture per image. The network treats the channels as
 a set (Zaheer et al., arXiv 1703.06114), so their number and order do not matter.
 
-Status: measured (docs/extensions.md): no help shown.
+Status: measured (docs/extensions.md): no help shown, from scratch or from published weights.
 """
 
 import math
