@@ -161,7 +161,7 @@ def test_arms_start_from_the_weights_that_are_asked_for(start, arm, init_from, o
 
 
 def test_every_recipe_that_trains_can_start_from_trained_weights(given):
-    for name in set(RECIPES) - {"debug/fast", "video"}:  # whose models are tiny; which trains nothing
+    for name in set(RECIPES) - {"debug/fast", "parts", "video"}:  # whose models are small; which trains nothing
         made = recipe(name)
         for key, value in given.items():
             if key in made.keys():  # noqa: SIM118
