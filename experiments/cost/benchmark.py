@@ -160,6 +160,9 @@ def _new_row(name: str, case: Case, config: DictConfig, device: torch.device) ->
     row.parameters = sum(weight.numel() for weight in network.parameters())
     if name in READOUT_ARMS:
         return row
+    if case.training and not any(weight.requires_grad for weight in network.parameters()):
+        row.status = "refused: it has no weights to train"
+        return row
     try:
         row.gflops = forward_flops(network, case) / 1e9
     except CannotUpsample as refusal:

@@ -62,7 +62,8 @@ def make_batch(case: Case, device: torch.device) -> Batch:
 def make_arm(name: str, case: Case, config: DictConfig, batch: Batch) -> PreparedArm:
     """Builds one of `ARM_NAMES` on the device of `batch`, with the same weights; or a peer."""
     if name in peers():
-        return _peer_arm(name, case, batch)
+        network = bench_peer(name, case).to(batch.image.device)
+        return _training_arm(network.train(), case, config, batch) if case.training else _peer_arm(network, case, batch)
     model = core.from_config(config).to(batch.image.device)
     network = model
     if name == "dense":
@@ -99,8 +100,8 @@ def bench_peer(name: str, case: Case) -> Peer:
     return peer_from_config({"peer": name, **{key: value for key, value in known.items() if key in fields}})
 
 
-def _peer_arm(name: str, case: Case, batch: Batch) -> PreparedArm:
-    network = bench_peer(name, case).to(batch.image.device, DTYPES[case.dtype])
+def _peer_arm(network: Peer, case: Case, batch: Batch) -> PreparedArm:
+    network = network.to(DTYPES[case.dtype])
 
     @torch.no_grad()
     def call() -> Tensor:

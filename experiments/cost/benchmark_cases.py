@@ -103,12 +103,6 @@ def _check(values: dict[str, Any]) -> None:
         )
     if readout and values["training"]:
         raise SettingError(f"arms={values['arms']} are measured in a forward only: add training=[]")
-    others = [name for name in values["arms"] if name in peers()]
-    if others and (readout or values["training"]):
-        raise SettingError(
-            f"peers ({', '.join(others)}) are measured in a forward, of features only: add training=[], and leave out "
-            f"the arms {' and '.join(READOUT_ARMS)}"
-        )
     for key in ("num_runs", "num_threads", "batch_size", "training_batch_size", "num_classes"):
         _check_number(key, values[key], 1)
     _check_number("num_warmup", values["num_warmup"], 0)

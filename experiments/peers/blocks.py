@@ -60,13 +60,22 @@ def blocks(length: int, outputs: int, window: int, device: torch.device | str = 
     return Blocks(*(one.to(device) if isinstance(one, Tensor) else one for one in found))
 
 
+def grouped(band: Tensor, columns: Blocks) -> Tensor:
+    """(B,c,n,outputs), the positions of one row of blocks -> (B,m,c,n·n'): those of each block."""
+    parts = band.unflatten(3, columns.members.shape) if columns.is_even else band[..., columns.members]
+    return parts.permute(0, 3, 1, 2, 4).flatten(3)
+
+
 def seen(values: Tensor, rows: Tensor, columns: Blocks) -> Tensor:
     """(B,c,h,w), (k,) rows of cells -> (B,m,k·k',c): what each block of one row of blocks sees."""
     return values[:, :, rows][..., columns.windows].permute(0, 3, 2, 4, 1).flatten(2, 3)
 
 
-def mixed(weights: Tensor, values: Tensor, columns: Blocks) -> Tensor:
-    """The outputs of one row of blocks: (B,m,n·n',k·k') weights and (B,m,k·k',c) values -> (B,c,n,outputs)."""
-    means = (values.mT @ weights.mT).unflatten(3, (-1, columns.members.shape[1]))  # (B,m,c,n,n')
-    means = means.permute(0, 2, 3, 1, 4).flatten(3)
-    return means if columns.is_even else means[..., columns.slots]
+def write_means(band: Tensor, weights: Tensor, values: Tensor, columns: Blocks) -> None:
+    """Writes one row of blocks of the output, the view `band`: (B,m,n·n',k·k') weights and (B,m,k·k',c) values ->
+    (B,c,n,outputs)."""
+    means = (values.mT @ weights.mT).unflatten(3, (-1, columns.members.shape[1])).permute(0, 2, 3, 1, 4)  # (B,c,n,m,n')
+    if columns.is_even:
+        band.unflatten(3, columns.members.shape).copy_(means)
+    else:
+        band.copy_(means.flatten(3)[..., columns.slots])

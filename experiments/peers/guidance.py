@@ -15,6 +15,11 @@ def sized(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(wide, tuple(size), mode="bilinear", antialias=True).to(image.dtype)
 
 
+def pooled(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B,N,H,W) averaged over cells; the same tensor if it has that size, which PyTorch would copy slowly."""
+    return x if tuple(x.shape[-2:]) == tuple(size) else F.adaptive_avg_pool2d(x, size)
+
+
 def rgb_of(image: Tensor) -> Tensor:
     """(B,3,H,W) normalised with ImageNet's mean and deviation -> RGB in [0,1]."""
     mean, std = (image.new_tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))

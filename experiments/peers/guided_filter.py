@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from core.backbones import IMAGENET_STD
 from experiments.peers.base import Peer, register_peer
-from experiments.peers.blocks import Blocks, blocks, mixed, seen
+from experiments.peers.blocks import Blocks, blocks, grouped, seen, write_means
 
 
 @register_peer("guided_filter")
@@ -66,10 +66,10 @@ def _applied(functions: Sequence[Tensor], colours: Tensor, dtype: torch.dtype) -
     for some, near in rows.bands():
         down = _bilinear(rows, some, near).to(colours)  # (n,k)
         space = (down[:, None, :, None] * across[:, None, :, None]).flatten(3).flatten(1, 2)  # (m,n·n',k·k')
-        here = colours[:, :, some][..., columns.members].permute(0, 3, 2, 4, 1).flatten(2, 3)  # (B,m,n·n',4)
+        here = grouped(colours[:, :, some], columns).mT  # (B,m,n·n',4)
         weights = (here[..., None] * space[..., None, :]).flatten(3)  # (B,m,n·n',4·k·k')
         values = torch.cat([seen(one, near, columns) for one in functions], 2)  # (B,m,4·k·k',C)
-        output[:, :, some] = mixed(weights, values, columns).to(dtype)
+        write_means(output[:, :, some], weights, values, columns)
     return output
 
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from core.backbones import IMAGENET_STD
 from experiments.peers.base import Peer, register_peer
-from experiments.peers.blocks import Blocks, blocks, mixed, seen
+from experiments.peers.blocks import Blocks, blocks, grouped, seen, write_means
 
 
 @register_peer("joint_bilateral")
@@ -54,12 +54,12 @@ class JointBilateral(Peer):
         for some, near in rows.bands():
             down = self._nearness(rows, some, near)  # (n,k)
             space = (down[:, None, :, None] + across[:, None, :, None]).flatten(3).flatten(1, 2)  # (m,n·n',k·k')
-            here = fine[:, :, some][..., columns.members].permute(1, 0, 3, 2, 4).flatten(3)  # (3,B,m,n·n')
+            here = grouped(fine[:, :, some], columns).movedim(2, 0)  # (3,B,m,n·n')
             there = seen(coarse, near, columns).movedim(-1, 0)  # (3,B,m,k·k')
             colour = sum((h[..., None] - t[..., None, :]).square() for h, t in zip(here, there, strict=True))
             logits = space.to(colour.dtype) - colour / (2 * self.sigma_colour**2)  # (B,m,n·n',k·k')
             weights = logits.softmax(-1).to(features.dtype)
-            output[:, :, some] = mixed(weights, seen(features, near, columns), columns)
+            write_means(output[:, :, some], weights, seen(features, near, columns), columns)
         return output
 
     def _nearness(self, axis: Blocks, positions: Tensor | slice, cells: Tensor) -> Tensor:

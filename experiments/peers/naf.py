@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.peers.base import Peer, register_peer
-from experiments.peers.blocks import blocks, mixed, seen
+from experiments.peers.blocks import blocks, grouped, seen, write_means
+from experiments.peers.guidance import pooled
 
 NUM_GROUPS = 8
 MOST_PIXELS_PER_OUTPUT = 4
@@ -64,7 +65,7 @@ class NAF(Peer):
         """Contract: `Peer.forward`."""
         size = tuple(image.shape[-2:]) if output_size is None else tuple(output_size)
         query = self.image_encoder(image, size)  # (B,D,Qh,Qw)
-        key = F.adaptive_avg_pool2d(query, features.shape[-2:])  # (B,D,h,w)
+        key = pooled(query, features.shape[-2:])  # (B,D,h,w)
         return block_attention(query, key, features, self.num_heads, self.window)
 
 
@@ -82,7 +83,7 @@ class GuidanceEncoder(nn.Module):
         if any(n > MOST_PIXELS_PER_OUTPUT * q for n, q in zip(image.shape[-2:], size, strict=True)):
             image = F.interpolate(image, tuple(min(n, limit) for n in image.shape[-2:]), mode="bilinear")
         encoded = torch.cat([self.encoder(image), self.sem_encoder(image)], 1)  # (B,D,H,W)
-        return self.rope(F.adaptive_avg_pool2d(encoded, size))  # (B,D,Qh,Qw)
+        return self.rope(pooled(encoded, size))  # (B,D,Qh,Qw)
 
 
 class ConvBlock(nn.Module):
@@ -135,13 +136,14 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, w
     )
     scale = (num_heads / query.shape[1]) ** 0.5
     for some, near in rows.bands():
-        queries = query[:, :, some][..., columns.members].permute(0, 3, 2, 4, 1).flatten(2, 3)  # (B,m,n·n',D)
-        keys, values = (seen(x, near, columns) for x in (key, value))  # (B,m,k·k',·)
-        bands = []
-        for q, k, v in zip(*(x.tensor_split(num_heads, -1) for x in (queries, keys, values)), strict=True):
-            weights = (scale * (q @ k.mT)).softmax(-1).to(v.dtype)  # (B,m,n·n',k·k')
-            bands.append(mixed(weights, v, columns))
-        output[:, :, some] = torch.cat(bands, 1)
+        queries = grouped(query[:, :, some], columns)  # (B,m,D,n·n')
+        keys, values = seen(scale * key, near, columns), seen(value, near, columns)  # (B,m,k·k',·)
+        heads = (queries.chunk(num_heads, 2), keys.chunk(num_heads, 3), values.tensor_split(num_heads, 3))
+        first = 0
+        for q, k, v in zip(*heads, strict=True):
+            weights = (q.mT @ k.mT).softmax(-1).to(v.dtype)  # (B,m,n·n',k·k')
+            write_means(output[:, first : first + v.shape[3], some], weights, v, columns)
+            first += v.shape[3]
     return output
 
 

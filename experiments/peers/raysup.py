@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.peers.base import Peer, register_peer
+from experiments.peers.guidance import pooled
 from experiments.peers.naf import block_attention
 
 NUM_GROUPS = 8
@@ -88,7 +89,7 @@ class RaysUp(Peer):
         size = tuple(image.shape[-2:]) if output_size is None else tuple(output_size)
         guidance = self.image_tokenizer["img_encoder"](image)  # (B,D,H,W)
         query, key = (
-            turned(F.adaptive_avg_pool2d(guidance, grid), self.num_heads) for grid in (size, features.shape[-2:])
+            turned(pooled(guidance, grid), self.num_heads) for grid in (size, features.shape[-2:])
         )  # (B,D,Qh,Qw), (B,D,h,w)
         return block_attention(query, key, features, self.num_heads, self.window)
 

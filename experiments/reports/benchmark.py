@@ -52,7 +52,8 @@ NOTES = """\
   arm and size; GPU: allocated (reserved).
 - budget: output + 3 image-sized buffers of 128 channels (3·H·W·512 B in float32) + 10 %.
 - Peers (experiments/peers/) compute something else: their output is not compared. They have new weights, C is that of
-  the features, and those with one factor are resampled to the output. refused: a peer does not support the size.
+  the features, and those with one factor are resampled to the output. refused: a peer does not support the size, or
+  has nothing to train.
 - GFLOP: of one forward; only matrix products and convolutions, a multiply-add counts as two. Our arms are counted on
   the plain path; the fast path needs fewer for its 3x3 convolution (Winograd).
 - differs: largest difference from the first arm's output (training step: from its gradient of all weights), relative to
