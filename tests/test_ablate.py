@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 import core
 from core.registry import discover
 from experiments import ablate as ablate_command
+from experiments.data.code_version import _of_module, code_version, evaluation_version
 from experiments.data.source_digest import meaning
 from experiments.lock import lock_folder, unlock_folder
 from experiments.measuring.tasks import Ceiling
@@ -28,7 +29,6 @@ from experiments.statistics.score_files import read_scores, write_scores
 from experiments.statistics.scores import ScoreError, frame, image_rows
 from experiments.sweeps import arms, members
 from experiments.sweeps.arms import Arm, check_names, composed, read_arms, strings
-from experiments.sweeps.code_version import _of_module, code_version, evaluation_version
 from experiments.sweeps.members import read_tasks
 from experiments.sweeps.results import SweepError
 from experiments.sweeps.stored import fetch, pictures
@@ -197,7 +197,7 @@ def test_comments_and_docstrings_are_no_other_code():
 
 
 def test_a_change_of_what_measures_asks_for_no_training(tmp_path, monkeypatch):
-    module = sys.modules["experiments.sweeps.code_version"]
+    module = sys.modules["experiments.data.code_version"]
     monkeypatch.setattr(module, "ROOT", tmp_path)
     changes = {"core/anyup": (True, True), "experiments/training/views": (True, True),
                "experiments/data/files": (True, True), "experiments/measuring/probes": (False, True),
@@ -270,7 +270,7 @@ def test_a_cell_that_was_changed_is_another_idea(monkeypatch):
         if amount == 2:
             Cell.forward = lambda self, output, context: output + 2.0
         Cell.__module__ = "__main__"
-        monkeypatch.setattr("experiments.sweeps.code_version.choices", lambda hook: {"cell": Cell})
+        monkeypatch.setattr("experiments.data.code_version.choices", lambda hook: {"cell": Cell})
         return code_version([("decoder", "cell")])
 
     assert digest(1) == digest(1)
@@ -297,7 +297,7 @@ class Cell(Base):
     def digest(before="", after=""):
         namespace = {"__name__": "__main__"}
         exec(cells.replace(before, after), namespace)
-        monkeypatch.setattr("experiments.sweeps.code_version.choices", lambda hook: {"cell": namespace["Cell"]})
+        monkeypatch.setattr("experiments.data.code_version.choices", lambda hook: {"cell": namespace["Cell"]})
         return code_version([("decoder", "cell")])
 
     changes = [("AMOUNT = 1", "AMOUNT = 2"), ("2 * x", "3 * x"), ("range(3)", "range(4)")]

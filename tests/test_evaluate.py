@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -312,3 +313,83 @@ def test_the_command_records_a_run():
     picture = next(Path("mlruns").rglob("nearest/**/000001.png"))
     with Image.open(picture) as opened:
         assert opened.size[0] > 3 * 200
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """(arm, seed) of all that is really measured; `stop_at` stops it as Ctrl-C would."""
+    done, own = [], Evaluation.scores
+
+    def scores(self, model, arm, seed):
+        if arm in measured_of.stop_at:
+            raise KeyboardInterrupt
+        done.append((arm, seed))
+        return own(self, model, arm, seed)
+
+    measured_of = SimpleNamespace(done=done, stop_at=())
+    monkeypatch.setattr(Evaluation, "scores", scores)
+    return measured_of
+
+
+STOPPED = ("peers={bilinear: bilinear, wide: {peer: joint_bilateral, window: 5}}", "blurs={soft: {bilinear: 0.5}}",
+           "ceilings=[encoder]", "seeds=[0,3]")  # fmt: skip
+
+
+def test_an_evaluation_that_was_stopped_goes_on_where_it_was(measured, weights):
+    asked = (*STOPPED, f"checkpoints=[{weights}]")
+    whole = evaluate(config(*asked, "name=whole"))
+    assert whole.pictures
+    assert not Path("outputs/evaluate/whole_unfinished").exists()
+    first = [arm for arm, _ in measured.done[:5]]
+    measured.done.clear()
+    measured.stop_at = (first[-1],)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config(*asked, "name=parts"))
+    assert [arm for arm, _ in measured.done] == first[:-1]
+    measured.done.clear()
+    measured.stop_at = ()
+    parts = evaluate(config(*asked, "name=parts"))
+    assert measured.done == [(first[-1], 0), *((arm, 3) for arm in first)]
+    pd.testing.assert_frame_equal(parts.scores, whole.scores)
+    assert sorted(path.name for path in parts.pictures) == sorted(path.name for path in whole.pictures)
+    assert all(path.exists() for path in parts.pictures)
+    assert not Path("outputs/evaluate/parts_unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        (["peers.wide.window=7"], {"wide"}),
+        (["blurs.soft.bilinear=0.6"], {"soft"}),
+        (["task.epochs=3"], {"bilinear", "wide", "soft", "mine"}),
+        ([], set()),
+    ],
+    ids=str,
+)
+def test_kept_scores_of_something_else_are_not_used(measured, weights, change, again):
+    asked = (*STOPPED, f"checkpoints=[{weights}]", "name=one")
+    measured.stop_at = ("encoder",)
+    for overrides in (asked, (*asked, *change)):
+        measured.done.clear()
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(config(*overrides))
+    assert {arm for arm, _ in measured.done} == again
+
+
+def test_kept_scores_are_those_of_the_weights_and_whole(measured, weights, tmp_path):
+    """Other weights under the same name, and a file that is damaged, are measured."""
+    mine = tmp_path / "mine.safetensors"
+    asked = config(f"checkpoints=[{mine}]", "peers=[bilinear]", "name=one")
+    measured.stop_at = ("encoder",)
+    for seed in (0, 1):
+        core.save(core.build(["embed_dim=8", "attention.num_heads=1", "unifier.num_basis=8", f"seed={seed}"]), mine)
+        measured.done.clear()
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(asked)
+    assert measured.done == [("mine", 0)]
+    for path in Path("outputs/evaluate/one_unfinished").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    measured.done.clear()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(asked)
+    assert measured.done == [("bilinear", 0), ("mine", 0)]

@@ -25,6 +25,7 @@ from experiments.data import DataSet, open_data
 from experiments.data.feature_cache import FeatureCache, fingerprint
 from experiments.measuring.bench import Bench, Ceiling, EncodedImages, Encoder, EvaluationError, Memory, Sizes
 from experiments.measuring.heads import HEADS
+from experiments.measuring.kept import KeptScores
 from experiments.measuring.support import Images, check_adaptation
 from experiments.measuring.task import Picture, make_task
 from experiments.measuring.upsamplers import OfSeeds, of_seed, upsamplers
@@ -48,7 +49,7 @@ from experiments.settings import (
 from experiments.statistics.scores import frame
 from experiments.statistics.verdicts import FLOOR, Comparison, compare
 from experiments.tracking.provenance import Origin, machine
-from experiments.tracking.run import Run, clean_name
+from experiments.tracking.run import clean_name
 from experiments.tracking.store import track
 
 log = logging.getLogger(__name__)
@@ -196,14 +197,28 @@ def evaluate(config: DictConfig) -> Evaluated:
         for name, node in named_peers(config.peers).items():
             run.tag(f"peer.{name}", json.dumps(peer_identity(node)))
         tables, shown = {}, []
+        out_dir = Path(config.out_dir)
+        kept = KeptScores(out_dir / f"{config.name}_unfinished", config, evaluation.fingerprint)
         pairs = [(name, seed) for seed in seeds for name in models]
         for name, seed in Progress(pairs, evaluation.task.choice, "arm"):
             if seed != seeds[0] and not evaluation.task.trains and name not in repeated:
                 tables[name, seed] = tables[name, seeds[0]].assign(seed=seed)  # nothing in it depends on the seed
                 continue
-            tables[name, seed] = evaluation.scores(of_seed(models[name], seeds.index(seed)), name, seed)
-            for picture in evaluation.pictures if seed == seeds[0] else ():
-                shown.append(_draw(picture, name, run, Path(config.out_dir) / f"{config.name}_worst"))
+            model = of_seed(models[name], seeds.index(seed))
+            place = kept.place(model, name, seed)
+            found = kept.read(place)
+            if found is None:
+                found = evaluation.scores(model, name, seed), {}
+                for picture in evaluation.pictures if seed == seeds[0] else ():
+                    path = _draw(picture, name, out_dir / f"{config.name}_worst")
+                    found[1][str(path.relative_to(out_dir))] = f"pictures/{name}/{picture.name}.png"
+                kept.write(place, *found)
+            else:
+                log.info("arm %s, seed %s: measured by a run that was stopped", name, seed)
+            tables[name, seed], pictures = found
+            for path, artifact in pictures.items():
+                run.file(out_dir / path, artifact)
+                shown.append(out_dir / path)
         scores = pd.concat(tables.values(), ignore_index=True)
         trained = [name for name, model in models.items() if not isinstance(model, Peer | Ceiling)]
         results = compare(scores, config.baseline, trained, config.confidence, num_resamples=0)
@@ -220,16 +235,15 @@ def evaluate(config: DictConfig) -> Evaluated:
         run.metrics(metrics(results))
         for file in files:
             run.file(file, f"tables/{file.name}")
+        kept.clear()
     return Evaluated(scores, results, costs, evaluation.notes, files, shown)
 
 
-def _draw(picture: Picture, arm: str, run: Run, folder: Path) -> Path:
-    """Draws an image on which an arm did badly, for the run and into a folder."""
-    drawn = panel(picture.columns)
-    run.picture(drawn, f"pictures/{arm}/{picture.name}.png")
+def _draw(picture: Picture, arm: str, folder: Path) -> Path:
+    """Draws an image on which an arm did badly."""
     path = folder / f"{arm}_{clean_name(picture.name).replace('/', '_')}.png"
     with replacing(path) as part:
-        drawn.save(part, format="png")
+        panel(picture.columns).save(part, format="png")
     return path
 
 

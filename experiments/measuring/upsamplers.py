@@ -112,6 +112,9 @@ class Blurred(nn.Module):
         """(B,3,H,W), (B,C,h,w) -> (B,C,Qh,Qw)."""
         return blurred(self.model(image, features, output_size), tuple(features.shape[-2:]), self.width)
 
+    def extra_repr(self) -> str:
+        return f"width={self.width}"
+
 
 def _blur(name: str, arm: DictConfig, models: dict[str, nn.Module | OfSeeds]) -> Blurred:
     if name in (*models, *CEILINGS):

@@ -27,12 +27,12 @@ from core.nearest import in_one_line
 from core.registry import discover
 from core.weight_files import content_digest
 from experiments.data import DataSet, data_sets, open_data
+from experiments.data.code_version import code_of_user, code_version
 from experiments.measuring.tasks import Ceiling, tasks
 from experiments.measuring.upsamplers import Blurred, checkpoint_and_changes
 from experiments.peers import named_peers, peer_from_config, peer_identity, peers
 from experiments.peers.base import PeerNode
 from experiments.settings import SettingError, one_number
-from experiments.sweeps.code_version import code_of_user, code_version
 from experiments.training.peers import not_of_anyup, peer_node, trained_peer
 from experiments.training.setup import deciding_settings, make_model
 

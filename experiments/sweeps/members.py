@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from experiments.atomic import replacing
+from experiments.data.code_version import code_of_user, evaluation_version
 from experiments.measuring.evaluation import Evaluation
 from experiments.measuring.tasks import Ceiling, tasks
 from experiments.reports.pictures import panel
@@ -41,7 +42,6 @@ from experiments.sweeps.arms import (
     standalone,
     strings,
 )
-from experiments.sweeps.code_version import code_of_user, evaluation_version
 from experiments.sweeps.results import Unit, means
 from experiments.tracking.run import clean_name
 from experiments.tracking.store import Run, track

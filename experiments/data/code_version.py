@@ -19,8 +19,13 @@ _TRAINING = ("core", "experiments/data", "experiments/training")
 """Rooms that trained weights depend on."""
 _WATCHING = ("experiments/training/validation.py", "experiments/training/curves.py")
 """Files in these rooms that only observe a training: a change there requires no new training."""
-_BESIDE = ("experiments/training/benchmark.py", "experiments/training/distillation.py")
-"""Files in these rooms that no result of a sweep depends on."""
+_BESIDE = (
+    "experiments/training/benchmark.py",
+    "experiments/training/distillation.py",
+    "experiments/data/code_version.py",
+    "experiments/measuring/kept.py",
+)
+"""Files in these rooms that no result depends on."""
 _MEASURING = ("experiments/measuring", "experiments/peers", "experiments/statistics/scores.py")
 """Further rooms, and a file, that measured scores depend on."""
 _PACKAGES = ("torch", "torchvision", "timm", "torchmetrics")
