@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.v2.functional import gaussian_blur
 
 import core
 from core.backbones import Backbone
@@ -130,6 +131,16 @@ def test_blur_is_a_gaussian_of_so_many_coarse_cells():
     assert blurred(spike, (10, 10), 0.0) is spike
     small = torch.rand(1, 3, 4, 4)
     assert blurred(small, (2, 2), 1.0).shape == small.shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid", "width", "size"), [((1, 3, 14, 18), (7, 9), 0.5, 7), ((1, 2, 5, 3), (5, 3), 2.0, 5)]
+)
+def test_the_blur_is_torchvisions(shape, grid, width, size):
+    """Computed as two products of matrices; the second kernel is cut where the shorter side ends."""
+    x, sigma = torch.randn(shape, dtype=torch.float64), width * shape[2] / grid[0]
+    expected = gaussian_blur(x, [size, size], [sigma, sigma])
+    torch.testing.assert_close(blurred(x, grid, width), expected, rtol=0, atol=1e-14)
 
 
 def test_the_width_is_chosen_on_other_images():

@@ -7,8 +7,10 @@ where it beats the best blurred baseline (`experiments.statistics.verdicts`).
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
+import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
@@ -22,7 +24,14 @@ def blurred(features: Tensor, grid: tuple[int, int], width: float) -> Tensor:
     if not sigma:
         return features
     size = min(2 * math.ceil(3 * sigma) + 1, *(2 * side - 1 for side in features.shape[-2:]))
-    return gaussian_blur(features, [size, size], [sigma, sigma])
+    down, across = (_along(side, size, sigma).to(features) for side in features.shape[-2:])
+    return down @ features @ across.mT
+
+
+@lru_cache(64)
+def _along(side: int, size: int, sigma: float) -> Tensor:
+    """(side,side) float64: the blur along one axis as a matrix; two products are faster than a kernel of two axes."""
+    return gaussian_blur(torch.eye(side, dtype=torch.float64)[None], [1, size], [1.0, sigma])[0]
 
 
 def at_best_width(
