@@ -7,24 +7,15 @@ The tests pass at once, and it starts as the baseline.
 Exit code: 2 if a name is taken or not valid, or this is no checkout.
 """
 
-import sys
-
 from core.hooks import HOOK_POINTS
-from experiments.errors import Told
-from experiments.scaffold import command_line, new_extension, report
+from experiments.scaffold import new_extension, write_as_asked
 
 USAGE = f"python -m experiments.new_extension NAME hook=HOOK, HOOK one of {', '.join(HOOK_POINTS)}"
 
 
 def main() -> None:
     """The command `new_extension`."""
-    given = command_line(USAGE, sys.argv[1:], ["hook"])
-    try:
-        written = new_extension(**given)
-    except Told as error:
-        print(f"ERROR {error}", file=sys.stderr)
-        sys.exit(2)
-    report(written, f"pytest tests/test_{given['name']}.py tests/test_contracts.py -k {given['name']}")
+    write_as_asked(USAGE, new_extension, "tests/test_contracts.py -k {name}", ["hook"])
 
 
 if __name__ == "__main__":

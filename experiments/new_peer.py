@@ -7,23 +7,14 @@ The tests pass at once, and it starts as the baseline.
 Exit code: 2 if a name is taken or not valid, or this is no checkout.
 """
 
-import sys
-
-from experiments.errors import Told
-from experiments.scaffold import command_line, new_peer, report
+from experiments.scaffold import new_peer, write_as_asked
 
 USAGE = "python -m experiments.new_peer NAME"
 
 
 def main() -> None:
     """The command `new_peer`."""
-    given = command_line(USAGE, sys.argv[1:])
-    try:
-        written = new_peer(**given)
-    except Told as error:
-        print(f"ERROR {error}", file=sys.stderr)
-        sys.exit(2)
-    report(written, f"pytest tests/test_{given['name']}.py tests/test_peer_contracts.py -k {given['name']}")
+    write_as_asked(USAGE, new_peer, "tests/test_peer_contracts.py -k {name}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Used by `experiments.new_extension`, `experiments.new_peer` and `experiments.new
 import keyword
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,6 +116,13 @@ def command_line(usage: str, arguments: Sequence[str], keys: Sequence[str] = ())
     return {"name": names[0], **dict(pairs)}
 
 
-def report(written: list[Path], checks: str) -> None:
-    """Says what was written and how to go on."""
-    print("Written:", *(f"  {path}" for path in written), "", f"Check it: {checks}", sep="\n")
+def write_as_asked(usage: str, write: Callable[..., list[Path]], tests: str, keys: Sequence[str] = ()) -> None:
+    """The whole of a command: reads its arguments, writes the files, and says how to go on with pytest and `tests`."""
+    given = command_line(usage, sys.argv[1:], keys)
+    try:
+        written = write(**given)
+    except Told as error:
+        print(f"ERROR {error}", file=sys.stderr)
+        sys.exit(2)
+    print("Written:", *(f"  {path}" for path in written), sep="\n")
+    print(f"\nCheck it: pytest tests/test_{given['name']}.py {tests.format_map(given)}".rstrip())
