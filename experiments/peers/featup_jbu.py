@@ -1,6 +1,7 @@
 """`featup_jbu`: learned joint bilateral upsampling, twice the size at a time (one encoder's)."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,6 +13,9 @@ from experiments.peers.base import CannotUpsample, Peer, register_peer
 RADIUS = 3
 DIAMETER = 2 * RADIUS + 1
 KEY_DIM = 32
+TILE = 8
+SEEN = TILE + 2 * RADIUS
+"""Neighbours are looked up for tiles of 8 x 8 positions, which see 14 x 14: then it is a product of small matrices."""
 
 
 @register_peer("featup_jbu")
@@ -88,13 +92,12 @@ class Stage(nn.Module):
         kernel = kernel / kernel.sum(1, keepdim=True).clamp(min=1e-7)
         kernel = kernel + 0.1 * self.fixup_proj(torch.cat([kernel, guidance], 1))
         enlarged = F.interpolate(features, size, mode="bicubic")  # (B,C,2h,2w)
-        return sum(kernel[:, i, None] * near for i, near in enumerate(_neighbours(enlarged)))
+        return _applied(kernel, enlarged)
 
     def range_kernel(self, guidance: Tensor) -> Tensor:
         """(B,3,2h,2w) -> (B,49,2h,2w): how alike each neighbour's encoded colours are, with sum 1."""
         encoded = self.range_proj(guidance)  # (B,32,2h,2w)
-        alike = torch.stack([(encoded * near).sum(1) for near in _neighbours(encoded)], 1)  # (B,49,2h,2w)
-        return (self.range_temp.exp().clamp(1e-4, 1e4) * alike).softmax(1)
+        return (self.range_temp.exp().clamp(1e-4, 1e4) * _likeness(encoded)).softmax(1)
 
     def spatial_kernel(self) -> Tensor:
         """(49,): a Gaussian of the distance, in half windows."""
@@ -103,10 +106,53 @@ class Stage(nn.Module):
         return torch.exp(-squared / (2 * self.sigma_spatial**2)).flatten()
 
 
-def _neighbours(x: Tensor) -> list[Tensor]:
-    """The 49 neighbours of each position, row by row, (B,·,H,W) each; beyond the border the image is reflected."""
-    (height, width), padded = x.shape[-2:], F.pad(x, (RADIUS,) * 4, mode="reflect")
-    return [padded[:, :, i : i + height, j : j + width] for i in range(DIAMETER) for j in range(DIAMETER)]
+def _likeness(x: Tensor) -> Tensor:
+    """(B,c,H,W) -> (B,49,H,W): products of each vector with those of its neighbours, row by row."""
+    bands = []
+    for own, near in zip(_tiles(x), _windows(x), strict=True):
+        products = own.mT @ near  # (B,n,64,196)
+        bands.append(_untiled(products.gather(3, _near(x).expand(*products.shape[:3], -1)).mT))
+    return torch.cat(bands, 2)[:, :, : x.shape[2], : x.shape[3]]
+
+
+def _applied(kernel: Tensor, x: Tensor) -> Tensor:
+    """(B,49,H,W) weights of each position's neighbours, (B,c,H,W) -> (B,c,H,W)."""
+    bands = []
+    for own, near in zip(_tiles(kernel), _windows(x), strict=True):
+        weights = own.new_zeros(*own.shape[:2], TILE**2, SEEN**2)
+        weights = weights.scatter(3, _near(x).expand(*own.shape[:2], -1, -1), own.mT)  # (B,n,64,196)
+        bands.append(_untiled(near @ weights.mT))
+    return torch.cat(bands, 2)[:, :, : x.shape[2], : x.shape[3]]
+
+
+def _tiles(x: Tensor) -> Iterator[Tensor]:
+    """(B,c,H,W) -> (B,n,c,64) of each row of tiles; beyond the last row and column are zeros."""
+    bottom, right = (-side % TILE for side in x.shape[-2:])
+    return _rows(F.pad(x, (0, right, 0, bottom)).unfold(2, TILE, TILE).unfold(3, TILE, TILE))
+
+
+def _windows(x: Tensor) -> Iterator[Tensor]:
+    """(B,c,H,W) -> (B,n,c,196) of each row of tiles: what the tiles see; at the border the image is reflected."""
+    bottom, right = (-side % TILE for side in x.shape[-2:])
+    padded = F.pad(F.pad(x, (RADIUS,) * 4, mode="reflect"), (0, right, 0, bottom))
+    return _rows(padded.unfold(2, SEEN, TILE).unfold(3, SEEN, TILE))
+
+
+def _rows(parts: Tensor) -> Iterator[Tensor]:
+    """(B,c,m,n,k,k) -> m times (B,n,c,k·k)."""
+    return (row.permute(0, 2, 1, 3, 4).flatten(3) for row in parts.unbind(2))
+
+
+def _untiled(band: Tensor) -> Tensor:
+    """(B,n,c,64) -> (B,c,8,8·n)."""
+    return band.unflatten(3, (TILE, TILE)).permute(0, 2, 3, 1, 4).flatten(3)
+
+
+def _near(like: Tensor) -> Tensor:
+    """(64,49) int64: places of each position's neighbours among what its tile sees."""
+    own, away = torch.arange(TILE, device=like.device), torch.arange(DIAMETER, device=like.device)
+    along = own[:, None] + away  # (8,7)
+    return (along[:, None, :, None] * SEEN + along[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
 def _two_layers(channels: int, hidden: int, outputs: int) -> nn.Sequential:
