@@ -1,5 +1,6 @@
 """LiFT, UPLiFT, LoftUp and RaysUp: what each computes, by its definition in float64."""
 
+import itertools
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from experiments.peers import CannotUpsample
 from experiments.peers.lift import LiFT
 from experiments.peers.loftup import LoftUp
 from experiments.peers.raysup import RaysUp, ray_angles
+from experiments.peers.tiles import weighted_sums
 from experiments.peers.uplift import OFFSETS, UPLiFT
 
 
@@ -268,3 +270,25 @@ def test_raysup_encodes_pixels_rows_columns_and_corners():
     assert torch.equal(changed[2], (rows <= 3) & (columns == 0))
     odd = (rows % 2 == 1) & (columns % 2 == 1) & (rows <= 3) & (columns <= 3)
     assert torch.equal(changed[3], odd)
+
+
+@pytest.mark.parametrize(("mode", "finer"), [("reflect", 1), ("replicate", 2)])
+def test_weighted_sums_over_neighbours_in_tiles(mode, finer):
+    """Against a loop over positions and neighbours; sizes that the tiles do not divide."""
+    side, reach, size = 2, 1, (5, 3)
+    offsets = [(0, 0), (-1, 1), (1, 0)]
+    own = torch.arange(side * finer) // finer
+    along = [own[:, None] + torch.tensor([one[axis] for one in offsets]) + reach for axis in (0, 1)]
+    places = (along[0][:, None] * (side + 2 * reach) + along[1][None]).flatten(0, 1)
+    values = torch.randn(2, 3, *size, dtype=torch.float64)
+    weights = torch.randn(2, 3, *(finer * n for n in size), dtype=torch.float64)
+    padded, expected = (
+        F.pad(values, (reach,) * 4, mode=mode),
+        torch.zeros(2, 3, *weights.shape[2:], dtype=torch.float64),
+    )
+    for y, x in itertools.product(*map(range, weights.shape[2:])):
+        for k, (i, j) in enumerate(offsets):
+            near = padded[:, :, y // finer + i + reach, x // finer + j + reach]
+            expected[:, :, y, x] += weights[:, k, None, y, x] * near
+    found = weighted_sums(weights, values, places, side, reach, mode)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)

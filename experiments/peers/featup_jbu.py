@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.peers.base import CannotUpsample, Peer, register_peer
+from experiments.peers.tiles import seen_by_tiles, tiles, untiled, weighted_sums
 
 RADIUS = 3
 DIAMETER = 2 * RADIUS + 1
 KEY_DIM = 32
 TILE = 8
-SEEN = TILE + 2 * RADIUS
-"""Neighbours are looked up for tiles of 8 x 8 positions, which see 14 x 14: then it is a product of small matrices."""
 
 
 @register_peer("featup_jbu")
@@ -92,7 +91,7 @@ class Stage(nn.Module):
         kernel = kernel / kernel.sum(1, keepdim=True).clamp(min=1e-7)
         kernel = kernel + 0.1 * self.fixup_proj(torch.cat([kernel, guidance], 1))
         enlarged = F.interpolate(features, size, mode="bicubic")  # (B,C,2h,2w)
-        return _applied(kernel, enlarged)
+        return weighted_sums(kernel, enlarged, _near(enlarged), TILE, RADIUS, "reflect")
 
     def range_kernel(self, guidance: Tensor) -> Tensor:
         """(B,3,2h,2w) -> (B,49,2h,2w): how alike each neighbour's encoded colours are, with sum 1."""
@@ -108,51 +107,21 @@ class Stage(nn.Module):
 
 def _likeness(x: Tensor) -> Tensor:
     """(B,c,H,W) -> (B,49,H,W): products of each vector with those of its neighbours, row by row."""
-    bands = []
-    for own, near in zip(_tiles(x), _windows(x), strict=True):
-        products = own.mT @ near  # (B,n,64,196)
-        bands.append(_untiled(products.gather(3, _near(x).expand(*products.shape[:3], -1)).mT))
-    return torch.cat(bands, 2)[:, :, : x.shape[2], : x.shape[3]]
+    near = _near(x)
 
+    def products() -> Iterator[Tensor]:
+        for own, others in zip(tiles(x, TILE), seen_by_tiles(x, TILE, RADIUS, "reflect"), strict=True):
+            alike = own.mT @ others  # (B,n,64,196)
+            yield alike.gather(3, near.expand(*alike.shape[:2], -1, -1)).mT  # (B,n,49,64)
 
-def _applied(kernel: Tensor, x: Tensor) -> Tensor:
-    """(B,49,H,W) weights of each position's neighbours, (B,c,H,W) -> (B,c,H,W)."""
-    bands = []
-    for own, near in zip(_tiles(kernel), _windows(x), strict=True):
-        weights = own.new_zeros(*own.shape[:2], TILE**2, SEEN**2)
-        weights = weights.scatter(3, _near(x).expand(*own.shape[:2], -1, -1), own.mT)  # (B,n,64,196)
-        bands.append(_untiled(near @ weights.mT))
-    return torch.cat(bands, 2)[:, :, : x.shape[2], : x.shape[3]]
-
-
-def _tiles(x: Tensor) -> Iterator[Tensor]:
-    """(B,c,H,W) -> (B,n,c,64) of each row of tiles; beyond the last row and column are zeros."""
-    bottom, right = (-side % TILE for side in x.shape[-2:])
-    return _rows(F.pad(x, (0, right, 0, bottom)).unfold(2, TILE, TILE).unfold(3, TILE, TILE))
-
-
-def _windows(x: Tensor) -> Iterator[Tensor]:
-    """(B,c,H,W) -> (B,n,c,196) of each row of tiles: what the tiles see; at the border the image is reflected."""
-    bottom, right = (-side % TILE for side in x.shape[-2:])
-    padded = F.pad(F.pad(x, (RADIUS,) * 4, mode="reflect"), (0, right, 0, bottom))
-    return _rows(padded.unfold(2, SEEN, TILE).unfold(3, SEEN, TILE))
-
-
-def _rows(parts: Tensor) -> Iterator[Tensor]:
-    """(B,c,m,n,k,k) -> m times (B,n,c,k·k)."""
-    return (row.permute(0, 2, 1, 3, 4).flatten(3) for row in parts.unbind(2))
-
-
-def _untiled(band: Tensor) -> Tensor:
-    """(B,n,c,64) -> (B,c,8,8·n)."""
-    return band.unflatten(3, (TILE, TILE)).permute(0, 2, 3, 1, 4).flatten(3)
+    return untiled(products(), TILE, tuple(x.shape[-2:]))
 
 
 def _near(like: Tensor) -> Tensor:
-    """(64,49) int64: places of each position's neighbours among what its tile sees."""
+    """(64,49) int64: places of the neighbours of a tile's 8 x 8 positions in the 14 x 14 that it sees, row by row."""
     own, away = torch.arange(TILE, device=like.device), torch.arange(DIAMETER, device=like.device)
-    along = own[:, None] + away  # (8,7)
-    return (along[:, None, :, None] * SEEN + along[None, :, None, :]).flatten(2).flatten(0, 1)
+    along, seen = own[:, None] + away, TILE + 2 * RADIUS  # (8,7)
+    return (along[:, None, :, None] * seen + along[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
 def _two_layers(channels: int, hidden: int, outputs: int) -> nn.Sequential:

@@ -9,10 +9,12 @@ from torch.nn import functional as F
 
 from experiments.peers.base import Peer, register_peer
 from experiments.peers.guidance import sized
+from experiments.peers.tiles import weighted_sums
 
 _WIDTHS = (16, 32, 64, 128, 128)  # channels of the image encoder's blocks
 _GUIDE = 64  # channels of the decoder, from which the weights are predicted
 _REACH = 2
+_TILE = 4  # rows and columns of cells
 OFFSETS = tuple(
     (i, j)
     for i in range(-_REACH, _REACH + 1)
@@ -92,15 +94,16 @@ class _Attender(nn.Module):
 
     def forward(self, guide: Tensor, values: Tensor) -> Tensor:
         """(B,64,2h,2w), (B,C,h,w) -> (B,C,2h,2w)."""
-        h, w = values.shape[-2:]
-        weights = _plus(guide, self.conv1(guide)).softmax(dim=1).to(values.dtype)  # (B,17,2h,2w)
-        padded = F.pad(values, (_REACH,) * 4, mode="replicate")
-        total = values.new_zeros(*values.shape[:3], 2, w, 2)  # (B,C,h,2,w,2)
-        for o, (i, j) in enumerate(OFFSETS):  # one neighbour at a time: 17 copies of the output are never held
-            moved = padded[..., _REACH + i : _REACH + i + h, _REACH + j : _REACH + j + w]  # (B,C,h,w)
-            weight = weights[:, o : o + 1].unflatten(3, (w, 2)).unflatten(2, (h, 2))  # (B,1,h,2,w,2)
-            total.addcmul_(weight, moved[:, :, :, None, :, None])
-        return total.flatten(4, 5).flatten(2, 3)
+        weights = _plus(guide, self.conv1(guide)).softmax(dim=1)  # (B,17,2h,2w)
+        return weighted_sums(weights, values, _places(values), _TILE, _REACH, "replicate")
+
+
+def _places(like: Tensor) -> Tensor:
+    """(64,17) int64: places of the neighbours of 8 x 8 new positions in the 8 x 8 cells that their tile sees."""
+    offsets = torch.tensor(OFFSETS, device=like.device) + _REACH  # (17,2)
+    cells = torch.arange(2 * _TILE, device=like.device) // 2  # (8,)
+    rows, columns = (cells[:, None] + offsets[:, axis] for axis in (0, 1))  # (8,17)
+    return (rows[:, None] * (_TILE + 2 * _REACH) + columns[None]).flatten(0, 1)
 
 
 @register_peer("uplift")
