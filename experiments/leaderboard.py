@@ -17,6 +17,7 @@ from rich.console import Console
 from experiments.command import command
 from experiments.lock import Locked, lock_folder, unlock_folder
 from experiments.reports.leaderboard import rank_table, write
+from experiments.reports.results import Board
 from experiments.settings import (
     SettingError,
     check_confidence,
@@ -27,7 +28,7 @@ from experiments.settings import (
     pick_device,
 )
 from experiments.statistics.ranks import Column, Ranks, columns_of, pairs, rank, wins
-from experiments.sweeps.board import Board, board
+from experiments.sweeps.board import board
 from experiments.tracking.provenance import Origin, machine
 from experiments.tracking.store import track
 
@@ -54,7 +55,7 @@ def main(config: DictConfig) -> int | None:
         return 0
     console = Console()
     for ranks, beaten in found.ranks:
-        table = rank_table(ranks, beaten, found.board.kinds, found.board.absent, found.board.costs)
+        table = rank_table(ranks, beaten, found.board)
         console.print(table.rich(["method", "rank", "first", "wins", "losses", "ms"]))
     for file in found.files:
         console.print(os.path.relpath(file), markup=False, highlight=False, soft_wrap=True)
@@ -106,10 +107,7 @@ def _led(config: DictConfig, folder: Path, device: torch.device) -> Leaderboard:
             machine(device, torch.get_num_threads(), "float32"),
             notes=found.notes,
         )
-        files = write(
-            folder, config.name, origin, ranked, columns, found.kinds, found.absent, found.left_out, found.costs,
-            found.scores, judged,
-        )  # fmt: skip
+        files = write(folder, config.name, origin, found, ranked, columns, judged)
         for file in files:
             run.file(file, f"leaderboard/{file.name}")
         for ranks, _ in ranked:

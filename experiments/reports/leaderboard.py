@@ -15,6 +15,7 @@ from experiments.reports import style
 from experiments.reports.costs import conditions
 from experiments.reports.figures import front
 from experiments.reports.markdown import Table, number, with_interval
+from experiments.reports.results import Board
 from experiments.statistics.ranks import Column, Ranks
 from experiments.statistics.score_files import write_scores
 from experiments.statistics.scores import MEASURES, value
@@ -40,66 +41,59 @@ def write(
     folder: Path,
     name: str,
     origin: Origin,
-    boards: Sequence[tuple[Ranks, pd.DataFrame]],
+    board: Board,
+    ranked: Sequence[tuple[Ranks, pd.DataFrame]],
     columns: Sequence[Column],
-    kinds: Mapping[str, str],
-    absent: Mapping[tuple[str, str], str],
-    left_out: Mapping[str, str],
-    costs: pd.DataFrame | None,
-    scores: pd.DataFrame,
     judged: pd.DataFrame,
 ) -> list[Path]:
-    """Writes NAME.md, .csv, .png, _values.csv, _pairs.csv, _scores.parquet, each whole or not at all -> their paths."""
+    """Writes NAME.md, .csv, .png, _values.csv, _pairs.csv, _scores.parquet, each whole or not at all -> their paths.
+
+    Args:
+        ranked: of each group of encoders, with the wins of its methods. judged: `statistics.ranks.pairs`.
+    """
     files = [folder / f"{name}{end}" for end in (".md", ".csv", "_values.csv", "_pairs.csv", ".png", "_scores.parquet")]
-    text = markdown(name, origin, boards, columns, kinds, absent, left_out, costs, files[4].name)
+    text = markdown(name, origin, board, ranked, columns, files[4].name)
     with replacing(files[0]) as part:
         part.write_text(text, encoding="utf-8")
-    for file, table in zip(files[1:4], (rows_of(boards), values_of(columns, kinds), judged), strict=True):
+    for file, table in zip(files[1:4], (rows_of(ranked), values_of(columns, board.kinds), judged), strict=True):
         with replacing(file) as part:
             table.to_csv(part, index=False)
     with replacing(files[4]) as part:
-        plot(boards, kinds, costs).savefig(part, format="png")
-    write_scores(files[5], scores, asdict(origin))
+        plot(ranked, board.kinds, board.costs).savefig(part, format="png")
+    write_scores(files[5], board.scores, asdict(origin))
     return files
 
 
 def markdown(
     name: str,
     origin: Origin,
-    boards: Sequence[tuple[Ranks, pd.DataFrame]],
+    board: Board,
+    ranked: Sequence[tuple[Ranks, pd.DataFrame]],
     columns: Sequence[Column],
-    kinds: Mapping[str, str],
-    absent: Mapping[tuple[str, str], str],
-    left_out: Mapping[str, str],
-    costs: pd.DataFrame | None,
     picture: str,
 ) -> str:
     """The whole report; `picture` is the name of the figure's file."""
     parts = [origin.header(name), f"![ranks, and ranks against cost]({picture})"]
-    for ranks, beaten in boards:
-        parts += [f"## {ranks.group}", _what(ranks), rank_table(ranks, beaten, kinds, absent, costs).markdown()]
+    for ranks, beaten in ranked:
+        parts += [f"## {ranks.group}", _what(ranks), rank_table(ranks, beaten, board).markdown()]
     for encoder in dict.fromkeys(column.backbone for column in columns):
         parts += [
             f"## Values, {encoder}",
-            value_table([one for one in columns if one.backbone == encoder], kinds).markdown(),
+            value_table([one for one in columns if one.backbone == encoder], board.kinds).markdown(),
         ]
-    if costs is not None:
-        parts.append(f"Cost: {conditions(costs)}")
-    lines = [f"- {task}: needs {setting}=PATH" for task, setting in left_out.items()]
-    lines += [f"- {method} on {encoder}: {reason}" for (encoder, method), reason in absent.items()]
+    if board.costs is not None:
+        parts.append(f"Cost: {conditions(board.costs)}")
+    lines = [f"- {task}: needs {setting}=PATH" for task, setting in board.left_out.items()]
+    lines += [f"- {method} on {encoder}: {reason}" for (encoder, method), reason in board.absent.items()]
     parts += ["## Not measured", "\n".join(lines)] if lines else []
     return "\n\n".join([*parts, NOTES]) + "\n"
 
 
-def rank_table(
-    ranks: Ranks,
-    beaten: pd.DataFrame,
-    kinds: Mapping[str, str],
-    absent: Mapping[tuple[str, str], str],
-    costs: pd.DataFrame | None,
-) -> Table:
+def rank_table(ranks: Ranks, beaten: pd.DataFrame, board: Board) -> Table:
     """One line per method, the best first; then those that lack something, with the reason."""
-    times = {} if costs is None else costs.groupby("arm")[["time_ms", "memory_mb"]].median().to_dict("index")
+    times = (
+        {} if board.costs is None else board.costs.groupby("arm")[["time_ms", "memory_mb"]].median().to_dict("index")
+    )
     rows = []
     for method in ranks.methods:
         cells = [with_interval(*asdict(ranks.overall[method]).values(), 1), number(ranks.first[method], 2)]
@@ -107,13 +101,13 @@ def rank_table(
         cells += [str(beaten.loc[method].sum()), str(beaten[method].sum())]
         cost = times.get(method, {})
         cells += [number(cost.get("time_ms"), 1), number(cost.get("memory_mb"), 0)]
-        rows.append([method, kinds.get(method, ""), *cells])
+        rows.append([method, board.kinds.get(method, ""), *cells])
     columns = ["method", "kind", "rank", "first", *ranks.aspects, "wins", "losses", "ms", "MB"]
     encoders = {column.backbone for column in ranks.columns}
     for method, lacking in ranks.incomplete.items():
-        reasons = [reason for (encoder, name), reason in absent.items() if name == method and encoder in encoders]
+        reasons = [reason for (encoder, name), reason in board.absent.items() if name == method and encoder in encoders]
         why = "; ".join(dict.fromkeys(reasons)) or f"lacks {len(lacking)} of {len(ranks.columns)} measures"
-        rows.append([method, kinds.get(method, ""), why, *[""] * (len(columns) - 3)])
+        rows.append([method, board.kinds.get(method, ""), why, *[""] * (len(columns) - 3)])
     return Table(columns, rows, ranks.group, left=("method", "kind"))
 
 
@@ -127,10 +121,10 @@ def value_table(columns: Sequence[Column], kinds: Mapping[str, str]) -> Table:
     return Table(["method", *(_title(column) for column in columns)], rows)
 
 
-def rows_of(boards: Sequence[tuple[Ranks, pd.DataFrame]]) -> pd.DataFrame:
+def rows_of(ranked: Sequence[tuple[Ranks, pd.DataFrame]]) -> pd.DataFrame:
     """One row per group, aspect (and overall) and method: mean rank with its interval."""
     rows = []
-    for ranks, beaten in boards:
+    for ranks, beaten in ranked:
         for aspect, of_methods in {"overall": ranks.overall, **ranks.aspects}.items():
             for method, interval in of_methods.items():
                 row = {"group": ranks.group, "aspect": aspect, "method": method, "rank": interval.value}
@@ -154,14 +148,14 @@ def values_of(columns: Sequence[Column], kinds: Mapping[str, str]) -> pd.DataFra
 
 
 @style.styled
-def plot(boards: Sequence[tuple[Ranks, pd.DataFrame]], kinds: Mapping[str, str], costs: pd.DataFrame | None) -> Figure:
+def plot(ranked: Sequence[tuple[Ranks, pd.DataFrame]], kinds: Mapping[str, str], costs: pd.DataFrame | None) -> Figure:
     """For each group: mean ranks with intervals, and against time and memory with the Pareto front, by number."""
-    most = max((len(ranks.methods) for ranks, _ in boards), default=1)
-    figure = style.new_figure(style.WIDTH, max(1, len(boards)) * (1.2 + 0.24 * max(most, 10)))
+    most = max((len(ranks.methods) for ranks, _ in ranked), default=1)
+    figure = style.new_figure(style.WIDTH, max(1, len(ranked)) * (1.2 + 0.24 * max(most, 10)))
     shown = [] if costs is None else [("time_ms", "ms"), ("memory_mb", "MB")]
     widths = (1.2, *[1] * len(shown))
-    places = figure.subplots(max(1, len(boards)), len(widths), squeeze=False, width_ratios=widths)
-    for row, (ranks, _) in zip(places, boards, strict=False):
+    places = figure.subplots(max(1, len(ranked)), len(widths), squeeze=False, width_ratios=widths)
+    for row, (ranks, _) in zip(places, ranked, strict=False):
         _draw_ranks(row[0], ranks, kinds)
         for axes, (key, label) in zip(row[1:], shown, strict=True):
             known = costs.groupby("arm")[key].median().dropna().to_dict()

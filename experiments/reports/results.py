@@ -1,4 +1,4 @@
-"""The parts of a sweep's report: what was planned, what was measured, what failed, and the origin."""
+"""What reports are made of: a sweep's plan, results, failures and origin; and what a leaderboard measured."""
 
 import hashlib
 import json
@@ -80,3 +80,23 @@ class Results:
     def seeds(self) -> list[int]:
         """All planned seeds."""
         return sorted({member.seed for member in self.plan.members})
+
+
+@dataclass
+class Board:
+    """What a leaderboard measured: its sweeps, one for each encoder, joined."""
+
+    scores: pd.DataFrame
+    """Of all encoders: `experiments.statistics.scores`."""
+    kinds: dict[str, str]
+    """Method -> trained, checkpoint, peer or ceiling."""
+    encoders: dict[str, bool]
+    """Encoder -> whether it is unseen."""
+    absent: dict[tuple[str, str], str]
+    """Encoder and method -> why it is not measured there."""
+    left_out: dict[str, str]
+    """Task -> the setting without which it is not measured."""
+    costs: pd.DataFrame | None
+    """As `experiments.cost.arm_cost`, with the column encoder; None: not measured."""
+    notes: list[str] = field(default_factory=list)
+    """Remarks on the measurement that a reader must know."""

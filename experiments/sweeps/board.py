@@ -9,7 +9,7 @@ one folder of members, so nothing is trained or measured twice, and a killed boa
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import pandas as pd
@@ -18,7 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from core.backbones import Backbone, backbone_from_config
 from core.registry import signature_fields
 from experiments.peers import Peer, named_peers, peer_from_config, peers
-from experiments.reports.results import Results
+from experiments.reports.results import Board, Results
 from experiments.settings import SettingError, check_once
 from experiments.sweeps.arms import composed, read_arm, standalone, strings
 from experiments.sweeps.sweep import Sweep, ablate, check_resolves
@@ -55,26 +55,6 @@ class Encoder:
         """For `experiments.evaluate`."""
         chosen = {"" if key == "name" else f".{key}": value for key, value in self.node.items()}
         return [f"backbone{key}={_text(value)}" for key, value in chosen.items()]
-
-
-@dataclass
-class Board:
-    """What was measured, for `experiments.reports.leaderboard`."""
-
-    scores: pd.DataFrame
-    """Of all encoders: `experiments.statistics.scores`."""
-    kinds: dict[str, str]
-    """Method -> trained, checkpoint, peer or ceiling."""
-    encoders: dict[str, bool]
-    """Encoder -> whether it is unseen."""
-    absent: dict[tuple[str, str], str]
-    """Encoder and method -> why it is not measured there."""
-    left_out: dict[str, str]
-    """Task -> the setting without which it is not measured."""
-    costs: pd.DataFrame | None
-    """As `experiments.cost.arm_cost`, with the column encoder; None: not measured."""
-    notes: list[str] = field(default_factory=list)
-    """Remarks on the measurement that a reader must know."""
 
 
 def board(config: DictConfig, leads: bool = True) -> Board | None:
