@@ -20,6 +20,7 @@ import core
 from core.registry import discover
 from experiments import ablate as ablate_command
 from experiments.data.code_version import _of_module, code_version, evaluation_version
+from experiments.data.identity import names_of
 from experiments.data.source_digest import meaning
 from experiments.lock import lock_folder, unlock_folder
 from experiments.measuring.tasks import Ceiling
@@ -404,7 +405,7 @@ def test_a_training_in_a_sweep_goes_on_where_it_was_left(config, fake, monkeypat
 
 def test_images_that_were_trained_on_are_told(config, fake, monkeypatch, caplog):
     made = config(seeds=[0], cost=None)
-    trained_on = sorted(arms.names_of(read_arms(made)[0].training.data))
+    trained_on = sorted(names_of(read_arms(made)[0].training.data))
     monkeypatch.setattr(FakeEvaluation, "image_names", [*trained_on[:2], "another"])
     report = ablate(made)
     note = "fidelity: 2 of the 3 images were trained on"  # the other task has other data

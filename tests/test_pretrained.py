@@ -25,12 +25,13 @@ from core.published import PUBLISHED, to_published
 from core.reference import ReferenceAnyUp
 from core.registry import discover
 from core.weight_files import WeightsError
+from experiments.data.identity import files_of
 from experiments.data.image_files import bundled
 from experiments.data.image_files import read as read_image
 from experiments.measuring.checkpoints import load_model
 from experiments.measuring.metrics import fidelity, fidelity_case
 from experiments.measuring.upsamplers import upsamplers
-from experiments.sweeps.arms import CONFIGS, composed, files_of, read_arms
+from experiments.sweeps.arms import CONFIGS, composed, read_arms
 from experiments.training.setup import make_model
 
 ROOT = str(Path(__file__).resolve().parent.parent)

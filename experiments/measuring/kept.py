@@ -1,7 +1,6 @@
 """What an evaluation has measured so far, on disk: the same command, run again, goes on where it was stopped."""
 
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from torch import nn
 from core.hooks import Filler
 from experiments.data import data_sets
 from experiments.data.code_version import code_of_user, evaluation_version
+from experiments.data.identity import digest_of
 from experiments.measuring.bench import Ceiling
 from experiments.measuring.tasks import tasks
 from experiments.peers import Peer
@@ -39,8 +39,8 @@ class KeptScores:
 
     def place(self, model: nn.Module | Ceiling, arm: str, seed: int) -> Path:
         """The file of a model's scores, as the arm of that name."""
-        known = [*self._known, _identity(model), arm, seed]
-        return self.folder / f"{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]}.parquet"
+        known = {"known": self._known, "model": _identity(model), "arm": arm, "seed": seed}
+        return self.folder / f"{digest_of(known)[:32]}.parquet"
 
     def read(self, place: Path) -> tuple[pd.DataFrame, dict[str, str]] | None:
         """The scores, and the pictures that `write` was given; None: they were not kept, or the file is damaged."""

@@ -1,6 +1,5 @@
 """Reads the arms of a sweep (`configs/ablate.yaml`), and checks them before anything is computed."""
 
-import hashlib
 import itertools
 import json
 import logging
@@ -8,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,8 +25,8 @@ from core.hooks import HOOK_POINTS
 from core.nearest import in_one_line
 from core.registry import discover
 from core.weight_files import content_digest
-from experiments.data import DataSet, data_sets, open_data
-from experiments.data.code_version import code_of_user, code_version
+from experiments.data.code_version import code_version
+from experiments.data.identity import digest_of, files_of, fingerprint_of
 from experiments.measuring.tasks import Ceiling, tasks
 from experiments.measuring.upsamplers import Blurred, checkpoint_and_changes
 from experiments.peers import named_peers, peer_from_config, peer_identity, peers
@@ -216,25 +215,6 @@ def ceilings() -> list[str]:
     return sorted({name for task in tasks().values() for name in task.ceilings})
 
 
-def digest_of(values: Mapping[str, object]) -> str:
-    """Hexadecimal digest of JSON values."""
-    return hashlib.sha256(json.dumps(one_number(values), sort_keys=True).encode()).hexdigest()
-
-
-def fingerprint_of(data: DictConfig) -> str:
-    """Fingerprint of the data set of a configuration node, which is opened once per sweep.
-
-    Raises:
-        DataError: as `open_data`.
-    """
-    return _known(data)[0]
-
-
-def names_of(data: DictConfig) -> frozenset[str]:
-    """Names of all samples of a data set; raises as `fingerprint_of`."""
-    return _known(data)[1]
-
-
 def _named(config: DictConfig) -> dict[str, object]:
     """Name -> overrides, {checkpoint: FILE or NAME, ...} or {peer: NAME, ...}. Overrides name the arms of `product`."""
     named: dict[str, object] = {name: config.arms[name] for name in config.arms or {}}
@@ -354,34 +334,3 @@ def _check_distinct(arms: Sequence[Arm]) -> None:
                 "would be measured twice: leave one out"
             )
         seen[settings] = arm.name
-
-
-def files_of(settings: object) -> dict[str, str]:
-    """Files named in settings (weights to start from, an encoder's): path or name -> digest of the content."""
-    if isinstance(settings, Mapping):
-        return {path: known for value in settings.values() for path, known in files_of(value).items()}
-    if isinstance(settings, list):
-        return {path: known for value in settings for path, known in files_of(value).items()}
-    if isinstance(settings, str) and settings in checkpoint.BUNDLED:
-        # published weights never change, so their name is enough
-        return {settings: content_digest(checkpoint.BUNDLED[settings])}
-    if isinstance(settings, str) and settings and Path(settings).expanduser().is_file():
-        return {settings: content_digest(Path(settings).expanduser())}
-    return {}
-
-
-def forget_data() -> None:
-    """Opens data sets again when they are next asked for: in a long process their files may have changed."""
-    _known_of.cache_clear()
-
-
-def _known(data: DictConfig) -> tuple[str, frozenset[str]]:
-    node = json.dumps(OmegaConf.to_container(data, resolve=True, enum_to_str=True))
-    return _known_of(node, data_sets().get(data.name))
-
-
-@cache
-def _known_of(node: str, cls: type[DataSet] | None) -> tuple[str, frozenset[str]]:
-    data = open_data(json.loads(node))
-    own = code_of_user(cls)
-    return f"{data.fingerprint} {own}".rstrip(), frozenset(data.names)

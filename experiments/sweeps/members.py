@@ -25,6 +25,7 @@ from torch import nn
 
 from experiments.atomic import replacing
 from experiments.data.code_version import code_of_user, evaluation_version
+from experiments.data.identity import digest_of, files_of, fingerprint_of, names_of
 from experiments.measuring.evaluation import Evaluation
 from experiments.measuring.tasks import Ceiling, tasks
 from experiments.reports.pictures import panel
@@ -35,10 +36,6 @@ from experiments.sweeps.arms import (
     Arm,
     check_names,
     composed,
-    digest_of,
-    files_of,
-    fingerprint_of,
-    names_of,
     standalone,
     strings,
 )

@@ -20,6 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from experiments.atomic import replacing
 from experiments.cost.arm_cost import check_cost, measure_costs
+from experiments.data.identity import digest_of, forget_data
 from experiments.lock import Locked, lock_folder, unlock_folder
 from experiments.progress import Progress
 from experiments.reports.results import Plan, Results
@@ -33,7 +34,7 @@ from experiments.settings import (
     check_writable,
     pick_device,
 )
-from experiments.sweeps.arms import digest_of, forget_data, read_arms
+from experiments.sweeps.arms import read_arms
 from experiments.sweeps.members import Member, read_tasks, reason_of
 from experiments.sweeps.results import gather
 from experiments.tracking.provenance import Origin, device_name
