@@ -66,6 +66,7 @@ ROWS = {
     "guided_filter": Row("sum 1", {"radius": 2, "ridge": 0.1}, roundings=2**14),  # the inverse of variances near 0.01
     "anyup": Row("mean", made={"checkpoint": "bundled"}, mirrors=False, trains=None, channels=(7, 384)),
     "anyup_bilateral": Row("mean", {"share": 0.2}, made={"checkpoint": "bundled"}, mirrors=False, channels=(7, 384)),
+    "anyup_guided": Row("sum 1", {"share": 0.2}, {"checkpoint": "bundled"}, mirrors=False, channels=(7, 384)),
     "anyup_regression": Row("sum 1", {"ridge": 0.3}, {"checkpoint": "bundled"}, mirrors=False, channels=(7, 384)),
     "jafar": Row(
         "mean",

@@ -128,16 +128,15 @@ def test_anyup_regression_is_weighted_least_squares(anyup, ridge):
             torch.testing.assert_close(ours[0, :, y, x], fitted, atol=1e-9, rtol=0)
 
 
-def test_anyup_and_its_mean_with_the_bilateral_filter(anyup):
+@pytest.mark.parametrize(("mean", "prior"), [("anyup_bilateral", "joint_bilateral"), ("anyup_guided", "guided_filter")])
+def test_anyup_and_its_mean_with_a_filter(anyup, mean, prior):
     model, image, features = core.load(anyup), torch.randn(1, 3, 16, 20), torch.randn(2, 7, 4, 5)
     image = image.expand(2, -1, -1, -1)
     with torch.no_grad():
         alone = peer_from_config({"peer": "anyup", "checkpoint": anyup})(image, features, (6, 7))
         torch.testing.assert_close(alone, model(image, features, (6, 7)))
-        mixed = peer_from_config({"peer": "anyup_bilateral", "checkpoint": anyup, "share": 0.25})(
-            image, features, (6, 7)
-        )
-        filtered = make_peer("joint_bilateral")(image, features, (6, 7))
+        mixed = peer_from_config({"peer": mean, "checkpoint": anyup, "share": 0.25})(image, features, (6, 7))
+        filtered = make_peer(prior)(image, features, (6, 7))
         torch.testing.assert_close(mixed, 0.75 * alone + 0.25 * filtered)
 
 

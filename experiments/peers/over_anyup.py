@@ -1,4 +1,6 @@
-"""`anyup`, and two gains on it that need no training: `anyup_bilateral` and `anyup_regression`."""
+"""`anyup`, and gains on it that need no training: `anyup_bilateral`, `anyup_guided` and `anyup_regression`."""
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from core.backbones import IMAGENET_STD
 from core.fast.norm_act_conv import Buffers
 from core.hooks import AFTER_ATTENTION
 from experiments.peers.base import Peer, register_peer
+from experiments.peers.guided_filter import GuidedFilter
 from experiments.peers.joint_bilateral import JointBilateral
 
 
@@ -43,16 +46,32 @@ class AnyUpBilateral(OfAnyUp):
         ValueError: a share outside 0 to 1.
     """
 
+    filter: ClassVar[type[Peer]] = JointBilateral
+
     def __init__(self, checkpoint: str, share: float = 0.5):
         super().__init__(checkpoint)
         if not 0 <= share <= 1:
             raise ValueError(f"share must lie between 0 and 1, got {share}")
-        self.share, self.bilateral = share, JointBilateral()
+        self.share, self.prior = share, self.filter()
 
     def forward(self, image: Tensor, features: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
         """Contract: `Peer.forward`."""
-        filtered = self.bilateral(image, features, output_size)
+        filtered = self.prior(image, features, output_size)
         return torch.lerp(super().forward(image, features, output_size), filtered, self.share)
+
+
+@register_peer("anyup_guided")
+class AnyUpGuided(AnyUpBilateral):
+    """The mean of AnyUp and the guided filter, whose outputs are no means: it may go beyond the features of the cells.
+
+    Args:
+        checkpoint, share: as for `anyup_bilateral`.
+
+    Raises:
+        ValueError: a share outside 0 to 1.
+    """
+
+    filter = GuidedFilter
 
 
 @register_peer("anyup_regression")
