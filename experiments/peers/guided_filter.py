@@ -20,7 +20,7 @@ class GuidedFilter(Peer):
     output. Windows are cut at the border.
 
     The papers give no values for features. Of 22 pairs, (1, 1e-4) has the most detail at 2x on 24 photographs, or less
-    by .005 at most, for ViT-Ti/16, MobileNetV2, SqueezeNet and HOG (docs/peers.md).
+    by .007 at most, for ViT-Ti/16, MobileNetV2, SqueezeNet and HOG (docs/peers.md).
 
     Args:
         radius: half a window, in low-resolution cells; the window has 2 radius + 1 rows and columns.
