@@ -20,7 +20,8 @@ channel of every point.
 If the features are scaled or shifted, or their channels permuted, so is the output. The size of an output pixel (LIIF's
 cell decoding) is not an input: single points have no size, and it is unknown in a band of rows.
 
-Status: measured (docs/extensions.md): no gain on tuned published weights; from scratch more detail.
+Status: measured (docs/extensions.md): no gain on tuned published weights; from scratch more detail,
+mostly on convolutional encoders.
 """
 
 import math

@@ -6,7 +6,7 @@ weights. Its fourth claim, that features are not needed as guidance, is `unifier
 the baseline's attention, so that each is one ablation (configs/experiment/parts.yaml). NAF as a whole, with its
 own encoders, is the peer `naf` (experiments/peers/naf.py).
 
-Status: measured from scratch (docs/peers.md): each of the three loses detail; the fourth claim holds.
+Status: measured from scratch (docs/peers.md): the three lose detail on most encoders; the fourth holds.
 """
 
 from collections.abc import Callable, Iterator

@@ -14,13 +14,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 
 import core
 from core.registry import discover
 from experiments.measuring import evaluation as command
 from experiments.measuring.evaluation import Evaluation, evaluate
 from experiments.measuring.tasks import Ceiling, EvaluationError
-from experiments.peers import make_peer
+from experiments.peers import Peer, make_peer, register_peer
 from experiments.settings import SettingError
 from experiments.statistics.scores import KEYS, VALUES, ScoreError, sums, value
 
@@ -393,3 +394,67 @@ def test_kept_scores_are_those_of_the_weights_and_whole(measured, weights, tmp_p
     with pytest.raises(KeyboardInterrupt):
         evaluate(asked)
     assert measured.done == [("bilinear", 0), ("mine", 0)]
+
+
+@pytest.fixture
+def shifted(own_registry):
+    """A peer that reads a file which is none of its weights."""
+
+    @register_peer("shifted")
+    class Shifted(Peer):
+        def __init__(self, file: Path):
+            super().__init__()
+            self.by = (float(file.read_text()),)
+
+        def forward(self, image, features, output_size=None):
+            return F.interpolate(features, output_size, mode="bilinear") + self.by[0]
+
+
+def test_kept_scores_are_those_of_the_files_that_settings_name(measured, shifted, tmp_path):
+    file = tmp_path / "by.txt"
+    asked = config(f"peers={{bilinear: bilinear, mine: {{peer: shifted, file: {file}}}}}", "name=one")
+    measured.stop_at = ("encoder",)
+    for text in ("1", "2"):
+        file.write_text(text)
+        measured.done.clear()
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(asked)
+    assert measured.done == [("mine", 0)]
+
+
+def test_scores_whose_pictures_were_replaced_are_measured_again(measured):
+    asked = config("peers=[bilinear,nearest]", "name=one")
+    measured.stop_at = ("encoder",)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(asked)
+    pictures = sorted(Path("outputs/evaluate/one_worst").glob("nearest_*"))
+    pictures[0].write_bytes(b"of another evaluation")
+    measured.done.clear()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(asked)
+    assert measured.done == [("nearest", 0)]
+
+
+def test_a_finished_evaluation_leaves_what_another_of_its_name_kept(measured):
+    measured.stop_at = ("encoder",)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config("peers=[bilinear,nearest]", "name=one", "task.epochs=3"))
+    measured.stop_at = ()
+    evaluate(config("peers=[bilinear]", "name=one"))
+    assert len(list(Path("outputs/evaluate/one_unfinished").iterdir())) == 2
+
+
+def test_notes_of_kept_scores_are_told_again(measured, monkeypatch):
+    measured.stop_at, own = ("encoder",), Evaluation.scores
+
+    def scores(self, model, arm, seed):
+        found = own(self, model, arm, seed)
+        self.task.note(f"something about {arm}")
+        return found
+
+    monkeypatch.setattr(Evaluation, "scores", scores)
+    asked = config("peers=[bilinear]", "name=one")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(asked)
+    measured.stop_at = ()
+    assert evaluate(asked).notes[-2:] == ["something about bilinear", "something about encoder"]

@@ -63,7 +63,7 @@ ROWS = {
     "joint_bilateral": Row("mean", {"window": 3, "sigma_space": 1.5, "sigma_colour": 0.05}),
     "lanczos": Row("sum 1"),
     "area_bilinear": Row("mean", {"shrink": 3}),
-    "guided_filter": Row("sum 1", {"radius": 2, "ridge": 0.1}, roundings=2**14),  # the inverse of variances near 0.01
+    "guided_filter": Row("sum 1", {"radius": 2, "ridge": 0.1}, roundings=2**14),  # inverts variances near the ridge
     "anyup": Row("mean", made={"checkpoint": "bundled"}, mirrors=False, trains=None, channels=(7, 384)),
     "anyup_bilateral": Row("mean", {"share": 0.2}, made={"checkpoint": "bundled"}, mirrors=False, channels=(7, 384)),
     "anyup_guided": Row("sum 1", {"share": 0.2}, {"checkpoint": "bundled"}, mirrors=False, channels=(7, 384)),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from experiments.peers import CannotUpsample
+from experiments.peers import CannotUpsample, make_peer
 from experiments.peers.lift import LiFT
 from experiments.peers.loftup import LoftUp
 from experiments.peers.raysup import RaysUp, ray_angles
@@ -292,3 +292,19 @@ def test_weighted_sums_over_neighbours_in_tiles(mode, finer):
             expected[:, :, y, x] += weights[:, k, None, y, x] * near
     found = weighted_sums(weights, values, places, side, reach, mode)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["weighted_sums", "guided_filter"])
+def test_autocast_does_not_round_sums_over_features(name):
+    """They are no layer's products. In bfloat16 the sums would be off by 4e-3 of the largest value or so."""
+    image, features = torch.randn(1, 3, 24, 24), torch.randn(1, 5, 6, 6)
+    weights, places = torch.rand(1, 2, 6, 6), torch.tensor([[0, 5]] * 4)
+    calls = {
+        "weighted_sums": lambda: weighted_sums(weights, features, places, 2, 1, "reflect"),
+        "guided_filter": lambda: make_peer("guided_filter")(image, features, (12, 12)),
+    }
+    expected = calls[name]()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = calls[name]()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

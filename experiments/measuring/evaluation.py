@@ -25,7 +25,7 @@ from experiments.data import DataSet, open_data
 from experiments.data.feature_cache import FeatureCache, fingerprint
 from experiments.measuring.bench import Bench, Ceiling, EncodedImages, Encoder, EvaluationError, Memory, Sizes
 from experiments.measuring.heads import HEADS
-from experiments.measuring.kept import KeptScores
+from experiments.measuring.kept import Kept, KeptScores
 from experiments.measuring.support import Images, check_adaptation
 from experiments.measuring.task import Picture, make_task
 from experiments.measuring.upsamplers import OfSeeds, of_seed, upsamplers
@@ -208,17 +208,19 @@ def evaluate(config: DictConfig) -> Evaluated:
             place = kept.place(model, name, seed)
             found = kept.read(place)
             if found is None:
-                found = evaluation.scores(model, name, seed), {}
+                found = Kept(evaluation.scores(model, name, seed), notes=evaluation.notes)
                 for picture in evaluation.pictures if seed == seeds[0] else ():
                     path = _draw(picture, name, out_dir / f"{config.name}_worst")
-                    found[1][str(path.relative_to(out_dir))] = f"pictures/{name}/{picture.name}.png"
-                kept.write(place, *found)
+                    found.pictures[path] = f"pictures/{name}/{picture.name}.png"
+                kept.write(place, found)
             else:
                 log.info("arm %s, seed %s: measured by a run that was stopped", name, seed)
-            tables[name, seed], pictures = found
-            for path, artifact in pictures.items():
-                run.file(out_dir / path, artifact)
-                shown.append(out_dir / path)
+                for note in found.notes:
+                    evaluation.task.note(note)
+            tables[name, seed] = found.scores
+            for path, artifact in found.pictures.items():
+                run.file(path, artifact)
+                shown.append(path)
         scores = pd.concat(tables.values(), ignore_index=True)
         trained = [name for name, model in models.items() if not isinstance(model, Peer | Ceiling)]
         results = compare(scores, config.baseline, trained, config.confidence, num_resamples=0)

@@ -40,7 +40,7 @@ class Task(ABC):
     worst: list[Picture]
     """The images that the arm measured last did worst on, worst first; empty if the task draws none."""
     notes: list[str]
-    """What a reader of its scores must know of the images, found by `check`."""
+    """What a reader of its scores must know of the images, found by `check` or while measuring."""
 
     def __init__(self) -> None:
         self.worst, self.notes = [], []

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.fast.norm_act_conv import without_autocast
 from experiments.peers.base import CannotUpsample, Peer, register_peer
 from experiments.peers.tiles import seen_by_tiles, tiles, untiled, weighted_sums
 
@@ -114,7 +115,8 @@ def _likeness(x: Tensor) -> Tensor:
             alike = own.mT @ others  # (B,n,64,196)
             yield alike.gather(3, near.expand(*alike.shape[:2], -1, -1)).mT  # (B,n,49,64)
 
-    return untiled(products(), TILE, tuple(x.shape[-2:]))
+    with without_autocast(x):
+        return untiled(products(), TILE, tuple(x.shape[-2:]))
 
 
 def _near(like: Tensor) -> Tensor:

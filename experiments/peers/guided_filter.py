@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.backbones import IMAGENET_STD
+from core.fast.norm_act_conv import without_autocast
 from experiments.peers.base import Peer, register_peer
 from experiments.peers.blocks import Blocks, blocks, grouped, seen, write_means
 
@@ -20,7 +21,7 @@ class GuidedFilter(Peer):
     output. Windows are cut at the border.
 
     The papers give no values for features. Of 22 pairs, (1, 1e-4) has the most detail at 2x on 24 photographs, or less
-    by .007 at most, for ViT-Ti/16, MobileNetV2, SqueezeNet and HOG (docs/peers.md).
+    by .007 at most, for ViT-Ti/16, MobileNetV2, SqueezeNet and HOG (docs/guided_filter.md).
 
     Args:
         radius: half a window, in low-resolution cells; the window has 2 radius + 1 rows and columns.
@@ -41,7 +42,11 @@ class GuidedFilter(Peer):
     def forward(self, image: Tensor, features: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
         """Contract: `Peer.forward`."""
         size = tuple(image.shape[-2:]) if output_size is None else output_size
-        wide = torch.promote_types(features.dtype, torch.float32)  # small variances are differences of large means
+        with without_autocast(features):  # small variances are differences of large means
+            return self._filtered(image, features, size)
+
+    def _filtered(self, image: Tensor, features: Tensor, size: tuple[int, int]) -> Tensor:
+        wide = torch.promote_types(features.dtype, torch.float32)
         rgb = image.to(wide) * torch.tensor(IMAGENET_STD, dtype=wide, device=image.device).view(3, 1, 1)
         fine, coarse = (F.interpolate(rgb, n, mode="area") for n in (size, features.shape[-2:]))  # (B,3,·,·)
         values = features.to(wide)

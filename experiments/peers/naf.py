@@ -134,16 +134,17 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, w
         [blocks(n, q, window, query.device) for n, q in zip(key.shape[-2:], query.shape[-2:], strict=True)],
         value.new_empty(*value.shape[:2], *query.shape[-2:]),
     )
-    scale = (num_heads / query.shape[1]) ** 0.5
+    key = key * (num_heads / query.shape[1]) ** 0.5
     for some, near in rows.bands():
         queries = grouped(query[:, :, some], columns)  # (B,m,D,n·n')
-        keys, values = seen(scale * key, near, columns), seen(value, near, columns)  # (B,m,k·k',·)
+        keys, values = (seen(x, near, columns) for x in (key, value))  # (B,m,k·k',·)
         heads = (queries.chunk(num_heads, 2), keys.chunk(num_heads, 3), values.tensor_split(num_heads, 3))
-        first = 0
+        band, first = torch.empty_like(output[:, :, some]), 0  # a write costs its gradient a copy of what it is into
         for q, k, v in zip(*heads, strict=True):
             weights = (q.mT @ k.mT).softmax(-1).to(v.dtype)  # (B,m,n·n',k·k')
-            write_means(output[:, first : first + v.shape[3], some], weights, v, columns)
+            write_means(band[:, first : first + v.shape[3]], weights, v, columns)
             first += v.shape[3]
+        output[:, :, some] = band
     return output
 
 

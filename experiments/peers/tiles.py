@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from core.fast.norm_act_conv import without_autocast
+
 
 def tiles(x: Tensor, side: int) -> Iterator[Tensor]:
     """(B,c,H,W) -> (B,n,c,side²) of each row of tiles; beyond the last row and column are zeros."""
@@ -50,7 +52,8 @@ def weighted_sums(weights: Tensor, values: Tensor, places: Tensor, side: int, re
             index = places.expand(*own.shape[:2], -1, -1)
             yield near @ blank.scatter(3, index, own.mT.to(near.dtype)).mT  # (B,n,c,(s·side)²)
 
-    return untiled(sums(), finer, size)
+    with without_autocast(values):  # which takes a sum for a layer's product
+        return untiled(sums(), finer, size)
 
 
 def _rows(x: Tensor, seen: int, step: int) -> Iterator[Tensor]:
