@@ -205,18 +205,8 @@ def evaluate(config: DictConfig) -> Evaluated:
                 tables[name, seed] = tables[name, seeds[0]].assign(seed=seed)  # nothing in it depends on the seed
                 continue
             model = of_seed(models[name], seeds.index(seed))
-            place = kept.place(model, name, seed)
-            found = kept.read(place)
-            if found is None:
-                found = Kept(evaluation.scores(model, name, seed), notes=evaluation.notes)
-                for picture in evaluation.pictures if seed == seeds[0] else ():
-                    path = _draw(picture, name, out_dir / f"{config.name}_worst")
-                    found.pictures[path] = f"pictures/{name}/{picture.name}.png"
-                kept.write(place, found)
-            else:
-                log.info("arm %s, seed %s: measured by a run that was stopped", name, seed)
-                for note in found.notes:
-                    evaluation.task.note(note)
+            drawn = out_dir / f"{config.name}_worst" if seed == seeds[0] else None
+            found = _measured(evaluation, kept, model, name, seed, drawn)
             tables[name, seed] = found.scores
             for path, artifact in found.pictures.items():
                 run.file(path, artifact)
@@ -239,6 +229,23 @@ def evaluate(config: DictConfig) -> Evaluated:
             run.file(file, f"tables/{file.name}")
         kept.clear()
     return Evaluated(scores, results, costs, evaluation.notes, files, shown)
+
+
+def _measured(
+    evaluation: Evaluation, kept: KeptScores, model: nn.Module | Ceiling, arm: str, seed: int, drawn: Path | None
+) -> Kept:
+    """What a stopped run has kept of an arm; or else measures it, draws its pictures into `drawn`, and keeps it."""
+    place = kept.place(model, arm, seed)
+    if (found := kept.read(place)) is not None:
+        log.info("arm %s, seed %s: measured by a run that was stopped", arm, seed)
+        for note in found.notes:
+            evaluation.task.note(note)
+        return found
+    found = Kept(evaluation.scores(model, arm, seed), notes=evaluation.notes)
+    for picture in evaluation.pictures if drawn is not None else ():
+        found.pictures[_draw(picture, arm, drawn)] = f"pictures/{arm}/{picture.name}.png"
+    kept.write(place, found)
+    return found
 
 
 def _draw(picture: Picture, arm: str, folder: Path) -> Path:
