@@ -277,9 +277,6 @@ def test_weighted_sums_over_neighbours_in_tiles(mode, finer):
     """Against a loop over positions and neighbours; sizes that the tiles do not divide."""
     side, reach, size = 2, 1, (5, 3)
     offsets = [(0, 0), (-1, 1), (1, 0)]
-    own = torch.arange(side * finer) // finer
-    along = [own[:, None] + torch.tensor([one[axis] for one in offsets]) + reach for axis in (0, 1)]
-    places = (along[0][:, None] * (side + 2 * reach) + along[1][None]).flatten(0, 1)
     values = torch.randn(2, 3, *size, dtype=torch.float64)
     weights = torch.randn(2, 3, *(finer * n for n in size), dtype=torch.float64)
     padded, expected = (
@@ -290,7 +287,7 @@ def test_weighted_sums_over_neighbours_in_tiles(mode, finer):
         for k, (i, j) in enumerate(offsets):
             near = padded[:, :, y // finer + i + reach, x // finer + j + reach]
             expected[:, :, y, x] += weights[:, k, None, y, x] * near
-    found = weighted_sums(weights, values, places, side, reach, mode)
+    found = weighted_sums(weights, values, offsets, side, mode)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
 
 
@@ -298,9 +295,9 @@ def test_weighted_sums_over_neighbours_in_tiles(mode, finer):
 def test_autocast_does_not_round_sums_over_features(name):
     """They are no layer's products. In bfloat16 the sums would be off by 4e-3 of the largest value or so."""
     image, features = torch.randn(1, 3, 24, 24), torch.randn(1, 5, 6, 6)
-    weights, places = torch.rand(1, 2, 6, 6), torch.tensor([[0, 5]] * 4)
+    weights = torch.rand(1, 2, 6, 6)
     calls = {
-        "weighted_sums": lambda: weighted_sums(weights, features, places, 2, 1, "reflect"),
+        "weighted_sums": lambda: weighted_sums(weights, features, [(0, 0), (1, -1)], 2, "reflect"),
         "guided_filter": lambda: make_peer("guided_filter")(image, features, (12, 12)),
     }
     expected = calls[name]()

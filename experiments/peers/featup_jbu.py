@@ -1,5 +1,6 @@
 """`featup_jbu`: learned joint bilateral upsampling, twice the size at a time (one encoder's)."""
 
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 from core.fast.norm_act_conv import without_autocast
 from experiments.peers.base import CannotUpsample, Peer, register_peer
-from experiments.peers.tiles import seen_by_tiles, tiles, untiled, weighted_sums
+from experiments.peers.tiles import places, seen_by_tiles, tiles, untiled, weighted_sums
 
 RADIUS = 3
 DIAMETER = 2 * RADIUS + 1
+OFFSETS = tuple(itertools.product(range(-RADIUS, RADIUS + 1), repeat=2))
 KEY_DIM = 32
 TILE = 8
 
@@ -92,7 +94,7 @@ class Stage(nn.Module):
         kernel = kernel / kernel.sum(1, keepdim=True).clamp(min=1e-7)
         kernel = kernel + 0.1 * self.fixup_proj(torch.cat([kernel, guidance], 1))
         enlarged = F.interpolate(features, size, mode="bicubic")  # (B,C,2h,2w)
-        return weighted_sums(kernel, enlarged, _near(enlarged), TILE, RADIUS, "reflect")
+        return weighted_sums(kernel, enlarged, OFFSETS, TILE, "reflect")
 
     def range_kernel(self, guidance: Tensor) -> Tensor:
         """(B,3,2h,2w) -> (B,49,2h,2w): how alike each neighbour's encoded colours are, with sum 1."""
@@ -108,7 +110,7 @@ class Stage(nn.Module):
 
 def _likeness(x: Tensor) -> Tensor:
     """(B,c,H,W) -> (B,49,H,W): products of each vector with those of its neighbours, row by row."""
-    near = _near(x)
+    near = places(OFFSETS, TILE, RADIUS, 1, x.device)  # (64,49)
 
     def products() -> Iterator[Tensor]:
         for own, others in zip(tiles(x, TILE), seen_by_tiles(x, TILE, RADIUS, "reflect"), strict=True):
@@ -117,13 +119,6 @@ def _likeness(x: Tensor) -> Tensor:
 
     with without_autocast(x):
         return untiled(products(), TILE, tuple(x.shape[-2:]))
-
-
-def _near(like: Tensor) -> Tensor:
-    """(64,49) int64: places of the neighbours of a tile's 8 x 8 positions in the 14 x 14 that it sees, row by row."""
-    own, away = torch.arange(TILE, device=like.device), torch.arange(DIAMETER, device=like.device)
-    along, seen = own[:, None] + away, TILE + 2 * RADIUS  # (8,7)
-    return (along[:, None, :, None] * seen + along[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
 def _two_layers(channels: int, hidden: int, outputs: int) -> nn.Sequential:

@@ -47,6 +47,7 @@ class AnyUpBilateral(OfAnyUp):
     """
 
     filter: ClassVar[type[Peer]] = JointBilateral
+    """The other part of the mean, at its default settings."""
 
     def __init__(self, checkpoint: str, share: float = 0.5):
         super().__init__(checkpoint)

@@ -4,7 +4,7 @@ Positions are taken in square tiles. What a tile sees is gathered once, not once
 places in it. Taken neighbour by neighbour, the same sums read and write the whole output every time.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -32,24 +32,37 @@ def untiled(rows: Iterable[Tensor], side: int, size: tuple[int, int]) -> Tensor:
     return torch.cat(bands, 2)[:, :, : size[0], : size[1]]
 
 
-def weighted_sums(weights: Tensor, values: Tensor, places: Tensor, side: int, reach: int, mode: str) -> Tensor:
-    """The sum of each position's k neighbours.
+def places(offsets: Sequence[tuple[int, int]], side: int, reach: int, scale: int, device: torch.device) -> Tensor:
+    """((scale·side)²,k) int64: where the neighbours of a tile's positions are in what the tile sees.
+
+    The tile has side x side cells, each with scale x scale positions; neighbours are cells, `offsets` (rows, columns)
+    away from a position's own, at most `reach`.
+    """
+    away = torch.tensor(offsets, device=device) + reach  # (k,2)
+    own = torch.arange(scale * side, device=device) // scale
+    rows, columns = (own[:, None] + away[:, axis] for axis in (0, 1))  # (scale·side,k)
+    return (rows[:, None] * (side + 2 * reach) + columns[None]).flatten(0, 1)
+
+
+def weighted_sums(weights: Tensor, values: Tensor, offsets: Sequence[tuple[int, int]], side: int, mode: str) -> Tensor:
+    """The weighted sum of each position's neighbours.
 
     Args:
         weights: (B,k,s·h,s·w), s a whole number. values: (B,c,h,w).
-        places: ((s·side)²,k) int64, where the neighbours of a tile's positions are in what the tile sees.
-        side, reach, mode: of the tiles of `values`, as for `seen_by_tiles`.
+        offsets: (rows, columns) of the k neighbours from the cell of `values` that a position lies in.
+        side: rows and columns of `values` in a tile. mode: as for `seen_by_tiles`.
 
     Returns:
         (B,c,s·h,s·w), of the dtype of `values`.
     """
-    size = tuple(weights.shape[-2:])
-    finer = side * size[0] // values.shape[2]
+    size, reach = tuple(weights.shape[-2:]), max(abs(n) for offset in offsets for n in offset)
+    scale = size[0] // values.shape[2]
+    finer, near_places = scale * side, places(offsets, side, reach, scale, values.device)
 
     def sums() -> Iterator[Tensor]:
         for own, near in zip(tiles(weights, finer), seen_by_tiles(values, side, reach, mode), strict=True):
-            blank = near.new_zeros(*own.shape[:2], len(places), near.shape[3])
-            index = places.expand(*own.shape[:2], -1, -1)
+            blank = near.new_zeros(*own.shape[:2], len(near_places), near.shape[3])
+            index = near_places.expand(*own.shape[:2], -1, -1)
             yield near @ blank.scatter(3, index, own.mT.to(near.dtype)).mT  # (B,n,c,(s·side)²)
 
     with without_autocast(values):  # which takes a sum for a layer's product

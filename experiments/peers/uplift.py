@@ -95,15 +95,7 @@ class _Attender(nn.Module):
     def forward(self, guide: Tensor, values: Tensor) -> Tensor:
         """(B,64,2h,2w), (B,C,h,w) -> (B,C,2h,2w)."""
         weights = _plus(guide, self.conv1(guide)).softmax(dim=1)  # (B,17,2h,2w)
-        return weighted_sums(weights, values, _places(values), _TILE, _REACH, "replicate")
-
-
-def _places(like: Tensor) -> Tensor:
-    """(64,17) int64: places of the neighbours of 8 x 8 new positions in the 8 x 8 cells that their tile sees."""
-    offsets = torch.tensor(OFFSETS, device=like.device) + _REACH  # (17,2)
-    cells = torch.arange(2 * _TILE, device=like.device) // 2  # (8,)
-    rows, columns = (cells[:, None] + offsets[:, axis] for axis in (0, 1))  # (8,17)
-    return (rows[:, None] * (_TILE + 2 * _REACH) + columns[None]).flatten(0, 1)
+        return weighted_sums(weights, values, OFFSETS, _TILE, "replicate")
 
 
 @register_peer("uplift")
